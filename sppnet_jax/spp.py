@@ -1,0 +1,220 @@
+"""Spatial pyramid pooling: a map of any size becomes a vector of one size.
+
+An n×n level cuts the map into n×n bins and keeps the maximum of each bin, channel by
+channel. A pyramid is several levels, finest first by custom: (6, 3, 2, 1) has
+36 + 9 + 4 + 1 = 50 bins. The number of bins does not depend on the size of the map, so
+the fully connected layers behind it accept images of any size (He et al. 2014,
+section 2.2).
+
+Layout everywhere: features [..., height, width, channels], bins row-major in a level.
+"""
+
+import math
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, ArrayLike, Float, Int
+
+
+def pyramid_bins(size: int, level: int, rule: str = "adaptive") -> np.ndarray:
+    """The half-open spans [start, stop) of a level's bins along one side of a map.
+
+    `rule="adaptive"`: bin i covers floor(i·a/n) to ceil((i+1)·a/n) (appendix A), for
+    every size and level; bins overlap where n does not divide a, and repeat where the
+    map is smaller than the level. `rule="sliding"`: windows of ceil(a/n) at a stride of
+    floor(a/n) (section 2.2), which gives n bins for some sizes only.
+
+    Returns: int [level, 2].
+    Raises: ValueError where the sliding rule does not give `level` bins.
+    """
+    if size < 1 or level < 1:
+        raise ValueError(f"size and level must be at least 1, got {size=}, {level=}")
+    index = np.arange(level)
+    if rule == "adaptive":
+        starts, stops = _adaptive_span(index, size, level)
+        return np.stack([starts, stops], axis=1)
+    if rule == "sliding":
+        window, stride = math.ceil(size / level), size // level
+        outputs = (size - window) // stride + 1 if stride else 0
+        if outputs != level:
+            raise ValueError(
+                f"the sliding rule gives {_count(outputs)} on a map of size {size} at "
+                f"level {level}, not {level}: window ceil({size}/{level}) = {window}, "
+                f"stride floor({size}/{level}) = {stride}. Use rule='adaptive', which "
+                "fits every size."
+            )
+        return np.stack([index * stride, index * stride + window], axis=1)
+    raise ValueError(f"unknown rule {rule!r}: use 'adaptive' or 'sliding'")
+
+
+def spatial_pyramid_pool(
+    features: Float[ArrayLike, "*batch height width channels"],
+    levels: Sequence[int],
+    *,
+    rule: str = "adaptive",
+    valid_size: Int[ArrayLike, "*#batch 2"] | Sequence[int] | None = None,
+    reducer: str = "max",
+) -> Float[Array, "*batch bins channels"]:
+    """Pools every bin of every level; the number of bins is the sum of n·n over levels.
+
+    `features`: float [..., height, width, channels], any number of leading dimensions.
+    `levels`: bins come in this order, row-major inside a level.
+    `valid_size`: int [..., 2], broadcast over the leading dimensions: the (height,
+    width) of each map that counts, from its top left. The result is that of the cropped
+    map, exactly. It may be traced: new sizes compile nothing. Traced values are clamped
+    to [1, height] and [1, width]; concrete ones outside raise.
+    `reducer`: "max" (the paper) or "mean".
+
+    Returns: float [..., bins, channels] of the features' dtype.
+    Raises: ValueError or TypeError for arguments that do not fit.
+    """
+    features = jnp.asarray(features)
+    _check_features(features, reducer)
+    levels = check_levels(levels)
+    *batch, height, width, channels = features.shape
+    maps = features.reshape(-1, height, width, channels)
+    if reducer == "mean":
+        maps = maps.astype(jnp.promote_types(maps.dtype, jnp.float32))
+    if valid_size is None:
+        pooled = _pool_whole(maps, levels, rule, reducer)
+    else:
+        if rule != "adaptive":
+            raise ValueError(
+                f"valid_size needs rule='adaptive', got {rule!r}: whether the sliding "
+                "rule gives n×n bins depends on the size, which is not known here"
+            )
+        sizes = _check_valid_size(valid_size, batch, height, width)
+        pooled = _pool_valid(maps, levels, sizes.reshape(-1, 2), reducer)
+    bins = jnp.concatenate(
+        [pooled[level].reshape(len(maps), level * level, channels) for level in levels],
+        axis=1,
+    )
+    return bins.reshape(*batch, num_bins(levels), channels).astype(features.dtype)
+
+
+def num_bins(levels: Sequence[int]) -> int:
+    """The number of bins of a pyramid: the sum of n·n over its levels."""
+    return sum(level * level for level in check_levels(levels))
+
+
+def check_levels(levels: Sequence[int]) -> tuple[int, ...]:
+    """The levels as a tuple of ints; ValueError if they are not positive integers."""
+    if isinstance(levels, int | np.integer | str) or not len(levels):
+        raise ValueError(f"levels must be a tuple such as (6, 3, 2, 1), got {levels!r}")
+    if not all(isinstance(n, int | np.integer) and n >= 1 for n in levels):
+        raise ValueError(f"every level must be a positive integer, got {levels!r}")
+    return tuple(int(n) for n in levels)
+
+
+def _pool_whole(maps, levels, rule, reducer) -> dict[int, jax.Array]:
+    """Each level of whole maps: [batch, level, level, channels]."""
+
+    def pool(level):
+        rows = pyramid_bins(maps.shape[1], level, rule)
+        columns = pyramid_bins(maps.shape[2], level, rule)
+        return _reduce_spans(_reduce_spans(maps, rows, 1, reducer), columns, 2, reducer)
+
+    return _pool_levels(levels, pool, nested=(rule == "adaptive" and reducer == "max"))
+
+
+def _pool_valid(maps, levels, sizes, reducer) -> dict[int, jax.Array]:
+    """Each level of the valid part of every map: [batch, level, level, channels]."""
+
+    def pool(level):
+        rows = _reduce_masked(maps, sizes[:, 0], level, 1, reducer)
+        return _reduce_masked(rows, sizes[:, 1], level, 2, reducer)
+
+    return _pool_levels(levels, pool, nested=reducer == "max")
+
+
+def _pool_levels(levels, pool, *, nested: bool) -> dict[int, jax.Array]:
+    """Pools the finest level first; a level that divides a finer one is read off it.
+
+    Under the adaptive rule, if n divides m, a bin of level n is exactly the union of
+    (m/n)×(m/n) neighbouring bins of level m, whatever the size of the map.
+    """
+    pooled: dict[int, jax.Array] = {}
+    for level in sorted(set(levels), reverse=True):
+        finer = [m for m in pooled if m % level == 0]
+        if nested and finer:
+            source = min(finer)
+            blocks = pooled[source].reshape(
+                -1, level, source // level, level, source // level, _channels(pooled)
+            )
+            pooled[level] = blocks.max(axis=(2, 4))
+        else:
+            pooled[level] = pool(level)
+    return pooled
+
+
+def _reduce_spans(maps, spans: np.ndarray, axis: int, reducer: str) -> jax.Array:
+    """Reduces static spans along an axis: a reshape if they tile it, else slices."""
+    reduce = {"max": jnp.max, "mean": jnp.mean}[reducer]
+    size, level = maps.shape[axis], len(spans)
+    if size % level == 0:
+        tiles = (*maps.shape[:axis], level, size // level, *maps.shape[axis + 1 :])
+        return reduce(maps.reshape(tiles), axis=axis + 1)
+    parts = [
+        reduce(jax.lax.slice_in_dim(maps, start, stop, axis=axis), axis=axis)
+        for start, stop in spans.tolist()
+    ]
+    return jnp.stack(parts, axis=axis)
+
+
+def _reduce_masked(maps, sizes, level: int, axis: int, reducer: str) -> jax.Array:
+    """Reduces the adaptive bins of traced sizes along one axis."""
+    position = jnp.arange(maps.shape[axis])
+    along_axis = [1] * maps.ndim
+    along_axis[0], along_axis[axis] = maps.shape[0], maps.shape[axis]
+    parts = []
+    for index in range(level):
+        start, stop = _adaptive_span(index, sizes[:, None], level)
+        inside = ((start <= position) & (position < stop)).reshape(along_axis)
+        if reducer == "max":
+            parts.append(jnp.max(maps, axis=axis, initial=-jnp.inf, where=inside))
+        else:
+            parts.append(jnp.mean(maps, axis=axis, where=inside))
+    return jnp.stack(parts, axis=axis)
+
+
+def _adaptive_span(index, size, level):
+    return index * size // level, -(-(index + 1) * size // level)
+
+
+def _channels(pooled: dict[int, jax.Array]) -> int:
+    return next(iter(pooled.values())).shape[-1]
+
+
+def _count(outputs: int) -> str:
+    return f"{outputs}×{outputs} outputs" if outputs else "no outputs (stride 0)"
+
+
+def _check_features(features, reducer: str) -> None:
+    if reducer not in ("max", "mean"):
+        raise ValueError(f"unknown reducer {reducer!r}: use 'max' or 'mean'")
+    if features.ndim < 3:
+        raise ValueError(
+            f"features must be [..., height, width, channels], got {features.shape}"
+        )
+    if 0 in features.shape[-3:-1]:
+        raise ValueError(f"features hold an empty map: shape {features.shape}")
+    if not jnp.issubdtype(features.dtype, jnp.floating):
+        raise TypeError(f"features must be floating point, got {features.dtype}")
+
+
+def _check_valid_size(valid_size, batch, height: int, width: int) -> jax.Array:
+    """The valid sizes as int [*batch, 2], each inside the map."""
+    if not isinstance(valid_size, jax.core.Tracer):
+        sizes = np.asarray(valid_size)
+        if (sizes < 1).any() or (sizes > (height, width)).any():
+            raise ValueError(
+                f"valid_size must lie within 1 and the map's size {(height, width)}, "
+                f"got {sizes.tolist()}"
+            )
+    sizes = jnp.asarray(valid_size)
+    if not jnp.issubdtype(sizes.dtype, jnp.integer):
+        raise TypeError(f"valid_size must be integer, got {sizes.dtype}")
+    sizes = jnp.clip(sizes, 1, jnp.array([height, width]))
+    return jnp.broadcast_to(sizes, (*batch, 2))
