@@ -1,0 +1,28 @@
+"""A small SPP-net on the embedded digit scenes: the two-minute tour.
+
+python -m sppnet_jax.train --config=configs/digits.py --workdir=runs/digits
+python -m sppnet_jax.evaluate --workdir=runs/digits --protocol=single
+"""
+
+from ml_collections import ConfigDict
+
+from sppnet_jax.config import base_config
+
+
+def get_config() -> ConfigDict:
+    config = base_config()
+    config.epochs = 8
+    config.batch_size = 64
+    config.model.width = 0.25
+    config.model.weight_init = "he"
+    config.data.name = "digit_scenes/classification"
+    config.data.image_size = 56
+    config.data.resize_side = 64
+    config.data.crop = "center"
+    config.data.flip = False
+    config.scale = 64.0
+    config.schedule = "cosine"
+    config.warmup_epochs = 0.5
+    config.learning_rate = 0.02
+    config.log_steps = 10
+    return config

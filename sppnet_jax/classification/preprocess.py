@@ -1,0 +1,85 @@
+"""What the device does to uint8 images before the network: colour and mean.
+
+Images are [batch, height, width, 3], RGB, 0 to 255.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int, UInt8
+
+
+class Preprocessing(NamedTuple):
+    """The numbers that turn pixels into inputs.
+
+    `mean`: subtracted; a scalar (the paper's 128 for VOC and Caltech101) or a mean
+    image [side, side, 3], warped to each image's size (ImageNet).
+    `scale`: divides what is left; 1 in the paper.
+    `color_shifts`: [3, 3], column k the RGB shift for one standard deviation of the
+    k-th principal component of the training pixels; zeros for none.
+    """
+
+    mean: np.ndarray
+    scale: float
+    color_shifts: np.ndarray
+
+
+def normalize(
+    images: UInt8[Array, "batch height width 3"] | Float[Array, "batch height width 3"],
+    preprocessing: Preprocessing,
+    valid_size: Int[Array, "batch 2"] | None = None,
+) -> Float[Array, "batch height width 3"]:
+    """Subtracts the mean and divides by the scale (section 3.1).
+
+    A mean image is warped to the size of the images, or to each one's `valid_size`
+    where they sit in a larger bucket.
+    """
+    mean = jnp.asarray(preprocessing.mean, jnp.float32)
+    if mean.ndim:
+        mean = _warp(mean, images.shape[1:3], valid_size)
+    return (images.astype(jnp.float32) - mean) / preprocessing.scale
+
+
+def alter_colors(
+    images: UInt8[Array, "batch height width 3"],
+    rng: Array,
+    preprocessing: Preprocessing,
+) -> Float[Array, "batch height width 3"]:
+    """Adds to each image one random multiple of each principal colour component.
+
+    Krizhevsky et al. 2012, section 4.1.
+    """
+    amounts = jax.random.normal(rng, (len(images), 3))
+    shifts = amounts @ jnp.asarray(preprocessing.color_shifts, jnp.float32).T
+    return images.astype(jnp.float32) + shifts[:, None, None, :]
+
+
+def color_shifts(covariance: Float[np.ndarray, "3 3"], sigma: float) -> np.ndarray:
+    """RGB shifts in grey levels for a standard deviation `sigma` (0.1 in the paper).
+
+    `covariance`: of RGB pixels in 0 to 255. The shift along component k is sigma times
+    its eigenvalue, with pixels counted from 0 to 1, as the unit has to be for the
+    published 0.1 to be a small change.
+    """
+    unit = np.asarray(covariance, np.float64) / 255**2
+    eigenvalues, directions = np.linalg.eigh(unit)
+    return (directions * eigenvalues * sigma * 255).astype(np.float32)
+
+
+def _warp(mean: jax.Array, bucket: tuple[int, int], valid_size) -> jax.Array:
+    if valid_size is None:
+        return jax.image.resize(mean, (*bucket, 3), "linear")
+
+    def warp_to(size):
+        return jax.image.scale_and_translate(
+            mean,
+            (*bucket, 3),
+            (0, 1),
+            size / jnp.array(mean.shape[:2]),
+            jnp.zeros(2),
+            "linear",
+        )
+
+    return jax.vmap(warp_to)(valid_size)

@@ -1,0 +1,119 @@
+"""What the command lines share: flags, configs, and errors a person can read."""
+
+import logging
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import absl.logging
+from absl import app, flags
+from ml_collections import ConfigDict, config_flags
+from tqdm import tqdm
+
+from sppnet_jax.config import base_config, check_config
+from sppnet_jax.run_folder import load_config
+
+CONFIG = config_flags.DEFINE_config_file(
+    "config", None, "The settings of a run, a file such as configs/digits.py."
+)
+WORKDIR = flags.DEFINE_string("workdir", None, "The folder of the run.")
+_TRACEBACK = flags.DEFINE_bool("traceback", False, "Show where an error came from.")
+
+
+def run(main: Callable[[Sequence[str]], None]) -> None:
+    """Runs a command line; user errors print their message and exit with 1."""
+
+    def guarded(argv: Sequence[str]) -> None:
+        _show_own_log()
+        try:
+            main(argv[1:])
+        except (ValueError, OSError, RuntimeError) as error:
+            if _TRACEBACK.value:
+                traceback.print_exc()
+            sys.exit(f"error: {error}\n(--traceback shows where it came from)")
+
+    app.run(guarded, flags_parser=_parse_flags)
+
+
+def given_config() -> ConfigDict:
+    """The config of the command line, checked."""
+    config = CONFIG.value
+    if config is None:
+        raise ValueError("give a config: --config=configs/digits.py")
+    if not isinstance(config, ConfigDict):
+        raise ValueError(_why_unreadable(config))
+    check_config(config)
+    return config
+
+
+def given_or_saved_config() -> ConfigDict:
+    """The config of the command line, or else the one that the run was trained with."""
+    if CONFIG.value is not None:
+        return given_config()
+    config = base_config()
+    config.update(load_config(given_workdir()))
+    check_config(config)
+    return config
+
+
+def given_workdir() -> Path:
+    """The folder of the run."""
+    if not WORKDIR.value:
+        raise ValueError("give the folder of the run: --workdir=runs/NAME")
+    return Path(WORKDIR.value).expanduser()
+
+
+class _LogAboveProgressBar(logging.Handler):
+    """Prints log lines without tearing a progress bar apart."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        tqdm.write(self.format(record), file=sys.stderr)
+
+
+def _show_own_log() -> None:
+    """This project's log lines from INFO on; only warnings of the libraries'."""
+    absl.logging.set_verbosity(absl.logging.WARNING)
+    handler = _LogAboveProgressBar()
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+    own = logging.getLogger("sppnet_jax")
+    # `python -m sppnet_jax.train` runs under the name __main__.
+    for logger in (own, logging.getLogger("__main__")):
+        logger.handlers = [handler]
+        logger.setLevel(logging.INFO)
+        logger.propagate = False
+
+
+def _parse_flags(argv: list[str]) -> list[str]:
+    try:
+        return app.parse_flags_with_usage(argv)
+    except (AttributeError, KeyError):
+        unknown = _first_unknown_field(argv)
+        if unknown is None:
+            raise
+        sys.exit(f"error: {unknown}")
+
+
+def _first_unknown_field(argv: list[str]) -> str | None:
+    for argument in argv:
+        name = argument.split("=", 1)[0].lstrip("-")
+        if not name.startswith("config."):
+            continue
+        group: Any = base_config()
+        path = name.removeprefix("config.").split(".")
+        for depth, part in enumerate(path):
+            if not isinstance(group, ConfigDict) or part not in group:
+                where = ".".join(["config", *path[:depth]])
+                names = ", ".join(group) if isinstance(group, ConfigDict) else "none"
+                return f"unknown field {part!r}: {where} has the fields {names}"
+            group = group[part]
+    return None
+
+
+def _why_unreadable(config: Any) -> str:
+    try:
+        config.batch_size  # noqa: B018  the config flag raises its reason on use
+    except Exception as error:
+        return f"can't read the config file: {error}"
+    return "the config file's get_config() must return an ml_collections.ConfigDict"

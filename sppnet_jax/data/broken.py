@@ -1,0 +1,46 @@
+"""Keeps count of the images that could not be decoded, and names each once."""
+
+import logging
+
+import numpy as np
+
+from sppnet_jax.data.pipeline import describe_broken
+from sppnet_jax.data.sources import Source
+
+log = logging.getLogger(__name__)
+
+MAX_NAMED = 20
+
+
+class BrokenImages:
+    """Counts a source's broken records as batches show them."""
+
+    def __init__(self, source: Source) -> None:
+        self._source = source
+        self._seen: set[int] = set()
+
+    def __len__(self) -> int:
+        return len(self._seen)
+
+    def report(self, batch: dict[str, np.ndarray]) -> None:
+        """Logs the records that this batch had to skip and no batch before it."""
+        skipped = batch["index"][~batch["mask"]]
+        for index in sorted({int(i) for i in skipped if i >= 0} - self._seen):
+            self._seen.add(index)
+            if len(self._seen) <= MAX_NAMED:
+                log.warning(
+                    "skipping a broken image: %s", describe_broken(self._source, index)
+                )
+            elif len(self._seen) == MAX_NAMED + 1:
+                log.warning("more broken images are counted, not named")
+
+    def summarize(self) -> None:
+        """Logs how many records were broken, if any."""
+        if self._seen:
+            log.warning(
+                "skipped %d broken images of the %d in split %r of %s",
+                len(self._seen),
+                len(self._source.records),
+                self._source.split,
+                self._source.name,
+            )

@@ -1,0 +1,275 @@
+"""Decoding, resizing and cropping of images.
+
+Images are uint8 arrays [H, W, 3], RGB, values 0–255. Encoded images are bytes of any
+format that OpenCV reads: JPEG, PNG, BMP, WebP, GIF (first frame), TIFF.
+"""
+
+import re
+import struct
+
+import cv2
+import numpy as np
+
+CROPS = ("paper", "center", "random", "random_resized")
+POSITIONS = ("center", "top_left", "top_right", "bottom_left", "bottom_right")
+
+# Longest side that `resize_shorter_side` makes: a needle of an image would fill memory.
+_LONGEST_SIDE = 32_767
+_JPEG_MARKER = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")
+
+# The pipeline decodes in its own threads and processes; more would only compete.
+cv2.setNumThreads(0)
+# Broken files raise an error that names them; OpenCV's own lines name nothing.
+cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
+
+
+def decode_image(encoded: bytes) -> np.ndarray:
+    """Decodes an image of any colour type and bit depth to 8-bit RGB.
+
+    Applies the EXIF orientation, spreads grayscale over the three channels, converts
+    CMYK, palettes and 16-bit channels, and drops an alpha channel. Bytes after the end
+    of a JPEG or PNG are ignored.
+
+    Args:
+        encoded: the contents of an image file.
+
+    Returns:
+        uint8 [H, W, 3].
+
+    Raises:
+        ValueError: if the bytes are no image, or a truncated one.
+    """
+    if not encoded:
+        raise ValueError("the file is empty (0 bytes)")
+    missing = _missing_end(encoded)
+    if missing:
+        raise ValueError(f"truncated after {len(encoded):,} bytes: {missing}")
+    buffer = np.frombuffer(encoded, np.uint8)
+    try:
+        image = cv2.imdecode(buffer, cv2.IMREAD_COLOR_RGB)
+    except cv2.error as error:
+        raise ValueError(f"OpenCV can't decode it: {error}") from error
+    if image is None:
+        raise ValueError(
+            f"not an image that OpenCV can decode ({len(encoded):,} bytes, "
+            f"beginning with {encoded[:8]!r})"
+        )
+    return image
+
+
+def resize_shorter_side(image: np.ndarray, side: int) -> np.ndarray:
+    """Resizes an image so that its shorter side is exactly `side`, keeping its aspect.
+
+    The longer side is rounded to the nearest pixel, halves up. Shrinking averages
+    areas, enlarging is bilinear.
+
+    Args:
+        image: uint8 [H, W, 3].
+        side: pixels, at least 1.
+
+    Returns:
+        uint8 [H', W', 3] with min(H', W') = side.
+
+    Raises:
+        ValueError: if the longer side would exceed 32,767 pixels.
+    """
+    height, width = image.shape[:2]
+    shorter = min(height, width)
+    if shorter == side:
+        return image
+    # Whole numbers only: halves must not depend on floating-point rounding.
+    new_height, new_width = (
+        (2 * length * side + shorter) // (2 * shorter) for length in (height, width)
+    )
+    if max(new_height, new_width) > _LONGEST_SIDE:
+        raise ValueError(
+            f"an image of {height}×{width} pixels (height×width) is too narrow: with "
+            f"its shorter side at {side} it would be {new_height}×{new_width}"
+        )
+    return _resize(image, new_height, new_width)
+
+
+def resize_whole(image: np.ndarray, side: int, max_aspect: float) -> np.ndarray:
+    """Resizes an image so that its shorter side is `side`, its aspect bounded.
+
+    Args:
+        image: uint8 [H, W, 3].
+        side: pixels, at least 1.
+        max_aspect: longer over shorter side; a longer image is squeezed to it.
+
+    Returns:
+        uint8 [H', W', 3] with min(H', W') = side.
+    """
+    height, width = image.shape[:2]
+    if max(height, width) <= max_aspect * min(height, width):
+        return resize_shorter_side(image, side)
+    longer = round(side * max_aspect)
+    size = (longer, side) if height > width else (side, longer)
+    return _resize(image, *size)
+
+
+def crop(image: np.ndarray, size: int, position: str) -> np.ndarray:
+    """Cuts a square out of the centre or a corner of the entire image.
+
+    Args:
+        image: [H, W, ...].
+        size: the square's side, at most min(H, W).
+        position: one of `POSITIONS`; "center" rounds towards the top left.
+
+    Returns:
+        [size, size, ...], a view of the image.
+
+    Raises:
+        ValueError: for an unknown position, or an image smaller than the crop.
+    """
+    if position not in POSITIONS:
+        raise ValueError(f"unknown position {position!r}; there are {POSITIONS}")
+    rows, columns = _room(image, size)
+    if position == "center":
+        top, left = rows // 2, columns // 2
+    else:
+        top = rows if position.startswith("bottom") else 0
+        left = columns if position.endswith("right") else 0
+    return image[top : top + size, left : left + size]
+
+
+def random_crop(image: np.ndarray, size: int, rng: np.random.Generator) -> np.ndarray:
+    """Cuts a square out of a uniformly random place.
+
+    Args:
+        image: [H, W, ...].
+        size: the square's side, at most min(H, W).
+        rng: draws the place.
+
+    Returns:
+        [size, size, ...], a view of the image.
+
+    Raises:
+        ValueError: for an image smaller than the crop.
+    """
+    rows, columns = _room(image, size)
+    top, left = rng.integers(rows + 1), rng.integers(columns + 1)
+    return image[top : top + size, left : left + size]
+
+
+def random_resized_crop(
+    image: np.ndarray,
+    size: int,
+    rng: np.random.Generator,
+    area: tuple[float, float] = (0.35, 1.0),
+    aspect: tuple[float, float] = (3 / 4, 4 / 3),
+) -> np.ndarray:
+    """Cuts out a random rectangle and resizes it to a square.
+
+    Args:
+        image: uint8 [H, W, 3], of any size.
+        size: the square's side in pixels.
+        rng: draws area, aspect and place.
+        area: range of the rectangle's area, relative to the image's; uniform.
+        aspect: range of its width/height; log-uniform.
+
+    Returns:
+        uint8 [size, size, 3].
+    """
+    height, width = image.shape[:2]
+    for _ in range(10):
+        pixels = rng.uniform(*area) * height * width
+        ratio = np.exp(rng.uniform(np.log(aspect[0]), np.log(aspect[1])))
+        rows, columns = round(np.sqrt(pixels / ratio)), round(np.sqrt(pixels * ratio))
+        if 0 < rows <= height and 0 < columns <= width:
+            top = rng.integers(height - rows + 1)
+            left = rng.integers(width - columns + 1)
+            return _resize(image[top : top + rows, left : left + columns], size, size)
+    # A very long image has no such rectangle.
+    return _resize(crop(image, min(height, width), "center"), size, size)
+
+
+def _resize(image: np.ndarray, height: int, width: int) -> np.ndarray:
+    shrinks = height * width < image.shape[0] * image.shape[1]
+    interpolation = cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR
+    return cv2.resize(image, (width, height), interpolation=interpolation)
+
+
+def _room(image: np.ndarray, size: int) -> tuple[int, int]:
+    rows, columns = image.shape[0] - size, image.shape[1] - size
+    if min(rows, columns) < 0:
+        raise ValueError(
+            f"a crop of {size}×{size} does not fit into an image of shape "
+            f"{image.shape}; resize the shorter side to at least {size} first"
+        )
+    return rows, columns
+
+
+def _missing_end(encoded: bytes) -> str:
+    """Says what is missing at the end of a truncated file; "" for a whole one.
+
+    OpenCV fills what a truncated file lacks with gray, without an error.
+    """
+    if encoded.startswith(b"\xff\xd8"):
+        return "" if _jpeg_ends(encoded) else "no end-of-image marker"
+    if encoded.startswith(b"\x89PNG\r\n\x1a\n"):
+        return "" if _png_ends(encoded) else "no IEND chunk"
+    if encoded.startswith(b"RIFF") and encoded[8:12] == b"WEBP":
+        return _shorter_than(encoded, 8 + int.from_bytes(encoded[4:8], "little"))
+    if encoded.startswith((b"GIF87a", b"GIF89a")):
+        return "" if _gif_frame_ends(encoded) else "the first frame has no end"
+    if encoded.startswith(b"BM"):
+        return _shorter_than(encoded, _bmp_length(encoded))
+    return ""
+
+
+def _shorter_than(encoded: bytes, length: int) -> str:
+    return f"its header promises {length:,}" if len(encoded) < length else ""
+
+
+def _jpeg_ends(encoded: bytes) -> bool:
+    # Segment by segment, because an embedded thumbnail has an end marker of its own.
+    position = 2
+    while marker := _JPEG_MARKER.search(encoded, position):
+        kind, position = encoded[marker.start() + 1], marker.end()
+        if kind == 0xD9:
+            return True
+        if kind == 0x01 or kind == 0xD8:
+            continue
+        position += int.from_bytes(encoded[position : position + 2], "big")
+    return False
+
+
+def _png_ends(encoded: bytes) -> bool:
+    position = 8
+    while position + 12 <= len(encoded):
+        length, kind = struct.unpack(">I4s", encoded[position : position + 8])
+        position += 12 + length
+        if kind == b"IEND":
+            return position <= len(encoded)
+    return False
+
+
+def _gif_frame_ends(encoded: bytes) -> bool:
+    def skip_palette(flags: int, position: int) -> int:
+        return position + (3 * 2 ** ((flags & 7) + 1) if flags & 0x80 else 0)
+
+    def skip_blocks(position: int) -> int:
+        while encoded[position]:
+            position += encoded[position] + 1
+        return position + 1
+
+    try:
+        position = skip_palette(encoded[10], 13)
+        while encoded[position] == 0x21:  # extensions come before the frame
+            position = skip_blocks(position + 2)
+        position = skip_palette(encoded[position + 9], position + 10)
+        return skip_blocks(position + 1) <= len(encoded)
+    except IndexError:
+        return False
+
+
+def _bmp_length(encoded: bytes) -> int:
+    """Returns the length an uncompressed bitmap must have; 0 where it isn't known."""
+    if len(encoded) < 34:
+        return 34
+    (start,) = struct.unpack_from("<I", encoded, 10)
+    width, height, _, bits, compression = struct.unpack_from("<iiHHI", encoded, 18)
+    if compression not in (0, 3):
+        return 0
+    return start + (abs(width) * bits + 31) // 32 * 4 * abs(height)

@@ -1,0 +1,353 @@
+"""From a source to batches of uint8 images, with Grain.
+
+A batch is a dict: `image` uint8 [b, s, s, 3] RGB, `label` int32 [b], `mask` bool [b],
+`index` int32 [b]. Shapes never change: what can't be decoded, and what pads the last
+batch of a test, is a row of zeros with mask False. `index` is the record's number in
+the source, -1 for padding, so a broken record can be named (`describe_broken`).
+
+`batch_size` is always that of all processes together. Each of them yields its share,
+and together they yield the same batches whatever their number.
+
+An iterator of batches is a context manager: `with train_batches(...) as batches:` ends
+its worker processes. Its `get_state()` is the number of the next batch.
+"""
+
+import atexit
+import functools
+import math
+import weakref
+from typing import Any
+
+import grain
+import numpy as np
+from absl import flags
+
+from sppnet_jax.data import images
+from sppnet_jax.data.sources import Source, check_label
+
+Example = dict[str, Any]
+
+
+def train_batches(
+    source: Source,
+    *,
+    batch_size: int,
+    image_size: int,
+    resize_side: int,
+    crop: str = "paper",
+    min_area: float = 0.35,
+    flip: bool = True,
+    seed: int = 0,
+    epochs: int | None = None,
+    workers: int = 0,
+    threads: int = 4,
+    strict: bool = False,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> "_Batches":
+    """Yields shuffled, augmented batches; an epoch's last, incomplete one is dropped.
+
+    Order and augmentation follow from `seed` and the epoch alone. `set_state()` goes on
+    exactly where `get_state()` was, with any number of workers and threads.
+
+    Args:
+        source: what to read.
+        batch_size: of all processes together.
+        image_size: side of the square images of a batch, in pixels.
+        resize_side: an image's shorter side before it is cropped; at least image_size.
+        crop: "paper" (the centre or a corner of the entire image, section 3), "center",
+            "random", or "random_resized" (of random size and aspect, from the image as
+            it is: `resize_side` has no effect).
+        min_area: the smallest area of a "random_resized" crop, relative to the image.
+        flip: mirror half of the images.
+        seed: 0 ≤ seed < 2³².
+        epochs: how many, or None to go on forever.
+        workers: processes that load; 0 loads in threads of this one.
+        threads: threads that load, in each process; each loads a batch at a time.
+        strict: raise an error for an image that can't be decoded.
+        process_index: which of the processes that train together this is.
+        process_count: how many processes train together.
+
+    Raises:
+        ValueError: for arguments that don't fit together; while iterating, for a label
+            out of range, and if strict for a broken image.
+    """
+    _check_sizes(batch_size, image_size, resize_side, process_index, process_count)
+    if crop not in images.CROPS:
+        raise ValueError(f"unknown crop {crop!r}; there are {images.CROPS}")
+    if not 0 < min_area <= 1:
+        raise ValueError(f"min_area must be above 0 and at most 1, not {min_area}")
+    augment = functools.partial(
+        _augment,
+        image_size=image_size,
+        resize_side=resize_side,
+        crop=crop,
+        min_area=min_area,
+        flip=flip,
+    )
+    load = functools.partial(
+        _load_augmented, source=source, augment=augment, size=image_size, strict=strict
+    )
+    whole = steps_per_epoch(source, batch_size) * batch_size
+    # All that knows of the epoch comes before repeat(), which reseeds it.
+    dataset = (
+        grain.MapDataset.range(len(source.records))
+        .seed(seed)
+        .shuffle()
+        .random_map(load)[:whole][process_index::process_count]
+        .repeat(epochs)
+        .batch(batch_size // process_count)
+    )
+    return _Batches(dataset, workers, threads)
+
+
+def steps_per_epoch(source: Source, batch_size: int) -> int:
+    """Returns how many whole batches `train_batches` draws from a source each epoch.
+
+    Raises:
+        ValueError: if the source is smaller than one batch.
+    """
+    steps = len(source.records) // batch_size
+    if not steps:
+        raise ValueError(
+            f"split {source.split!r} of {source.name!r} has {len(source.records)} "
+            f"records, less than one batch of {batch_size}; lower batch_size"
+        )
+    return steps
+
+
+def eval_batches(
+    source: Source,
+    *,
+    batch_size: int,
+    image_size: int,
+    resize_side: int,
+    workers: int = 0,
+    threads: int = 4,
+    strict: bool = False,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> "_Batches":
+    """Yields the centre crop of every record once, in order.
+
+    Over all processes together each record comes exactly once. Every process yields the
+    same number of batches; the last ones are padded.
+
+    Args:
+        source: what to read.
+        batch_size: of all processes together.
+        image_size: side of the square images of a batch, in pixels.
+        resize_side: an image's shorter side before it is cropped; at least image_size.
+        workers: processes that load; 0 loads in threads of this one.
+        threads: threads that load, in each process; each loads a batch at a time.
+        strict: raise an error for an image that can't be decoded.
+        process_index: which of the processes that test together this is.
+        process_count: how many processes test together.
+
+    Raises:
+        ValueError: for arguments that don't fit together; while iterating, for a label
+            out of range, and if strict for a broken image.
+    """
+    _check_sizes(batch_size, image_size, resize_side, process_index, process_count)
+    load = functools.partial(
+        _load_centre,
+        source=source,
+        size=image_size,
+        resize_side=resize_side,
+        strict=strict,
+    )
+    padded = math.ceil(len(source.records) / batch_size) * batch_size
+    dataset = (
+        grain.MapDataset.range(padded)
+        .map(load)[process_index::process_count]
+        .batch(batch_size // process_count)
+    )
+    return _Batches(dataset, workers, threads)
+
+
+def describe_broken(source: Source, index: int) -> str:
+    """Returns the name of a record and why it can't be decoded, by trying again."""
+    record = source.records[index]
+    try:
+        images.decode_image(record["image"])
+    except ValueError as error:
+        return f"{record['name']}: {error}"
+    return f"{record['name']}: can be decoded, but not resized and cropped"
+
+
+def _augment(
+    image: np.ndarray,
+    rng: np.random.Generator,
+    *,
+    image_size: int,
+    resize_side: int,
+    crop: str,
+    min_area: float,
+    flip: bool,
+) -> np.ndarray:
+    if crop == "random_resized":
+        image = images.random_resized_crop(image, image_size, rng, (min_area, 1.0))
+    else:
+        image = images.resize_shorter_side(image, resize_side)
+        if crop == "random":
+            image = images.random_crop(image, image_size, rng)
+        else:
+            positions = images.POSITIONS if crop == "paper" else ("center",)
+            position = positions[rng.integers(len(positions))]
+            image = images.crop(image, image_size, position)
+    if flip and rng.random() < 0.5:
+        image = image[:, ::-1]
+    return image
+
+
+def _load_augmented(
+    index: int,
+    rng: np.random.Generator,
+    *,
+    source: Source,
+    augment: Any,
+    size: int,
+    strict: bool,
+) -> Example:
+    return _load(index, source, functools.partial(augment, rng=rng), size, strict)
+
+
+def _load_centre(
+    index: int, *, source: Source, size: int, resize_side: int, strict: bool
+) -> Example:
+    if index >= len(source.records):
+        return _example(np.zeros((size, size, 3), np.uint8), 0, False, -1)
+
+    def cut(image: np.ndarray) -> np.ndarray:
+        image = images.resize_shorter_side(image, resize_side)
+        return images.crop(image, size, "center")
+
+    return _load(index, source, cut, size, strict)
+
+
+def _load(index: int, source: Source, cut: Any, size: int, strict: bool) -> Example:
+    record = source.records[index]
+    check_label(source, record)
+    try:
+        image = cut(images.decode_image(record["image"]))
+    except ValueError as error:
+        if strict:
+            raise ValueError(
+                f"broken image {record['name']!r}, record {index} of split "
+                f"{source.split!r} of {source.name!r}: {error}"
+            ) from error
+        image = np.zeros((size, size, 3), np.uint8)
+        return _example(image, record["label"], False, index)
+    return _example(image, record["label"], True, index)
+
+
+def _example(image: np.ndarray, label: int, valid: bool, index: int) -> Example:
+    return {
+        "image": np.ascontiguousarray(image),
+        "label": np.int32(label),
+        "mask": np.bool_(valid),
+        "index": np.int32(index),
+    }
+
+
+def _check_sizes(
+    batch_size: int,
+    image_size: int,
+    resize_side: int,
+    process_index: int,
+    process_count: int,
+) -> None:
+    if batch_size < 1 or batch_size % process_count:
+        raise ValueError(
+            f"batch_size {batch_size} can't be shared evenly by {process_count} "
+            "processes"
+        )
+    if not 0 <= process_index < process_count:
+        raise ValueError(f"no process {process_index} among {process_count}")
+    if image_size < 1 or resize_side < image_size:
+        raise ValueError(
+            f"resize_side {resize_side} is smaller than image_size {image_size}: the "
+            "crop would not fit into the resized image"
+        )
+
+
+class _Batches(grain.DatasetIterator):
+    """Iterates over a data set of batches; its state is the number of the next one.
+
+    That holds for any number of workers, where Grain's own state would tie a
+    checkpoint to the number it was saved with.
+    """
+
+    def __init__(self, dataset: grain.MapDataset, workers: int, threads: int) -> None:
+        super().__init__()
+        self._dataset = dataset
+        self._workers = workers
+        self._threads = threads
+        self._next_index = 0
+        self._running: grain.DatasetIterator | None = None
+        if workers:
+            # Workers that outlive the interpreter print pages of errors.
+            atexit.register(_close, weakref.ref(self))
+
+    def __next__(self) -> Example:
+        self._assert_not_closed()
+        batch = next(self._start())
+        self._next_index += 1
+        return batch
+
+    def __enter__(self) -> "_Batches":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def get_state(self) -> dict[str, Any]:
+        return {"next_index": self._next_index}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        self._stop()
+        self._next_index = int(state["next_index"])
+
+    def start_prefetch(self) -> None:
+        self._start().start_prefetch()
+
+    def close(self) -> None:
+        self._stop()
+        super().close()
+
+    def _start(self) -> grain.DatasetIterator:
+        if self._running is None:
+            self._running = iter(self._read_ahead(self._dataset[self._next_index :]))
+        return self._running
+
+    def _stop(self) -> None:
+        if self._running is not None:
+            self._running.close()
+            self._running = None
+
+    def _read_ahead(self, dataset: grain.MapDataset) -> grain.IterDataset:
+        # The buffer counts whole batches, so it must be small.
+        options = grain.ReadOptions(
+            num_threads=self._threads, prefetch_buffer_size=2 * self._threads
+        )
+        batches = dataset.to_iter_dataset(options)
+        if not self._workers:
+            return batches
+        _mark_flags_as_parsed()
+        return batches.mp_prefetch(
+            grain.MultiprocessingOptions(
+                num_workers=self._workers, per_worker_buffer_size=2
+            )
+        )
+
+
+def _mark_flags_as_parsed() -> None:
+    """Lets Grain's workers read absl flags outside `absl.app.run`: notebooks, tests."""
+    if not flags.FLAGS.is_parsed():
+        flags.FLAGS.mark_as_parsed()
+
+
+def _close(reference: weakref.ref) -> None:
+    iterator = reference()
+    if iterator is not None:
+        iterator.close()

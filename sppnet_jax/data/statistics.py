@@ -1,0 +1,73 @@
+"""The mean image and the colour covariance of a training set."""
+
+from typing import NamedTuple
+
+import numpy as np
+from tqdm import tqdm
+
+from sppnet_jax.data.pipeline import eval_batches
+from sppnet_jax.data.sources import Source
+
+
+class Statistics(NamedTuple):
+    """Of pixels in 0 to 255: `mean_image` [s, s, 3], RGB `covariance` [3, 3]."""
+
+    mean_image: np.ndarray
+    covariance: np.ndarray
+
+
+def image_statistics(
+    source: Source,
+    *,
+    image_size: int,
+    resize_side: int,
+    max_images: int = 10_000,
+    threads: int = 4,
+) -> Statistics:
+    """Statistics of the centre crops of at most `max_images` evenly spaced records.
+
+    Broken images do not count. Raises: ValueError if no image can be decoded.
+    """
+    total = len(source.records)
+    indices = np.unique(np.linspace(0, total - 1, min(total, max_images)).astype(int))
+    sample = source._replace(records=_Subset(source.records, indices))
+    pixels, count = np.zeros((image_size, image_size, 3)), 0
+    products = np.zeros((3, 3))
+    batches = eval_batches(
+        sample,
+        batch_size=32,
+        image_size=image_size,
+        resize_side=resize_side,
+        threads=threads,
+    )
+    with batches, tqdm(total=len(indices), desc="image statistics", unit="img") as bar:
+        for batch in batches:
+            images = batch["image"][batch["mask"]].astype(np.float32)
+            pixels += images.sum(axis=0, dtype=np.float64)
+            flat = images.reshape(-1, 3)
+            products += flat.T @ flat
+            count += len(images)
+            bar.update(int((batch["index"] >= 0).sum()))
+    if not count:
+        raise ValueError(
+            f"none of the {len(indices)} images read from {source.name!r}, split "
+            f"{source.split!r}, can be decoded"
+        )
+    mean_image = pixels / count
+    mean = mean_image.mean(axis=(0, 1))
+    covariance = products / (count * image_size**2) - np.outer(mean, mean)
+    return Statistics(mean_image.astype(np.float32), covariance.astype(np.float32))
+
+
+class _Subset:
+    """Some of the records of a source, by their numbers."""
+
+    def __init__(self, records, indices: np.ndarray) -> None:
+        self._records = records
+        self._indices = indices
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    def __getitem__(self, index: int):
+        return self._records[int(self._indices[index])]

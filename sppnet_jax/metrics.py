@@ -1,0 +1,51 @@
+"""What a run writes about itself: metrics.jsonl and TensorBoard events."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from tensorboardX import SummaryWriter
+
+FILE = "metrics.jsonl"
+
+
+class MetricsLog:
+    """Appends rows to `workdir/metrics.jsonl` and to TensorBoard; a context manager.
+
+    `resumed_step`: rows after this step are from a run that was cut off and are
+    removed, since the resumed run writes them again.
+    """
+
+    def __init__(self, workdir: Path, *, resumed_step: int) -> None:
+        path = workdir / FILE
+        kept = [row for row in read_metrics(workdir) if row["step"] <= resumed_step]
+        path.write_text("".join(json.dumps(row) + "\n" for row in kept))
+        self._file = path.open("a")
+        self._events = SummaryWriter(str(workdir), purge_step=resumed_step + 1)
+
+    def __enter__(self) -> "MetricsLog":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+        self._events.close()
+
+    def write(self, split: str, step: int, values: dict[str, float]) -> None:
+        """Adds one row: the split it speaks of, the steps done, and its numbers."""
+        row: dict[str, Any] = {"split": split, "step": step, **values}
+        self._file.write(json.dumps(row) + "\n")
+        self._file.flush()
+        for name, value in values.items():
+            self._events.add_scalar(f"{split}/{name}", value, step)
+
+
+def read_metrics(workdir: Path) -> list[dict[str, Any]]:
+    """The rows of a run's metrics.jsonl, without a last line that was cut off."""
+    path = workdir / FILE
+    rows = []
+    for line in path.read_text().splitlines() if path.exists() else ():
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return rows

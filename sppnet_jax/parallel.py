@@ -1,0 +1,81 @@
+"""Data parallelism over every device of every process; the only module that uses pmap.
+
+A replicated value has one copy on each local device, along a leading axis. The state
+stays replicated from step to step, so that it can be donated: the fc layers make it
+large, and one copy of it is enough.
+"""
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import jax
+import numpy as np
+
+Tree = TypeVar("Tree")
+AXIS = "devices"
+
+
+def data_parallel(
+    step: Callable[..., Any], *, donate_state: bool
+) -> Callable[..., Any]:
+    """Runs `step(state, batch, *scalars)` on every device, each with its shard.
+
+    `state` is replicated, `batch` sharded (see `shard`), scalars are the same
+    everywhere. Inside, `sum_over_devices` adds up.
+    """
+
+    def call(state, batch, *scalars):
+        axes = (0, 0, *(None,) * len(scalars))
+        if len(scalars) not in programs:
+            programs[len(scalars)] = jax.pmap(
+                step,
+                axis_name=AXIS,
+                in_axes=axes,
+                donate_argnums=(0,) if donate_state else (),
+            )
+        return programs[len(scalars)](state, batch, *scalars)
+
+    programs: dict[int, Callable[..., Any]] = {}
+    return call
+
+
+def sum_over_devices(tree: Tree) -> Tree:
+    """The sum over the devices of all processes, inside a data-parallel step."""
+    return jax.lax.psum(tree, AXIS)
+
+
+def device_index() -> jax.Array:
+    """The number of the device among those of all processes, inside a step."""
+    return jax.lax.axis_index(AXIS)
+
+
+def replicate(tree: Tree) -> Tree:
+    """A copy of every array on each local device."""
+    copy = jax.pmap(lambda _, x: x, in_axes=(0, None), axis_name=AXIS)
+    return copy(np.arange(jax.local_device_count()), tree)
+
+
+def unreplicate(tree: Tree) -> Tree:
+    """The first local copy of every array, as NumPy arrays of their own.
+
+    Copied, not viewed: a view would change when the device's memory is donated.
+    """
+    return jax.tree.map(
+        lambda x: np.array(x.addressable_shards[0].data[0], copy=True), tree
+    )
+
+
+def shard(batch: Tree) -> Tree:
+    """Splits the rows of a host batch over the local devices."""
+    devices = jax.local_device_count()
+    return jax.tree.map(lambda x: x.reshape(devices, -1, *x.shape[1:]), batch)
+
+
+def check_batch_size(batch_size: int) -> None:
+    """Raises ValueError unless the global batch splits evenly over all devices."""
+    devices = jax.device_count()
+    if batch_size < 1 or batch_size % devices:
+        raise ValueError(
+            f"batch_size must be a multiple of the number of devices, {devices}; got "
+            f"{batch_size}"
+        )
