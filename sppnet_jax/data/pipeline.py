@@ -25,6 +25,9 @@ from absl import flags
 from sppnet_jax.data import images
 from sppnet_jax.data.sources import Source, check_label
 
+# Epochs. The length of Grain's own endless repeat overflows in batches of one.
+_FOREVER = 2**31
+
 Example = dict[str, Any]
 
 
@@ -95,7 +98,7 @@ def train_batches(
         .seed(seed)
         .shuffle()
         .random_map(load)[:whole][process_index::process_count]
-        .repeat(epochs)
+        .repeat(_FOREVER if epochs is None else epochs)
         .batch(batch_size // process_count)
     )
     return _Batches(dataset, workers, threads)

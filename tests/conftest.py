@@ -1,0 +1,62 @@
+"""Four host devices, shapes checked at run time, data prepared once a session."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=4"
+os.environ["JAX_PLATFORMS"] = "cpu"
+
+import pytest
+from jaxtyping import install_import_hook
+
+# The shapes in the annotations are claims too: check them wherever a test goes.
+install_import_hook(
+    ["sppnet_jax.spp", "sppnet_jax.model", "sppnet_jax.classification.preprocess"],
+    "beartype.beartype",
+)
+
+REPOSITORY = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="session")
+def shared_folder(tmp_path_factory) -> Path:
+    """One folder for all worker processes of a test session."""
+    folder = tmp_path_factory.getbasetemp()
+    return folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
+
+
+@pytest.fixture(scope="session", autouse=True)
+def digit_scenes_dir(shared_folder) -> str:
+    """Where TFDS keeps what the tests prepare; also the default of every test."""
+    folder = str(shared_folder / "tensorflow_datasets")
+    os.environ["TFDS_DATA_DIR"] = folder
+    # Command lines in their own processes compile the same programs again and again.
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = str(shared_folder / "jax_cache")
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.5"
+    return folder
+
+
+@pytest.fixture(scope="session")
+def command_line():
+    """Runs `python -m sppnet_jax.COMMAND …` as a user would; returns the result."""
+
+    def run(command, *arguments, devices=2, check=True, timeout=300, **environment):
+        flags = f"--xla_force_host_platform_device_count={devices}"
+        result = subprocess.run(
+            [sys.executable, "-m", f"sppnet_jax.{command}", *map(str, arguments)],
+            cwd=REPOSITORY,
+            env={**os.environ, "XLA_FLAGS": flags, **environment},
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+        )
+        if check and result.returncode:
+            raise AssertionError(
+                f"{command} ended with {result.returncode}\n{result.stdout}\n"
+                f"{result.stderr}"
+            )
+        return result
+
+    return run

@@ -1,0 +1,205 @@
+"""Whatever an image file holds, the pipeline gets 8-bit RGB or a clear error."""
+
+import io
+
+import cv2
+import numpy as np
+import pytest
+from data_helpers import encode, picture
+from PIL import Image, ImageOps
+
+from sppnet_jax.data import images
+
+FORMATS = ("JPEG", "PNG", "BMP", "GIF", "WEBP", "TIFF")
+IMAGE = picture(60, 80)
+
+
+def saved(image: Image.Image, file_format: str, **options: object) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, file_format, **options)
+    return buffer.getvalue()
+
+
+def as_pillow_sees(encoded: bytes) -> np.ndarray:
+    image = ImageOps.exif_transpose(Image.open(io.BytesIO(encoded)))
+    return np.asarray(image.convert("RGB")).astype(int)
+
+
+def mean_difference(encoded: bytes) -> float:
+    decoded, expected = images.decode_image(encoded), as_pillow_sees(encoded)
+    assert decoded.dtype == np.uint8
+    assert decoded.shape == expected.shape
+    return float(np.abs(decoded - expected).mean())
+
+
+@pytest.mark.parametrize(
+    ("file_format", "mode"),
+    [("JPEG", "RGB"), ("JPEG", "L")]
+    + [(name, mode) for name in FORMATS[1:] for mode in ("RGB", "L", "P", "1", "RGBA")],
+)
+def test_every_format_and_mode_becomes_rgb(file_format: str, mode: str) -> None:
+    encoded = saved(Image.fromarray(IMAGE).convert(mode), file_format)
+    assert mean_difference(encoded) < 1
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("file_format", ["JPEG", "PNG", "WEBP", "TIFF"])
+def test_exif_orientation_is_applied(file_format: str, orientation: int) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    encoded = saved(Image.fromarray(IMAGE), file_format, exif=exif)
+    assert mean_difference(encoded) < 1
+
+
+def test_cmyk_jpeg_becomes_rgb() -> None:
+    encoded = saved(Image.fromarray(IMAGE).convert("CMYK"), "JPEG", quality=95)
+    assert mean_difference(encoded) < 3
+
+
+@pytest.mark.parametrize("suffix", [".png", ".tif"])
+def test_sixteen_bits_become_eight(suffix: str) -> None:
+    wide = IMAGE.astype(np.uint16) * 257
+    np.testing.assert_array_equal(images.decode_image(encode(wide, suffix)), IMAGE)
+    gray = encode(wide[..., :1], suffix)
+    expected = np.repeat(IMAGE[..., :1], 3, axis=2)
+    np.testing.assert_array_equal(images.decode_image(gray), expected)
+
+
+def complete_files() -> dict[str, bytes]:
+    image = Image.fromarray(IMAGE)
+    files = {name: saved(image, name) for name in FORMATS}
+    files["progressive JPEG"] = saved(image, "JPEG", progressive=True)
+    files["JPEG with restarts"] = cv2.imencode(
+        ".jpg", IMAGE, [cv2.IMWRITE_JPEG_RST_INTERVAL, 2]
+    )[1].tobytes()
+    files["animated GIF"] = saved(
+        image, "GIF", save_all=True, append_images=[image.rotate(90)]
+    )
+    # The thumbnail ends in a marker that a truncated file still has.
+    thumbnail = saved(image.resize((16, 12)), "JPEG")
+    segment = b"Exif\0\0" + thumbnail
+    header = b"\xff\xe1" + (len(segment) + 2).to_bytes(2, "big") + segment
+    files["JPEG with a thumbnail"] = files["JPEG"][:2] + header + files["JPEG"][2:]
+    return files
+
+
+@pytest.mark.parametrize("name", complete_files())
+def test_a_truncated_file_is_an_error_wherever_it_ends(name: str) -> None:
+    encoded = complete_files()[name]
+    images.decode_image(encoded)
+    # An animation is whole as soon as its first frame is.
+    end = len(encoded) // 2 if name == "animated GIF" else len(encoded) - 1
+    for length in {1, 2, 11, 30, 100, *np.linspace(1, end - 1, 25, dtype=int), end}:
+        with pytest.raises(ValueError, match=r"truncated|not an image"):
+            images.decode_image(encoded[:length])
+
+
+@pytest.mark.parametrize("name", complete_files())
+def test_bytes_after_the_end_are_ignored(name: str) -> None:
+    encoded = complete_files()[name]
+    np.testing.assert_array_equal(
+        images.decode_image(encoded + b"\0trailing" * 9), images.decode_image(encoded)
+    )
+
+
+@pytest.mark.parametrize(
+    "encoded",
+    [b"", b"x", b"<html>not found</html>", b"\xff\xd8\xff\xd9", b"BM", b"GIF89a"],
+)
+def test_what_is_no_image_is_a_value_error(encoded: bytes) -> None:
+    with pytest.raises(ValueError, match=r"empty|not an image|truncated"):
+        images.decode_image(encoded)
+
+
+def test_a_damaged_png_is_an_error() -> None:
+    encoded = bytearray(encode(IMAGE))
+    middle = len(encoded) // 2
+    encoded[middle : middle + 40] = bytes(40)
+    with pytest.raises(ValueError, match="not an image"):
+        images.decode_image(bytes(encoded))
+
+
+@pytest.mark.parametrize(
+    ("shape", "side", "expected"),
+    [
+        ((60, 80), 30, (30, 40)),
+        ((80, 60), 30, (40, 30)),
+        ((60, 80), 120, (120, 160)),
+        ((60, 80), 60, (60, 80)),
+        ((2, 5), 1, (1, 3)),  # 2.5 rounds up
+        ((4, 6), 1, (1, 2)),  # 1.5 rounds up
+        ((1, 1), 7, (7, 7)),
+        ((427, 640), 256, (256, 384)),
+    ],
+)
+def test_the_shorter_side_is_exact_and_the_aspect_kept(
+    shape: tuple[int, int], side: int, expected: tuple[int, int]
+) -> None:
+    resized = images.resize_shorter_side(picture(*shape), side)
+    assert resized.shape == (*expected, 3)
+    assert resized.dtype == np.uint8
+
+
+def test_shrinking_averages_areas() -> None:
+    blocks = np.arange(12, dtype=np.uint8).reshape(2, 2, 3) * 20
+    fine = blocks.repeat(8, axis=0).repeat(8, axis=1)
+    np.testing.assert_array_equal(images.resize_shorter_side(fine, 2), blocks)
+
+
+def test_a_needle_of_an_image_does_not_fill_the_memory() -> None:
+    with pytest.raises(ValueError, match=r"1×1000 .* too narrow"):
+        images.resize_shorter_side(np.zeros((1, 1000, 3), np.uint8), 224)
+
+
+def test_crops_lie_at_the_centre_and_the_corners_of_the_entire_image() -> None:
+    image = np.stack(np.mgrid[:10, :15], axis=-1)
+    corners = {
+        position: tuple(images.crop(image, 4, position)[0, 0])
+        for position in images.POSITIONS
+    }
+    assert corners == {
+        "center": (3, 5),
+        "top_left": (0, 0),
+        "top_right": (0, 11),
+        "bottom_left": (6, 0),
+        "bottom_right": (6, 11),
+    }
+    assert images.crop(image, 10, "bottom_left").shape == (10, 10, 2)
+
+
+def test_crops_that_do_not_fit_or_exist_are_errors() -> None:
+    with pytest.raises(ValueError, match=r"11×11 does not fit .*\(10, 15, 3\)"):
+        images.crop(np.zeros((10, 15, 3)), 11, "center")
+    with pytest.raises(ValueError, match=r"unknown position 'middle'"):
+        images.crop(np.zeros((10, 15, 3)), 4, "middle")
+
+
+def test_random_crops_reach_every_place() -> None:
+    image = np.stack(np.mgrid[:5, :6], axis=-1)
+    rng = np.random.default_rng(0)
+    places = {tuple(images.random_crop(image, 4, rng)[0, 0]) for _ in range(200)}
+    assert places == {(row, column) for row in range(2) for column in range(3)}
+
+
+@pytest.mark.parametrize("shape", [(60, 80), (1, 300), (300, 2), (8, 8)])
+def test_random_resized_crops_have_one_size_for_every_shape(
+    shape: tuple[int, int],
+) -> None:
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        cut = images.random_resized_crop(picture(*shape), 16, rng)
+        assert cut.shape == (16, 16, 3)
+        assert cut.dtype == np.uint8
+
+
+def test_random_resized_crops_keep_to_their_least_area() -> None:
+    ramp = np.zeros((100, 100, 3), np.uint8)
+    ramp[..., 0], ramp[..., 1] = np.mgrid[:100, :100]
+    rng = np.random.default_rng(0)
+    areas = []
+    for _ in range(100):
+        cut = images.random_resized_crop(ramp, 50, rng, area=(0.5, 1.0))
+        spans = [np.ptp(cut[..., channel].astype(int)) + 2 for channel in (0, 1)]
+        areas.append(spans[0] * spans[1] / 100**2)
+    assert min(areas) > 0.45
+    assert max(areas) > 0.8

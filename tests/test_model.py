@@ -1,0 +1,181 @@
+"""The network: its parameters, its twin without SPP, and images in larger buckets."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import sppnet_jax as sn
+from sppnet_jax.backbones import BACKBONES
+from sppnet_jax.model import local_response_norm
+
+# Counted by hand from Table 1: kernel² · in · out + out, fc6 from 36 or Σn² bins.
+PARAMETERS = {
+    ("zf5", None): 62_357_608,
+    ("zf5", (6, 3, 2, 1)): 77_037_672,
+    ("zf5", (4, 3, 2, 1)): 56_066_152,
+    ("convnet5", None): 62_378_344,
+    ("convnet5", (6, 3, 2, 1)): 77_058_408,
+    ("convnet5", (4, 3, 2, 1)): 56_086_888,
+    ("overfeat5", None): 102_908_520,
+    ("overfeat5", (6, 3, 2, 1)): 132_268_648,
+    ("overfeat5", (4, 3, 2, 1)): 90_325_608,
+    ("overfeat7", None): 107_628_136,
+    ("overfeat7", (6, 3, 2, 1)): 136_988_264,
+    ("overfeat7", (4, 3, 2, 1)): 95_045_224,
+}
+CONVOLUTIONS = {  # (kernel, in, out)
+    "zf5": [(7, 3, 96), (5, 96, 256), (3, 256, 384), (3, 384, 384), (3, 384, 256)],
+    "convnet5": [
+        (11, 3, 96),
+        (5, 96, 256),
+        (3, 256, 384),
+        (3, 384, 384),
+        (3, 384, 256),
+    ],
+    "overfeat5": [(7, 3, 96), (5, 96, 256), (3, 256, 512), *[(3, 512, 512)] * 2],
+    "overfeat7": [(7, 3, 96), (5, 96, 256), (3, 256, 512), *[(3, 512, 512)] * 4],
+}
+
+
+def init(model, side=None, seed=0):
+    side = side or model.image_size
+    return jax.jit(model.init)(jax.random.key(seed), jnp.zeros((1, side, side, 3)))
+
+
+def random_images(*shape, seed=0):
+    images = np.random.default_rng(seed).normal(size=(*shape, 3))
+    return jnp.asarray(images, jnp.float32)
+
+
+@pytest.mark.parametrize(("name", "levels"), PARAMETERS)
+def test_parameter_counts_are_those_of_table_1(name, levels):
+    shapes = jax.eval_shape(lambda: init(sn.create_model(name, levels)))
+    count = sum(leaf.size for leaf in jax.tree.leaves(shapes))
+    convs = sum(k * k * i * o + o for k, i, o in CONVOLUTIONS[name])
+    bins = 36 if levels is None else sum(n * n for n in levels)
+    fc6 = bins * CONVOLUTIONS[name][-1][2] * 4096 + 4096
+    by_hand = convs + fc6 + 4096 * 4096 + 4096 + 4096 * 1000 + 1000
+    assert count == by_hand == PARAMETERS[name, levels]
+
+
+@pytest.fixture(scope="module")
+def narrow():
+    """A narrow ZF-5, its parameters (biases not zero), its compiled forward pass."""
+    model = sn.create_model("zf5", (3, 2, 1), 5, width=0.1, weight_init="he")
+    noise = iter(jax.random.split(jax.random.key(7), 99))
+    variables = jax.tree.map(
+        lambda x: x + 0.1 * jax.random.normal(next(noise), x.shape), init(model, 64)
+    )
+    return model, variables, jax.jit(model.apply)
+
+
+def test_one_set_of_weights_takes_images_of_any_size(narrow):
+    _, variables, apply = narrow
+    for size in [(64, 64), (64, 100), (31, 47)]:
+        logits, _ = apply(variables, random_images(2, *size))
+        assert logits.shape == (2, 5)
+        assert jnp.isfinite(logits).all()
+
+
+def test_named_intermediates_of_every_layer(narrow):
+    model, variables, apply = narrow
+    logits, layers = apply(variables, random_images(2, 64, 100))
+    convs = {"conv1", "conv2", "conv3", "conv4", "conv5"}
+    assert set(layers) == convs | {"pyramid", "fc6", "fc7"}
+    pooled = sn.spatial_pyramid_pool(layers["conv5"], (3, 2, 1)).reshape(2, -1)
+    np.testing.assert_array_equal(layers["pyramid"], pooled)
+    again, _ = model.apply(variables, layers["pyramid"], method="classify")
+    np.testing.assert_allclose(again, logits, rtol=1e-6)
+    assert all((layer >= 0).all() for layer in layers.values())
+
+
+@pytest.mark.parametrize("size", [(64, 100), (31, 47), (77, 64), (50, 99)])
+def test_an_image_in_a_larger_bucket_scores_as_at_its_own_size(narrow, size):
+    _, variables, apply = narrow
+    images = random_images(2, *size)
+    alone, _ = apply(variables, images)
+    beyond = jnp.full((2, 100, 100, 3), 9.0)
+    padded = beyond.at[:, : size[0], : size[1]].set(images)
+    scores, layers = apply(variables, padded, jnp.array([size, size]))
+    np.testing.assert_allclose(scores, alone, rtol=1e-5, atol=1e-6)
+    rows = sn.backbone_geometry("zf5").map_size(size[0])
+    assert (layers["conv5"][:, rows:] == 0).all()
+
+
+def test_the_twin_without_spp_pools_to_6_by_6_at_224_pixels():
+    for name in BACKBONES:
+        model = sn.create_model(name, None)
+        kernel = jax.eval_shape(lambda m=model: init(m))["params"]["fc6"]["kernel"]
+        assert kernel.shape[0] == 36 * CONVOLUTIONS[name][-1][2]
+
+
+def test_the_twin_without_spp_refuses_other_sizes_and_says_why():
+    model = sn.create_model("zf5", None, 5, width=0.1, image_size=64)
+    variables = init(model)
+    model.apply(variables, random_images(1, 64, 64))
+    with pytest.raises(ValueError, match="of 64×64 pixels only, got 64×80"):
+        model.apply(variables, random_images(1, 64, 80))
+
+
+def test_bfloat16_activations_keep_float32_parameters_and_logits():
+    model = sn.create_model(
+        "zf5", (2, 1), 5, width=0.1, weight_init="he", dtype=jnp.bfloat16
+    )
+    variables = init(model, 64)
+    assert {x.dtype for x in jax.tree.leaves(variables)} == {jnp.dtype("float32")}
+    logits, layers = model.apply(variables, random_images(1, 64, 64))
+    assert (logits.dtype, layers["conv5"].dtype) == (jnp.float32, jnp.bfloat16)
+
+
+def test_dropout_acts_in_training_only(narrow):
+    model, variables, _ = narrow
+    images = random_images(1, 64, 64)
+    scores = [
+        model.apply(variables, images, train=True, rngs={"dropout": jax.random.key(k)})
+        for k in (0, 0, 1)
+    ]
+    np.testing.assert_array_equal(scores[0][0], scores[1][0])
+    assert (scores[0][0] != scores[2][0]).any()
+
+
+def test_the_paper_s_initial_weights_and_biases():
+    params = init(sn.create_model("zf5", (2, 1), 5, image_size=64, width=0.5))["params"]
+    biases = {name: np.unique(layer["bias"]).tolist() for name, layer in params.items()}
+    ones = ["conv2", "conv4", "conv5", "fc6", "fc7"]
+    assert biases == {name: [float(name in ones)] for name in params}
+    for name, layer in params.items():
+        if layer["kernel"].size > 10_000:
+            assert layer["kernel"].std() == pytest.approx(0.01, rel=0.03), name
+
+
+def test_width_scales_filters_and_fc_units():
+    params = init(sn.create_model("zf5", (1,), 5, width=0.25, image_size=64))["params"]
+    widths = [layer["kernel"].shape[-1] for layer in params.values()]
+    assert widths == [24, 64, 96, 96, 64, 1024, 1024, 5]
+
+
+@pytest.mark.parametrize("size", [5, 4])
+def test_local_response_norm_is_krizhevsky_s_formula(size):
+    maps = np.random.default_rng(0).normal(size=(2, 3, 11), scale=30)
+    expected = np.empty_like(maps)
+    for i in range(11):
+        around = maps[..., max(0, i - size // 2) : i - size // 2 + size]
+        expected[..., i] = maps[..., i] / (2 + 1e-4 * (around**2).sum(-1)) ** 0.75
+    normed = local_response_norm(jnp.asarray(maps, jnp.float32), size)
+    np.testing.assert_allclose(normed, expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"name": "vgg"}, "unknown backbone 'vgg': choose from zf5, convnet5"),
+        ({"weight_init": "xavier"}, "unknown weight_init 'xavier'"),
+        ({"width": 0.0}, "width must be positive"),
+        ({"levels": (0,)}, "positive integer"),
+        ({"levels": None, "image_size": 40}, "too small"),
+    ],
+)
+def test_what_cannot_be_built_is_refused_at_once(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        sn.create_model(**{"name": "zf5", **arguments})

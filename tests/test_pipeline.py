@@ -1,0 +1,275 @@
+"""Batches are shuffled, shared and resumed exactly; no image is lost silently."""
+
+import itertools
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from data_helpers import encode, make_source, picture
+
+from sppnet_jax.data import images
+from sppnet_jax.data.pipeline import (
+    describe_broken,
+    eval_batches,
+    steps_per_epoch,
+    train_batches,
+)
+from sppnet_jax.data.sources import Source, open_source
+
+SIZES: dict[str, Any] = {"image_size": 16, "resize_side": 20}
+Batch = dict[str, np.ndarray]
+
+
+def train(source: Source, count: int, **options: Any) -> list[Batch]:
+    with train_batches(source, **{"batch_size": 4, **SIZES, **options}) as batches:
+        return list(itertools.islice(batches, count))
+
+
+def evaluate(source: Source, **options: Any) -> list[Batch]:
+    with eval_batches(source, **{"batch_size": 4, **SIZES, **options}) as batches:
+        return list(batches)
+
+
+def assert_same(first: list[Batch], second: list[Batch]) -> None:
+    assert len(first) == len(second)
+    for one, other in zip(first, second, strict=True):
+        for key in one:
+            np.testing.assert_array_equal(one[key], other[key], err_msg=key)
+
+
+def indices(batches: list[Batch]) -> list[int]:
+    return np.concatenate([batch["index"] for batch in batches]).tolist()
+
+
+@pytest.mark.parametrize("make", [train_batches, eval_batches])
+def test_a_batch_has_these_arrays(make: Any) -> None:
+    with make(make_source(9), batch_size=4, **SIZES) as batches:
+        batch = next(batches)
+    shapes = {key: (array.dtype.name, array.shape) for key, array in batch.items()}
+    assert shapes == {
+        "image": ("uint8", (4, 16, 16, 3)),
+        "label": ("int32", (4,)),
+        "mask": ("bool", (4,)),
+        "index": ("int32", (4,)),
+    }
+    assert batch["mask"].all()
+    np.testing.assert_array_equal(batch["label"], batch["index"] % 3)
+
+
+def test_an_epoch_holds_each_record_at_most_once_and_in_a_new_order() -> None:
+    source = make_source(22)
+    steps = steps_per_epoch(source, 4)
+    assert steps == 5
+    batches = train(source, 3 * steps, epochs=3)
+    epochs = [indices(batches[i * steps : (i + 1) * steps]) for i in range(3)]
+    for epoch in epochs:
+        assert len(set(epoch)) == 20
+    assert len({tuple(epoch) for epoch in epochs}) == 3
+    assert len({frozenset(epoch) for epoch in epochs}) > 1  # others are left out
+    assert len(train(source, 100, epochs=3)) == 15
+
+
+def test_the_seed_decides_order_and_augmentation() -> None:
+    source = make_source(22)
+    assert_same(train(source, 12, seed=7), train(source, 12, seed=7))
+    assert indices(train(source, 5, seed=7)) != indices(train(source, 5, seed=8))
+
+
+def test_each_epoch_augments_anew() -> None:
+    source = make_source(4)
+    epochs = train(source, 8, crop="random")
+    first = {image.tobytes() for image in epochs[0]["image"]}
+    assert any({i.tobytes() for i in batch["image"]} != first for batch in epochs[1:])
+
+
+@pytest.mark.parametrize("count", [2, 4])
+def test_processes_share_the_batches_of_one_process(count: int) -> None:
+    source = make_source(30)
+    alone = train(source, 12, batch_size=8)
+    shares = [
+        train(source, 12, batch_size=8, process_index=rank, process_count=count)
+        for rank in range(count)
+    ]
+    for step, batch in enumerate(alone):
+        for rank in range(count):
+            for key, array in batch.items():
+                share = shares[rank][step][key]
+                np.testing.assert_array_equal(share, array[rank::count])
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_restored_iterator_repeats_nothing_and_skips_nothing(workers: int) -> None:
+    source = make_source(14)
+    expected = train(source, 11)
+    with train_batches(source, batch_size=4, workers=workers, **SIZES) as batches:
+        first = [next(batches) for _ in range(4)]  # in the second epoch
+        state = batches.get_state()
+        second = [next(batches) for _ in range(3)]
+        batches.set_state(state)
+        assert_same([next(batches) for _ in range(7)], expected[4:])
+    assert_same(first + second, expected[:7])
+    # A checkpoint doesn't depend on the number of workers it was written with.
+    with train_batches(source, batch_size=4, threads=1, **SIZES) as batches:
+        batches.set_state(state)
+        assert_same([next(batches) for _ in range(7)], expected[4:])
+
+
+def test_an_iterator_restored_at_its_end_is_at_its_end() -> None:
+    with train_batches(make_source(8), batch_size=4, epochs=1, **SIZES) as batches:
+        assert len(list(batches)) == 2
+        batches.set_state(batches.get_state())
+        assert list(batches) == []
+
+
+@pytest.mark.parametrize("threads", [0, 1, 4])
+def test_threads_change_nothing(threads: int) -> None:
+    source = make_source(14)
+    assert_same(train(source, 9, threads=threads), train(source, 9))
+
+
+@pytest.mark.parametrize("count", [1, 2, 4])
+@pytest.mark.parametrize("total", [1, 4, 7, 8, 9])
+def test_a_test_counts_every_record_once_on_any_number_of_processes(
+    total: int, count: int
+) -> None:
+    source = make_source(total)
+    shares = [
+        evaluate(source, process_index=rank, process_count=count)
+        for rank in range(count)
+    ]
+    assert len({len(share) for share in shares}) == 1
+    seen = [index for share in shares for index in indices(share)]
+    assert sorted(index for index in seen if index >= 0) == list(range(total))
+    for share in shares:
+        for batch in share:
+            assert batch["image"].shape == (4 // count, 16, 16, 3)
+            np.testing.assert_array_equal(batch["mask"], batch["index"] >= 0)
+
+
+def test_a_test_sees_centre_crops() -> None:
+    source = make_source(3)
+    batch = evaluate(source)[0]
+    for index in range(3):
+        image = images.decode_image(source.records[index]["image"])
+        expected = images.crop(images.resize_shorter_side(image, 20), 16, "center")
+        np.testing.assert_array_equal(batch["image"][index], expected)
+
+
+def views(source: Source, **options: Any) -> set[bytes]:
+    batches = train(source, 60, batch_size=1, **options)
+    return {batch["image"].tobytes() for batch in batches}
+
+
+def test_the_papers_crops_are_five_places_of_the_whole_image_and_their_mirrors() -> (
+    None
+):
+    record = {"image": encode(picture(20, 30)), "label": 0, "name": "a"}
+    source = Source([record], ("a", "b"), "memory", "train")
+    image = images.decode_image(record["image"])
+    crops = [images.crop(image, 16, position) for position in images.POSITIONS]
+    straight = {crop.tobytes() for crop in crops}
+    mirrored = {np.ascontiguousarray(crop[:, ::-1]).tobytes() for crop in crops}
+    assert views(source) == straight | mirrored
+    assert views(source, flip=False) == straight
+    assert views(source, flip=False, crop="center") == {crops[0].tobytes()}
+    assert len(views(source, flip=False, crop="random")) > 20
+    assert len(views(source, flip=False, crop="random_resized")) > 50
+
+
+def test_a_broken_image_is_masked_and_can_be_named() -> None:
+    source = make_source(8, broken=(2, 5))
+    for batches in (train(source, 2), evaluate(source)):
+        masked = {}
+        for batch in batches:
+            for row in np.flatnonzero(~batch["mask"]):
+                masked[int(batch["index"][row])] = batch["image"][row].max()
+        assert masked == {2: 0, 5: 0}
+        assert sorted(indices(batches)) == list(range(8))
+    assert describe_broken(source, 5).startswith("picture_5.png: truncated after")
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_broken_image_is_an_error_if_strict(workers: int) -> None:
+    source = make_source(8, broken=(5,))
+    with pytest.raises(ValueError, match=r"picture_5\.png', record 5 of split 'train'"):
+        train(source, 2, strict=True, workers=workers)
+    with pytest.raises(ValueError, match=r"picture_5\.png', record 5 of split 'train'"):
+        evaluate(source, strict=True)
+
+
+def test_an_image_too_narrow_to_resize_is_masked() -> None:
+    record = {"image": encode(picture(1, 4000)), "label": 0, "name": "needle"}
+    source = Source([record], ("a", "b"), "memory", "train")
+    assert not evaluate(source)[0]["mask"].any()
+    assert "not resized" in describe_broken(source, 0)
+
+
+def test_a_label_outside_the_range_is_always_an_error() -> None:
+    source = make_source(4, labels=(0, 1, 2, 3))
+    for load in (lambda: train(source, 1), lambda: evaluate(source)):
+        with pytest.raises(
+            ValueError, match=r"picture_3\.png' .* has label 3, outside"
+        ):
+            load()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"batch_size": 9}, "8 records, less than one batch of 9"),
+        ({"resize_side": 15}, "resize_side 15 is smaller than image_size 16"),
+        ({"process_count": 3}, "batch_size 4 can't be shared evenly by 3 processes"),
+        ({"process_index": 1}, "no process 1 among 1"),
+        ({"crop": "middle"}, "unknown crop 'middle'; there are .*'paper'"),
+        ({"min_area": 0.0}, "min_area must be above 0"),
+        ({"batch_size": 0}, "batch_size 0"),
+    ],
+)
+def test_arguments_that_do_not_fit_together_are_errors(
+    options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        train(make_source(8), 1, **options)
+
+
+def test_worker_processes_read_a_tfds_source_as_threads_do(
+    digit_scenes_dir: str,
+) -> None:
+    source = open_source("digit_scenes/classification", "test")
+    options: dict[str, Any] = {"batch_size": 16, "image_size": 64, "resize_side": 72}
+    assert_same(
+        train(source, 3, workers=2, **options), train(source, 3, workers=0, **options)
+    )
+
+
+FORGETFUL = """
+import sys
+sys.path.insert(0, sys.argv[1])
+from data_helpers import make_source
+from sppnet_jax.data.pipeline import train_batches
+
+if __name__ == "__main__":
+    batches = train_batches(
+        make_source(40), batch_size=4, image_size=16, resize_side=20, workers=2
+    )
+    next(batches)
+"""
+
+
+def test_a_forgotten_iterator_ends_quietly_with_the_program(tmp_path: Path) -> None:
+    (tmp_path / "program.py").write_text(FORGETFUL)
+    here = Path(__file__).parent
+    result = subprocess.run(
+        [sys.executable, str(tmp_path / "program.py"), str(here)],
+        capture_output=True,
+        text=True,
+        cwd=here.parent,
+        env={"PYTHONPATH": str(here.parent)},
+        timeout=120,
+    )
+    assert result.returncode == 0, result.stderr
+    assert "Error" not in result.stderr
+    assert "leaked" not in result.stderr

@@ -1,0 +1,179 @@
+"""Every kind of data set opens the same way, or says what to do."""
+
+import json
+import pickle
+from pathlib import Path
+
+import pytest
+from data_helpers import make_source, write_class_folders
+from mock_imagenet import prepare_mock_imagenet
+
+from sppnet_jax.data.images import decode_image
+from sppnet_jax.data.sources import available_splits, check_labels, open_source
+
+
+@pytest.fixture(scope="module")
+def imagenet_dir(tmp_path_factory: pytest.TempPathFactory) -> str:
+    data_dir = str(tmp_path_factory.mktemp("tfds"))
+    prepare_mock_imagenet(data_dir)
+    return data_dir
+
+
+def test_imagenet_opens_without_tensorflow(imagenet_dir: str) -> None:
+    source = open_source("imagenet2012", "train", data_dir=imagenet_dir)
+    assert len(source.records) == 32
+    assert len(source.class_names) == 1000
+    assert source.class_names[:2] == ("n01440764", "n01443537")
+    for record in source.records:
+        assert record["name"].startswith(source.class_names[record["label"]])
+        assert decode_image(record["image"]).ndim == 3
+    assert available_splits("imagenet2012", data_dir=imagenet_dir) == (
+        *("train", "validation"),
+    )
+
+
+def test_a_version_may_be_named(imagenet_dir: str) -> None:
+    source = open_source("imagenet2012:5.1.0", "train", data_dir=imagenet_dir)
+    assert len(source.records) == 32
+
+
+@pytest.mark.parametrize(
+    ("split", "count"),
+    [("train[:50%]", 16), ("train[10:]", 22), ("train+validation", 44)],
+)
+def test_tfds_slices_work(imagenet_dir: str, split: str, count: int) -> None:
+    source = open_source("imagenet2012", split, data_dir=imagenet_dir)
+    assert len(source.records) == count
+    assert source.split == split
+
+
+def test_the_embedded_data_set_is_prepared_where_the_environment_says(
+    digit_scenes_dir: str,
+) -> None:
+    source = open_source("digit_scenes/classification", "test")
+    assert len(source.records) == 1077
+    assert source.class_names == tuple("0123456789")
+    assert (Path(digit_scenes_dir) / "digit_scenes/classification/1.0.0").is_dir()
+
+
+def test_a_source_can_be_sent_to_a_worker_process(imagenet_dir: str) -> None:
+    source = open_source("imagenet2012", "train", data_dir=imagenet_dir)
+    copy = pickle.loads(pickle.dumps(source))
+    assert copy.class_names == source.class_names
+    assert copy.records[7] == source.records[7]
+
+
+def test_a_data_set_that_is_not_prepared_says_what_to_run(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError) as error:
+        open_source("imagenet2012", "train", data_dir=str(tmp_path))
+    message = str(error.value)
+    assert "pip install -r requirements-prepare.txt" in message
+    assert (
+        f"tfds build imagenet2012 --file_format=array_record --data_dir={tmp_path} "
+        "--manual_dir=" in message
+    )
+    assert "ILSVRC2012_img_train.tar" in message
+    assert "image-net.org" in message
+
+
+def test_a_data_set_in_another_format_says_what_to_run(tmp_path: Path) -> None:
+    folder = prepare_mock_imagenet(str(tmp_path), 2, 2)
+    info = json.loads((folder / "dataset_info.json").read_text())
+    info["fileFormat"] = "tfrecord"
+    (folder / "dataset_info.json").write_text(json.dumps(info))
+    with pytest.raises(
+        FileNotFoundError, match=r"as tfrecord.*array_record(.|\n)*build"
+    ):
+        open_source("imagenet2012", "train", data_dir=str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("dataset", "suggestion"),
+    [
+        ("imagenet2013", "imagenet2012"),
+        ("digit_scene", "digit_scenes/classification"),
+        ("imagefolder", "image_folder"),
+        ("digit_scenes/clasification", "digit_scenes/classification"),
+        ("not a name", "name/config"),
+    ],
+)
+def test_an_unknown_data_set_suggests_close_names(
+    tmp_path: Path, dataset: str, suggestion: str
+) -> None:
+    with pytest.raises(ValueError, match=suggestion):
+        open_source(dataset, "train", data_dir=str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("split", "message"),
+    [
+        ("test", "unknown split 'test' .* it has 'train', 'validation'"),
+        ("", "unknown split ''"),
+        ("train[:0]", "is empty"),
+        ("train[5:5]", "is empty"),
+        ("train[:x]", "can't read the split"),
+    ],
+)
+def test_a_split_that_is_not_there_or_empty_is_an_error(
+    imagenet_dir: str, split: str, message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        open_source("imagenet2012", split, data_dir=imagenet_dir)
+
+
+def test_a_detection_data_set_is_no_classification_data_set(
+    digit_scenes_dir: str,
+) -> None:
+    with pytest.raises(
+        ValueError, match="not a data set of images with one class each"
+    ):
+        open_source("digit_scenes/detection", "test", data_dir=digit_scenes_dir)
+
+
+def test_an_image_folder_needs_its_root() -> None:
+    with pytest.raises(ValueError, match="needs its folder: set root"):
+        open_source("image_folder", "train")
+
+
+def test_an_unknown_split_of_a_folder_lists_those_there_are(tmp_path: Path) -> None:
+    write_class_folders(tmp_path / "pets", 5)
+    with pytest.raises(
+        ValueError, match=r"unknown split 'val' .* it has 'train', 'test'"
+    ):
+        open_source(
+            "image_folder", "val", root=str(tmp_path / "pets"), data_dir=str(tmp_path)
+        )
+
+
+def test_a_data_dir_that_cannot_be_written_says_so(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match="TFDS_DATA_DIR"):
+        open_source(
+            "digit_scenes/detection", "train", data_dir=str(tmp_path / "file/x")
+        )
+
+
+@pytest.mark.parametrize("label", [-1, 3, 1000])
+def test_a_label_outside_the_range_names_the_record(label: int) -> None:
+    source = make_source(5, labels=(0, 1, 2, label, 0))
+    with pytest.raises(ValueError, match=rf"'picture_3.png' in split 'train'.*{label}"):
+        check_labels(source)
+    check_labels(make_source(5))
+
+
+def test_labels_are_checked_when_a_data_set_is_opened(tmp_path: Path) -> None:
+    folder = prepare_mock_imagenet(str(tmp_path), 4, 4)
+    names = (folder / "label.labels.txt").read_text().splitlines()
+    (folder / "label.labels.txt").write_text("\n".join(names[:100]))
+    features = json.loads((folder / "features.json").read_text())
+    label = features["featuresDict"]["features"]["label"]["classLabel"]
+    label["numClasses"] = "100"
+    (folder / "features.json").write_text(json.dumps(features))
+    with pytest.raises(ValueError, match="label 111, outside 0…99 of the 100 classes"):
+        open_source("imagenet2012", "train", data_dir=str(tmp_path))
+
+
+def test_a_sample_of_labels_is_checked_in_a_large_source() -> None:
+    source = make_source(20, labels=(0,) * 10 + (7,) * 10)
+    with pytest.raises(ValueError, match="picture_10"):
+        check_labels(source, max_records=4)

@@ -1,0 +1,282 @@
+"""Training steps and the training loop, on four host devices."""
+
+import json
+import logging
+import os
+import signal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sppnet_jax import parallel
+from sppnet_jax.checkpoints import Checkpoints
+from sppnet_jax.classification.preprocess import Preprocessing
+from sppnet_jax.classification.schedule import Schedule
+from sppnet_jax.classification.step import (
+    Optimizer,
+    create_state,
+    make_test_step,
+    make_train_step,
+)
+from sppnet_jax.classification.train import DivergedError, Run, train
+from sppnet_jax.data.pipeline import eval_batches, train_batches
+from sppnet_jax.data.sources import Source
+from sppnet_jax.metrics import read_metrics
+from sppnet_jax.model import create_model
+
+SIDE = 32
+PLAIN = Preprocessing(np.float32(128), 64.0, np.zeros((3, 3), np.float32))
+MODEL = create_model(
+    "zf5", (1,), 3, width=0.02, image_size=SIDE, dropout=0.0, weight_init="he"
+)
+
+
+class Squares:
+    """Records whose class is the brightest colour channel, as PNG bytes."""
+
+    def __init__(self, count: int) -> None:
+        self._count = count
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, index: int) -> dict:
+        import cv2
+
+        image = np.random.default_rng(index).integers(0, 100, (40, 36, 3), np.uint8)
+        image[..., 2 - index % 3] += 100
+        encoded = cv2.imencode(".png", image)[1].tobytes()
+        return {"image": encoded, "label": index % 3, "name": f"{index}.png"}
+
+
+SOURCE = Source(Squares(40), ("red", "green", "blue"), "squares", "train")
+
+
+def random_batch(rows, seed=0):
+    rng = np.random.default_rng(seed)
+    return {
+        "image": rng.integers(0, 256, (rows, SIDE, SIDE, 3)).astype(np.uint8),
+        "label": rng.integers(0, 3, rows).astype(np.int32),
+        "mask": np.ones(rows, bool),
+    }
+
+
+@pytest.fixture(scope="module")
+def train_step():
+    return make_train_step(MODEL, Optimizer(weight_decay=0.1), PLAIN)
+
+
+@pytest.fixture(scope="module")
+def test_step():
+    return make_test_step(MODEL, PLAIN)
+
+
+def first(tree):
+    return jax.tree.map(np.asarray, parallel.unreplicate(tree))
+
+
+def one_update(train_step, batch, rate=0.1):
+    state = create_state(MODEL, Optimizer(), seed=0)
+    before = first(state.params)
+    state, metrics = train_step(state, parallel.shard(batch), np.float32(rate))
+    return before, first(state.params), first(metrics)
+
+
+def test_four_devices_step_as_one_on_the_same_batch(train_step):
+    """The oracle computes loss and gradient of the whole batch on one device."""
+    assert jax.local_device_count() == 4
+    batch = random_batch(8)
+    before, after, metrics = one_update(train_step, batch)
+
+    def loss(params):
+        inputs = (jnp.asarray(batch["image"], jnp.float32) - 128) / 64
+        logits, _ = MODEL.apply({"params": params}, inputs)
+        picked = jax.nn.log_softmax(logits)[np.arange(8), batch["label"]]
+        return -picked.mean()
+
+    value, gradient = jax.jit(jax.value_and_grad(loss))(before)
+    assert metrics["loss"] / metrics["count"] == pytest.approx(float(value), rel=1e-5)
+
+    def expected(path, weight, slope):
+        decay = 0.1 if path[-1].key == "kernel" else 0.0
+        return weight - 0.1 * (slope + decay * weight)
+
+    wanted = jax.tree_util.tree_map_with_path(expected, before, gradient)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6),
+        after,
+        wanted,
+    )
+
+
+def test_masked_rows_change_nothing(train_step):
+    batch = random_batch(8)
+    batch["mask"][[1, 6]] = False
+    _, after, metrics = one_update(train_step, batch)
+    batch["image"][[1, 6]] = 255
+    batch["label"][[1, 6]] = 2
+    _, again, _ = one_update(train_step, batch)
+    assert metrics["count"] == 6
+    jax.tree.map(np.testing.assert_array_equal, after, again)
+
+
+def test_a_batch_of_broken_images_only_leaves_finite_weights(train_step):
+    batch = random_batch(8)
+    batch["mask"][:] = False
+    _, after, metrics = one_update(train_step, batch)
+    assert metrics["count"] == 0
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(after))
+
+
+def test_top_1_and_top_5_equal_a_count_by_hand(test_step):
+    batch = random_batch(12, seed=3)
+    batch["mask"][-1] = False
+    state = create_state(MODEL, Optimizer(), seed=1)
+    counts, scores = test_step(state.params, parallel.shard(batch))
+    scores = np.asarray(scores).reshape(12, 3)
+    best = scores.argmax(axis=1)
+    counts = first(counts)
+    assert counts["top1"] == (best == batch["label"])[:11].sum()
+    assert counts["top5"] == counts["count"] == 11
+    np.testing.assert_allclose(scores.sum(axis=1), 1, rtol=1e-5)
+
+
+def run_training(workdir, *, epochs=2, seed=0, rate=0.05, **run):
+    """Trains on the squares: 5 steps an epoch."""
+    settings = Run(epochs=epochs, batch_size=8, seed=seed, log_steps=1, **run)
+    shape = {"batch_size": 8, "image_size": SIDE, "resize_side": SIDE}
+    with train_batches(SOURCE, seed=seed, epochs=epochs, **shape) as batches:
+        train(
+            workdir,
+            MODEL,
+            SOURCE,
+            train_batches=batches,
+            validation_batches=lambda: eval_batches(SOURCE, **shape),
+            run=settings,
+            optimizer=Optimizer(),
+            schedule=Schedule(rate, "constant"),
+            preprocessing=PLAIN,
+        )
+    return read_metrics(workdir)
+
+
+def losses(rows):
+    return {row["step"]: row["loss"] for row in rows if row["split"] == "train"}
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    return run_training(tmp_path_factory.mktemp("uninterrupted"))
+
+
+@pytest.mark.parametrize("stops", [(3,), (5,), (2, 7)], ids=str)
+def test_a_resumed_run_repeats_the_losses_of_an_uninterrupted_one_exactly(
+    stops, uninterrupted, tmp_path
+):
+    for stop in stops:
+        run_training(tmp_path, max_steps=stop)
+    rows = run_training(tmp_path)
+    assert losses(rows) == losses(uninterrupted)
+    assert list(losses(rows)) == list(range(1, 11))
+    epochs = [row for row in rows if row["split"] != "train"]
+    assert epochs == [row for row in uninterrupted if row["split"] != "train"]
+
+
+def test_an_interrupt_saves_a_checkpoint_and_the_run_goes_on(
+    uninterrupted, tmp_path, monkeypatch
+):
+    rows_written = []
+
+    def interrupt_at_step_4(self, split, step, values, write=None):
+        rows_written.append(step)
+        original(self, split, step, values)
+        if step == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    from sppnet_jax.metrics import MetricsLog
+
+    original = MetricsLog.write
+    monkeypatch.setattr(MetricsLog, "write", interrupt_at_step_4)
+    run_training(tmp_path)
+    monkeypatch.undo()
+    with Checkpoints(tmp_path / "checkpoints") as checkpoints:
+        assert checkpoints.latest_step() == 4
+    assert losses(run_training(tmp_path)) == losses(uninterrupted)
+
+
+def test_rows_of_a_killed_run_are_not_repeated(tmp_path, uninterrupted):
+    run_training(tmp_path, max_steps=4)
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps({"split": "train", "step": 5, "loss": 99.0}) + "\n")
+        file.write('{"split": "train", "st')  # killed while writing
+    assert losses(run_training(tmp_path)) == losses(uninterrupted)
+
+
+def test_training_learns_what_there_is_to_learn(uninterrupted):
+    tests = [row for row in uninterrupted if row["split"] == "validation"]
+    assert len(tests) == 2
+    assert tests[-1]["count"] == 40
+    assert tests[-1]["loss"] < tests[0]["loss"] < np.log(3) * 1.2
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(tmp_path):
+    with pytest.raises(DivergedError, match=r"last finite loss was .* at step \d"):
+        run_training(tmp_path, rate=1e9)
+    with Checkpoints(tmp_path / "checkpoints") as checkpoints:
+        assert checkpoints.latest_step() is None
+
+
+def test_a_checkpoint_of_another_model_is_refused_with_the_shapes(tmp_path, train_step):
+    run_training(tmp_path, max_steps=1)
+    other = create_model("zf5", (2,), 3, width=0.02, image_size=SIDE, weight_init="he")
+    params = first(create_state(other, Optimizer(), seed=0).params)
+    with (
+        Checkpoints(tmp_path / "checkpoints") as checkpoints,
+        pytest.raises(ValueError, match=r"another model .*") as error,
+    ):
+        checkpoints.restore_params(params)
+    message = str(error.value)
+    assert "fc6/kernel: checkpoint (5, 82), config (20, 82)" in message
+    assert "conv1" not in message
+
+
+def test_every_example_counts_once_whatever_the_batch(test_step):
+    from sppnet_jax.classification.evaluate import count_correct
+
+    params = create_state(MODEL, Optimizer(), seed=0).params
+    results = []
+    for batch_size in (8, 12, 64):
+        batches = eval_batches(
+            SOURCE, batch_size=batch_size, image_size=SIDE, resize_side=SIDE
+        )
+        results.append(count_correct(test_step, params, batches))
+    assert [result["count"] for result in results] == [40, 40, 40]
+    assert len({result["top1"] for result in results}) == 1
+
+
+def test_a_batch_that_does_not_split_over_the_devices_is_refused():
+    with pytest.raises(ValueError, match="multiple of the number of devices, 4; got 6"):
+        parallel.check_batch_size(6)
+
+
+def test_broken_images_are_named_once_and_counted(caplog):
+    from sppnet_jax.data.broken import BrokenImages
+
+    class Broken(Squares):
+        def __getitem__(self, index):
+            record = super().__getitem__(index)
+            return record | {"image": record["image"][:-40]} if index == 2 else record
+
+    source = SOURCE._replace(records=Broken(5))
+    broken = BrokenImages(source)
+    batch = {"index": np.array([0, 2, -1]), "mask": np.array([True, False, False])}
+    with caplog.at_level(logging.WARNING, logger="sppnet_jax"):
+        broken.report(batch)
+        broken.report(batch)
+        broken.summarize()
+    assert len(broken) == 1
+    named, total = caplog.messages
+    assert "2.png: truncated" in named
+    assert "skipped 1 broken images of the 5" in total
