@@ -7,17 +7,19 @@ from pathlib import Path
 
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=4"
 os.environ["JAX_PLATFORMS"] = "cpu"
+# Many tests and command lines compile the same programs: once is enough.
+REPOSITORY = Path(__file__).parent.parent
+os.environ["JAX_COMPILATION_CACHE_DIR"] = str(REPOSITORY / ".cache" / "jax")
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
 
 import pytest
 from jaxtyping import install_import_hook
 
 # The shapes in the annotations are claims too: check them wherever a test goes.
+# (spp.py checks what it is given by itself.)
 install_import_hook(
-    ["sppnet_jax.spp", "sppnet_jax.model", "sppnet_jax.classification.preprocess"],
-    "beartype.beartype",
+    ["sppnet_jax.model", "sppnet_jax.classification.preprocess"], "beartype.beartype"
 )
-
-REPOSITORY = Path(__file__).parent.parent
 
 
 @pytest.fixture(scope="session")
@@ -32,9 +34,6 @@ def digit_scenes_dir(shared_folder) -> str:
     """Where TFDS keeps what the tests prepare; also the default of every test."""
     folder = str(shared_folder / "tensorflow_datasets")
     os.environ["TFDS_DATA_DIR"] = folder
-    # Command lines in their own processes compile the same programs again and again.
-    os.environ["JAX_COMPILATION_CACHE_DIR"] = str(shared_folder / "jax_cache")
-    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.5"
     return folder
 
 

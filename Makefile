@@ -1,0 +1,36 @@
+# make demo: a small SPP-net, trained and tested in a few minutes.
+# make test: the whole test suite.        PYTHON=python3.13 make test: on that Python.
+
+PYTHON ?= python3
+VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
+VENV := .venv-$(VERSION)
+RUN := runs/demo
+
+.PHONY: demo test lint clean
+
+demo: $(VENV)/demo
+	$(VENV)/bin/python -m sppnet_jax.train --config=configs/digits.py --workdir=$(RUN)
+	$(VENV)/bin/python -m sppnet_jax.evaluate --workdir=$(RUN) --protocol=single
+	@echo
+	@echo "The run is in $(RUN): curves in training.png, predictions in"
+	@echo "evaluate_single.png, numbers in evaluate_single.json and metrics.jsonl."
+
+test: $(VENV)/dev
+	$(VENV)/bin/python -m pytest -n 2
+
+lint: $(VENV)/dev
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+
+$(VENV)/demo: requirements.txt
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/pip install --quiet -r requirements.txt
+	touch $@
+
+$(VENV)/dev: requirements-dev.txt $(VENV)/demo
+	$(VENV)/bin/pip install --quiet -r requirements-dev.txt
+	touch $@
+
+clean:
+	rm -rf .venv-* runs .pytest_cache .ruff_cache .mypy_cache

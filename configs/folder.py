@@ -1,0 +1,35 @@
+"""Your own folder of class folders, from scratch, on a small machine.
+
+python -m sppnet_jax.train --config=configs/folder.py --config.data.root=FOLDER \
+    --workdir=runs/folder
+python -m sppnet_jax.evaluate --workdir=runs/folder --protocol=single
+python -m sppnet_jax.predict --workdir=runs/folder IMAGE…
+
+A ZF-5 of half the width on 96-pixel crops, for some thousand images. With more images
+and a GPU, go back towards the paper: `--config.model.width=1.0
+--config.data.image_size=224 --config.data.resize_side=256`.
+"""
+
+from ml_collections import ConfigDict
+
+from sppnet_jax.config import base_config
+
+
+def get_config() -> ConfigDict:
+    config = base_config()
+    config.epochs = 45
+    config.batch_size = 64
+    config.model.width = 0.5
+    config.model.weight_init = "he"
+    config.data.name = "image_folder"
+    config.data.image_size = 96
+    config.data.resize_side = 104
+    config.data.crop = "random_resized"
+    config.scale = 64.0
+    config.learning_rate = 0.02
+    config.nesterov = True
+    config.schedule = "cosine"
+    config.warmup_epochs = 2.0
+    config.label_smoothing = 0.1
+    config.log_steps = 10
+    return config
