@@ -11,18 +11,21 @@ from sppnet_jax.config import base_config
 
 def get_config() -> ConfigDict:
     config = base_config()
-    config.epochs = 8
+    config.epochs = 16
     config.batch_size = 64
-    config.model.width = 0.25
+    config.model.width = 1 / 6  # 16 filters in conv1
+    config.model.dropout = 0.3
     config.model.weight_init = "he"
     config.data.name = "digit_scenes/classification"
-    config.data.image_size = 56
-    config.data.resize_side = 64
-    config.data.crop = "center"
-    config.data.flip = False
+    config.data.image_size = 64
+    config.data.resize_side = 72
+    config.data.crop = "random_resized"
+    config.data.min_area = 0.6  # smaller crops would cut the digit
+    config.data.flip = False  # a mirrored digit is no digit
     config.scale = 64.0
     config.schedule = "cosine"
     config.warmup_epochs = 0.5
-    config.learning_rate = 0.02
+    config.learning_rate = 0.03
+    config.nesterov = True
     config.log_steps = 10
     return config

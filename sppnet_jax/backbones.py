@@ -9,7 +9,8 @@ To add a backbone, write its table and add one line to `BACKBONES`.
 """
 
 import difflib
-from typing import NamedTuple
+from collections.abc import Iterable
+from typing import Any, NamedTuple
 
 from sppnet_jax.geometry import Geometry, Sliding, stack_geometry
 
@@ -128,13 +129,20 @@ def get_backbone(name: str) -> Backbone:
 
 def backbone_geometry(name: str) -> Geometry:
     """Stride, receptive field and map sizes of a backbone's last map."""
+    return layers_geometry(get_backbone(name).layers)
+
+
+def layers_geometry(layers: Iterable[Layer]) -> Geometry:
+    """The geometry of a table of layers."""
     return stack_geometry(
-        slide for layer in get_backbone(name).layers if (slide := sliding(layer))
+        Sliding(layer.kernel, layer.stride, layer.padding)
+        for layer in layers
+        if not isinstance(layer, LRN)
     )
 
 
-def sliding(layer: Layer) -> Sliding | None:
-    """How a layer slides over the map; None for one that works in place."""
+def output_size(layer: Layer, size: Any) -> Any:
+    """The size of a map after a layer; `size` is an int or an array of ints."""
     if isinstance(layer, LRN):
-        return None
-    return Sliding(layer.kernel, layer.stride, layer.padding)
+        return size
+    return Sliding(layer.kernel, layer.stride, layer.padding).output_size(size)

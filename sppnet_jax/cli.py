@@ -34,6 +34,8 @@ def run(main: Callable[[Sequence[str]], None]) -> None:
                 traceback.print_exc()
             sys.exit(f"error: {error}\n(--traceback shows where it came from)")
 
+    for flag in (CONFIG, WORKDIR, _TRACEBACK):  # so that --help shows them
+        flags.FLAGS.register_key_flag_for_module(sys.argv[0], flags.FLAGS[flag.name])
     app.run(guarded, flags_parser=_parse_flags)
 
 
@@ -87,7 +89,9 @@ def _show_own_log() -> None:
 
 def _parse_flags(argv: list[str]) -> list[str]:
     try:
-        return app.parse_flags_with_usage(argv)
+        return flags.FLAGS(argv)
+    except flags.Error as error:
+        sys.exit(f"error: {_reason(error)}")
     except (AttributeError, KeyError):
         unknown = _first_unknown_field(argv)
         if unknown is None:
@@ -115,5 +119,11 @@ def _why_unreadable(config: Any) -> str:
     try:
         config.batch_size  # noqa: B018  the config flag raises its reason on use
     except Exception as error:
-        return f"can't read the config file: {error}"
+        return f"can't read the config file: {_reason(error)}"
     return "the config file's get_config() must return an ml_collections.ConfigDict"
+
+
+def _reason(error: Exception) -> str:
+    """An error's text; where that is a whole traceback, its last line."""
+    text = str(error).strip()
+    return text.splitlines()[-1].strip() if "Traceback" in text else text

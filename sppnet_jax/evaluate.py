@@ -6,6 +6,7 @@ python -m sppnet_jax.evaluate --workdir=runs/digits --protocol=single
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from absl import flags
 from ml_collections import ConfigDict
@@ -28,7 +29,7 @@ def main(argv: Sequence[str]) -> None:
 
 def evaluate_from_config(
     config: ConfigDict, workdir: Path, protocol: str
-) -> dict[str, float]:
+) -> dict[str, Any]:
     """Tests the newest checkpoint; prints the result, writes JSON and a picture."""
     from sppnet_jax import from_config, parallel, plots, run_folder
     from sppnet_jax.classification.evaluate import Sample, count_correct

@@ -86,7 +86,7 @@ def make_run(config: ConfigDict) -> Run:
 def make_preprocessing(config: ConfigDict, workdir: Path) -> Preprocessing:
     """From the config and the statistics in the run's folder."""
     statistics = run_folder.load_statistics(workdir)
-    mean: np.ndarray = np.float32(config.mean)
+    mean = np.asarray(config.mean, np.float32)
     shifts = np.zeros((3, 3), np.float32)
     if statistics is not None:
         shifts = color_shifts(statistics.covariance, config.color_sigma)
@@ -161,7 +161,7 @@ def make_eval_batches(config: ConfigDict, source: Source):
     )
 
 
-def _loading(config: ConfigDict) -> dict[str, int | bool]:
+def _loading(config: ConfigDict) -> dict[str, Any]:
     return {
         "workers": config.data.workers,
         "threads": config.data.threads,

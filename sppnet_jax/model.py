@@ -19,9 +19,9 @@ from sppnet_jax.backbones import (
     Conv,
     MaxPool,
     get_backbone,
-    sliding,
+    layers_geometry,
+    output_size,
 )
-from sppnet_jax.geometry import stack_geometry
 from sppnet_jax.spp import check_levels, spatial_pyramid_pool
 
 Images = Float[Array, "batch height width 3"]
@@ -59,11 +59,7 @@ class SPPNet(nn.Module):
             setattr(self, f"conv{number}", conv)
         self.fc6 = self._dense(_scaled(4096, self.width), bias=1.0)
         self.fc7 = self._dense(_scaled(4096, self.width), bias=1.0)
-        self.fc8 = nn.Dense(
-            self.num_classes,
-            dtype=self.dtype,
-            kernel_init=nn.initializers.normal(0.01),
-        )
+        self.fc8 = self._dense(self.num_classes, bias=0.0)
         self.drop = nn.Dropout(self.dropout)
 
     def __call__(
@@ -94,8 +90,9 @@ class SPPNet(nn.Module):
         """The last map, zero beyond the valid size, and each convolution's output."""
         if self.levels is None:
             self._check_fixed_size(images, valid_size)
-        maps, size, convs = images.astype(self.dtype), valid_size, {}
-        maps = _zero_beyond(maps, size)
+        size = valid_size
+        maps = _zero_beyond(images.astype(self.dtype), size)
+        convs: Intermediates = {}
         for layer in self.backbone.layers:
             if isinstance(layer, LRN):
                 maps = local_response_norm(maps, *layer)
@@ -106,7 +103,7 @@ class SPPNet(nn.Module):
             else:
                 maps = _max_pool(maps, layer)
             if size is not None:
-                size = sliding(layer).output_size(size)
+                size = output_size(layer, size)
                 maps = _zero_beyond(maps, size)
             if isinstance(layer, Conv):
                 convs[name] = maps
@@ -139,8 +136,7 @@ class SPPNet(nn.Module):
         if valid_size is None:
             return None
         for layer in self.backbone.layers:
-            if not isinstance(layer, LRN):
-                valid_size = sliding(layer).output_size(valid_size)
+            valid_size = output_size(layer, valid_size)
         return valid_size
 
     def _check_fixed_size(self, images, valid_size) -> None:
@@ -203,8 +199,8 @@ def create_model(
             f"got {width=}, {num_classes=}, {dropout=}"
         )
     if levels is None:
-        layers = (*backbone.layers, backbone.last_pool)
-        stack_geometry(s for x in layers if (s := sliding(x))).map_size(image_size)
+        fixed = layers_geometry((*backbone.layers, backbone.last_pool))
+        fixed.map_size(image_size)
     return SPPNet(
         backbone=backbone,
         levels=None if levels is None else check_levels(levels),

@@ -34,17 +34,17 @@ def predict_files(workdir: Path, paths: Sequence[str], picture: str = "") -> int
     import numpy as np
 
     from sppnet_jax import from_config, plots, run_folder
-    from sppnet_jax.classification.full_image import make_full_image_scorer
+    from sppnet_jax.classification.full_image import make_image_scorer
     from sppnet_jax.data.images import decode_image
 
     config = cli.given_or_saved_config()
     class_names = run_folder.load_class_names(workdir)
     model, params = from_config.load_model(config, workdir, len(class_names))
-    score = make_full_image_scorer(
+    score = make_image_scorer(
         model,
         params,
         from_config.make_preprocessing(config, workdir),
-        side=config.data.resize_side,
+        resize_side=config.data.resize_side,
     )
     shown, failed = [], 0
     for path in paths:

@@ -11,6 +11,7 @@ Layout everywhere: features [..., height, width, channels], bins row-major in a 
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -151,7 +152,7 @@ def _pool_levels(levels, pool, *, nested: bool) -> dict[int, jax.Array]:
 
 def _reduce_spans(maps, spans: np.ndarray, axis: int, reducer: str) -> jax.Array:
     """Reduces static spans along an axis: a reshape if they tile it, else slices."""
-    reduce = {"max": jnp.max, "mean": jnp.mean}[reducer]
+    reduce: Any = {"max": jnp.max, "mean": jnp.mean}[reducer]
     size, level = maps.shape[axis], len(spans)
     if size % level == 0:
         tiles = (*maps.shape[:axis], level, size // level, *maps.shape[axis + 1 :])
@@ -207,11 +208,11 @@ def _check_features(features, reducer: str) -> None:
 def _check_valid_size(valid_size, batch, height: int, width: int) -> jax.Array:
     """The valid sizes as int [*batch, 2], each inside the map."""
     if not isinstance(valid_size, jax.core.Tracer):
-        sizes = np.asarray(valid_size)
-        if (sizes < 1).any() or (sizes > (height, width)).any():
+        known = np.asarray(valid_size)
+        if (known < 1).any() or (known > (height, width)).any():
             raise ValueError(
                 f"valid_size must lie within 1 and the map's size {(height, width)}, "
-                f"got {sizes.tolist()}"
+                f"got {known.tolist()}"
             )
     sizes = jnp.asarray(valid_size)
     if not jnp.issubdtype(sizes.dtype, jnp.integer):

@@ -21,7 +21,7 @@ def test_an_image_goes_to_the_smallest_bucket_that_holds_it():
 
 def test_an_image_larger_than_every_bucket_is_refused_with_their_sizes():
     with pytest.raises(
-        ValueError, match="no bucket holds an image of 129×64; .* 64×128"
+        ValueError, match=r"no bucket holds an image of 129×64; .* 64×128"
     ):
         smallest_bucket((129, 64), [(64, 128), (128, 64)])
 

@@ -54,7 +54,7 @@ def test_every_class_is_in_every_split(classification: DigitScenes) -> None:
     sizes = {
         split: info.num_examples for split, info in classification.info.splits.items()
     }
-    assert sizes == {"train": 5752, "test": 1077}
+    assert sizes == {"train": 11504, "test": 1077}
     labels = [scene["label"] for scene in classification.as_data_source("test")]
     assert min(np.bincount(labels, minlength=10)) >= 100
 

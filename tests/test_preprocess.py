@@ -13,8 +13,9 @@ from sppnet_jax.classification.preprocess import (
 )
 
 
-def preprocessing(mean=np.float32(128), scale=1.0, shifts=None):
-    return Preprocessing(mean, scale, np.zeros((3, 3)) if shifts is None else shifts)
+def preprocessing(mean=128.0, scale=1.0, shifts=None):
+    shifts = np.zeros((3, 3)) if shifts is None else shifts
+    return Preprocessing(np.asarray(mean, np.float32), scale, shifts)
 
 
 def random_pixels(*shape, seed=0):

@@ -176,4 +176,4 @@ def test_labels_are_checked_when_a_data_set_is_opened(tmp_path: Path) -> None:
 def test_a_sample_of_labels_is_checked_in_a_large_source() -> None:
     source = make_source(20, labels=(0,) * 10 + (7,) * 10)
     with pytest.raises(ValueError, match="picture_10"):
-        check_labels(source, max_records=4)
+        check_labels(source, all_up_to=4, sample=4)

@@ -8,22 +8,24 @@ import numpy as np
 
 from sppnet_jax.buckets import aspect_buckets, pad_to_bucket, smallest_bucket
 from sppnet_jax.classification.preprocess import Preprocessing, normalize
-from sppnet_jax.data.images import resize_whole
+from sppnet_jax.data.images import crop, resize_shorter_side, resize_whole
 from sppnet_jax.model import SPPNet
 
 MAX_ASPECT = 4.0
 
 
-def make_full_image_scorer(
-    model: SPPNet, params: Any, preprocessing: Preprocessing, *, side: int
+def make_image_scorer(
+    model: SPPNet, params: Any, preprocessing: Preprocessing, *, resize_side: int
 ) -> Callable[[np.ndarray], np.ndarray]:
     """A function from an image, uint8 [h, w, 3] RGB, to its softmax scores [classes].
 
-    The image is resized so that its shorter side is `side` pixels and padded into a
-    bucket; every bucket compiles once. Images longer than
-    4:1 are squeezed to 4:1.
+    The image is resized so that its shorter side is `resize_side` pixels and padded
+    into a bucket; every bucket compiles once. Images longer than 4:1 are squeezed to
+    4:1. A network without SPP sees the centre crop, the only size that it takes.
     """
-    buckets = aspect_buckets(side)
+    if model.levels is None:
+        return _centre_crop_scorer(model, params, preprocessing, resize_side)
+    buckets = aspect_buckets(resize_side)
 
     @jax.jit
     def score(params, image, size):
@@ -32,9 +34,25 @@ def make_full_image_scorer(
         return jax.nn.softmax(logits[0])
 
     def score_image(image: np.ndarray) -> np.ndarray:
-        resized = resize_whole(image, side, MAX_ASPECT)
-        size = resized.shape[:2]
-        padded = pad_to_bucket(resized, smallest_bucket(size, buckets))
-        return np.asarray(score(params, padded, np.array(size)))
+        resized = resize_whole(image, resize_side, MAX_ASPECT)
+        height, width = resized.shape[:2]
+        padded = pad_to_bucket(resized, smallest_bucket((height, width), buckets))
+        return np.asarray(score(params, padded, np.array([height, width])))
+
+    return score_image
+
+
+def _centre_crop_scorer(
+    model: SPPNet, params: Any, preprocessing: Preprocessing, resize_side: int
+) -> Callable[[np.ndarray], np.ndarray]:
+    @jax.jit
+    def score(params, image):
+        inputs = normalize(image[None], preprocessing)
+        logits, _ = model.apply({"params": params}, inputs)
+        return jax.nn.softmax(logits[0])
+
+    def score_image(image: np.ndarray) -> np.ndarray:
+        resized = resize_shorter_side(image, resize_side)
+        return np.asarray(score(params, crop(resized, model.image_size, "center")))
 
     return score_image

@@ -38,7 +38,7 @@ def normalize(
     """
     mean = jnp.asarray(preprocessing.mean, jnp.float32)
     if mean.ndim:
-        mean = _warp(mean, images.shape[1:3], valid_size)
+        mean = _warp(mean, (images.shape[1], images.shape[2]), valid_size)
     return (images.astype(jnp.float32) - mean) / preprocessing.scale
 
 

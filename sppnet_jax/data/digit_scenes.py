@@ -25,7 +25,7 @@ CENTRE_VIEW = 7 / 8
 
 _SEED = 20140618
 _TEST_FRACTION = 0.2
-_SCENES_PER_DIGIT = {"train": 4, "test": 3}
+_SCENES_PER_DIGIT = {"train": 8, "test": 3}
 _DETECTION_SCENES = {"train": 1500, "test": 400}
 _LEAST_CONTRAST = 80.0
 _JPEG_QUALITY = 95

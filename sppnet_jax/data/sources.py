@@ -11,6 +11,7 @@ encoded. TensorFlow isn't needed.
 import contextlib
 import difflib
 import fcntl
+import logging
 import os
 import re
 import shutil
@@ -19,9 +20,10 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol, TypedDict
 
 import tensorflow_datasets as tfds
-from absl import logging
 
 from sppnet_jax.data import image_folder
+
+log = logging.getLogger(__name__)
 
 
 class Record(TypedDict):
@@ -125,18 +127,21 @@ def available_splits(
     return tuple(_open_builder(dataset, root, data_dir).info.splits)
 
 
-def check_labels(source: Source, max_records: int = 50_000) -> None:
+def check_labels(
+    source: Source, *, all_up_to: int = 50_000, sample: int = 5_000
+) -> None:
     """Checks that every label is the index of a class.
 
     Args:
-        source: reads all its records, or `max_records` evenly spaced ones.
-        max_records: at most so many are read.
+        source: reads its records; of a large one, `sample` evenly spaced records.
+        all_up_to: a source with more records than this is large.
+        sample: how many records of a large source are read.
 
     Raises:
         ValueError: names the first record whose label lies outside the range.
     """
     total = len(source.records)
-    checked = min(total, max_records)
+    checked = total if total <= all_up_to else sample
     for number in range(checked):
         check_label(source, source.records[number * total // checked])
 
@@ -178,7 +183,7 @@ def _prepare_folder(root: str, directory: Path) -> tfds.core.DatasetBuilder:
 
     def make_builder() -> tfds.core.DatasetBuilder:
         for note in scan.notes:
-            logging.warning("%s", note)
+            log.warning("%s", note)
         return image_folder.ImageFolder(scan, data_dir=str(directory))
 
     path = directory / image_folder.ImageFolder.name / scan.config_name / version
@@ -233,7 +238,7 @@ def _locked(path: Path) -> Iterator[None]:
 def _remove_leftovers(directory: Path) -> None:
     """Removes what killed preparations left; the lock must be held."""
     for path in directory.glob("incomplete.*"):
-        logging.info("removing %s, left by an interrupted preparation", path)
+        log.info("removing %s, left by an interrupted preparation", path)
         shutil.rmtree(path, ignore_errors=True)
 
 

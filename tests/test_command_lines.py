@@ -1,0 +1,261 @@
+"""The command lines as a user runs them, each in a process of its own."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import cv2
+import numpy as np
+import pytest
+
+from tests.conftest import REPOSITORY
+from tests.data_helpers import encode, picture
+from tests.mock_imagenet import prepare_mock_imagenet
+
+SMALL = [
+    "--config.model.width=0.02",
+    "--config.data.image_size=32",
+    "--config.data.resize_side=36",
+    "--config.batch_size=8",
+    "--config.log_steps=1",
+]
+
+
+def losses(workdir):
+    rows = [json.loads(x) for x in (workdir / "metrics.jsonl").read_text().splitlines()]
+    return {row["step"]: row["loss"] for row in rows if row["split"] == "train"}
+
+
+@pytest.fixture(scope="module")
+def digits_run(command_line, digit_scenes_dir, tmp_path_factory):
+    """Three steps on the digit scenes, with two devices."""
+    workdir = tmp_path_factory.mktemp("digits")
+    command_line(
+        "train",
+        "--config=configs/digits.py",
+        f"--workdir={workdir}",
+        *SMALL,
+        "--config.max_steps=3",
+    )
+    return workdir
+
+
+def test_train_writes_everything_a_run_s_folder_should_hold(digits_run):
+    names = {path.name for path in digits_run.iterdir()}
+    assert {"config.json", "classes.json", "metrics.jsonl", "training.png"} <= names
+    assert any(name.startswith("events.out.tfevents") for name in names)
+    assert [path.name for path in (digits_run / "checkpoints").iterdir()] == ["3"]
+    assert list(losses(digits_run)) == [1, 2, 3]
+    assert cv2.imread(str(digits_run / "training.png")).shape[0] > 300
+
+
+@pytest.mark.parametrize("devices", [1, 4])
+def test_evaluate_counts_every_test_image_once_on_any_devices(
+    devices, digits_run, command_line
+):
+    result = command_line("evaluate", f"--workdir={digits_run}", devices=devices)
+    report = json.loads((digits_run / "evaluate_single.json").read_text())
+    assert report["count"] == 1077
+    assert report["broken"] == 0
+    assert f"top-1 {report['top1']:.2%}, top-5 {report['top5']:.2%} of 1077" in (
+        result.stdout
+    )
+    picture = cv2.imread(str(digits_run / "evaluate_single.png"))
+    assert picture.std() > 10
+
+
+def test_predict_names_five_classes_for_images_of_any_size(
+    digits_run, command_line, tmp_path
+):
+    sizes = [(40, 60), (300, 20), (1, 1), (97, 96)]
+    paths = []
+    for number, size in enumerate(sizes):
+        paths.append(tmp_path / f"{number}.png")
+        paths[-1].write_bytes(encode(picture(*size)))
+    drawn = tmp_path / "drawn.png"
+    result = command_line(
+        "predict", f"--workdir={digits_run}", f"--picture={drawn}", *paths
+    )
+    lines = result.stdout.splitlines()
+    assert len([line for line in lines if "%" in line]) == 5 * len(sizes)
+    assert f"{paths[1]} (20×300 pixels)" in lines
+    assert drawn.exists()
+
+
+def test_predict_goes_on_after_a_file_it_cannot_read(
+    digits_run, command_line, tmp_path
+):
+    good, bad = tmp_path / "good.jpg", tmp_path / "bad.jpg"
+    good.write_bytes(encode(picture(), ".jpg"))
+    bad.write_bytes(good.read_bytes()[:200])
+    result = command_line(
+        "predict", f"--workdir={digits_run}", bad, good, "absent.png", check=False
+    )
+    assert result.returncode == 1
+    assert f"{bad}: can't be read: truncated" in result.stdout
+    assert f"{good} (32×24 pixels)" in result.stdout
+    assert "2 of 3 files could not be read" in result.stderr
+
+
+def test_a_folder_of_odd_images_trains_and_its_broken_files_are_named(
+    command_line, tmp_path
+):
+    root = tmp_path / "pets"
+    for number in range(40):
+        image = picture(20 + number, 70 - number, seed=number)
+        folder = root / ("cat", "dog")[number % 2]
+        folder.mkdir(parents=True, exist_ok=True)
+        suffix = (".png", ".jpg", ".bmp", ".webp")[number % 4]
+        if number % 5 == 0:
+            image = np.repeat(image[..., :1], 3, axis=2)
+        (folder / f"{number}{suffix}").write_bytes(encode(image, suffix))
+    whole = (root / "dog" / "1.jpg").read_bytes()
+    (root / "cat" / "broken.jpg").write_bytes(whole[: len(whole) // 2])
+    workdir = tmp_path / "run"
+    result = command_line(
+        "train",
+        "--config=configs/folder.py",
+        f"--config.data.root={root}",
+        f"--workdir={workdir}",
+        *SMALL,
+        "--config.epochs=2",
+    )
+    assert "every 5th image of each class" in result.stderr
+    evaluated = command_line("evaluate", f"--workdir={workdir}")
+    report = json.loads((workdir / "evaluate_single.json").read_text())
+    assert "broken.jpg: truncated" in result.stderr + evaluated.stderr
+    assert report["count"] + report["broken"] == 8
+
+
+def test_imagenet_trains_from_prepared_files_with_1000_classes(command_line, tmp_path):
+    prepare_mock_imagenet(tmp_path / "tfds")
+    workdir = tmp_path / "run"
+    shared = [f"--config.data.data_dir={tmp_path / 'tfds'}", *SMALL]
+    command_line(
+        "train",
+        "--config=configs/imagenet.py:overfeat5,spp30",
+        f"--workdir={workdir}",
+        *shared,
+        "--config.data.workers=1",
+        "--config.model.weight_init=he",
+        "--config.scale=64.0",
+        "--config.max_steps=2",
+    )
+    command_line("evaluate", f"--workdir={workdir}")
+    report = json.loads((workdir / "evaluate_single.json").read_text())
+    assert (report["split"], report["count"]) == ("validation", 12)
+    assert (workdir / "statistics.npz").exists()  # the mean image
+    assert len(json.loads((workdir / "classes.json").read_text())) == 1000
+
+
+@pytest.mark.slow
+def test_a_run_killed_at_any_moment_goes_on_with_the_same_losses(
+    command_line, digit_scenes_dir, tmp_path
+):
+    arguments = [
+        "--config=configs/digits.py",
+        *SMALL,
+        "--config.checkpoint_steps=5",
+        "--config.max_steps=60",
+    ]
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    command_line("train", *arguments, f"--workdir={whole}")
+    command = [sys.executable, "-m", "sppnet_jax.train", *arguments]
+    environment = {
+        **os.environ,
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
+    }
+    process = subprocess.Popen(
+        [*command, f"--workdir={killed}"],
+        cwd=REPOSITORY,
+        env=environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    deadline = time.monotonic() + 120
+    metrics = killed / "metrics.jsonl"
+    while not (metrics.exists() and len(metrics.read_text().splitlines()) > 12):
+        assert time.monotonic() < deadline
+        assert process.poll() is None
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    result = command_line("train", *arguments, f"--workdir={killed}")
+    assert "resuming at step" in result.stderr
+    assert losses(killed) == losses(whole)
+
+
+def fails(command_line, *arguments, command="train", **options):
+    result = command_line(command, *arguments, check=False, **options)
+    assert result.returncode != 0
+    assert "Traceback" not in result.stderr
+    return result.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "give a config: --config=configs/digits.py"),
+        (["--config=configs/nothing.py"], "configs/nothing.py"),
+        (
+            ["--config=configs/digits.py", "--config.batchsize=8"],
+            "unknown field 'batchsize': config has the fields batch_size, ",
+        ),
+        (
+            ["--config=configs/digits.py", "--config.data.rot=x"],
+            "unknown field 'rot': config.data has the fields crop, data_dir, flip",
+        ),
+        (
+            ["--config=configs/digits.py", "--config.batch_size=many"],
+            "batch_size=many",
+        ),
+        (
+            ["--config=configs/digits.py", "--config.model.backbone=zf6"],
+            "unknown backbone 'zf6': choose from zf5, convnet5, overfeat5, overfeat7",
+        ),
+        (
+            ["--config=configs/imagenet.py:zf5,sspp"],
+            "unknown recipe 'sspp'",
+        ),
+        (
+            ["--config=configs/digits.py", "--config.data.crop=middle"],
+            "config.data.crop is 'middle': choose from paper, center",
+        ),
+        (
+            ["--config=configs/digits.py", "--config.data.image_size=16"],
+            "too small for this stack: it needs at least 29",
+        ),
+        (["--config=configs/digits.py"], "give the folder of the run: --workdir"),
+        (["--config=configs/folder.py"], "--config.data.root=FOLDER"),
+    ],
+)
+def test_mistakes_in_the_config_are_named_before_anything_is_loaded(
+    arguments, message, command_line
+):
+    started = time.monotonic()
+    assert message in fails(command_line, *arguments)
+    # About one second alone; the bound is for a machine that does other things too.
+    assert time.monotonic() - started < 15
+
+
+def test_a_changed_model_against_an_old_checkpoint_names_the_shapes(
+    digits_run, command_line
+):
+    error = fails(
+        command_line,
+        "--config=configs/digits.py",
+        f"--workdir={digits_run}",
+        *SMALL,
+        "--config.model.levels=(2, 1)",
+    )
+    assert "holds another model" in error
+    assert "fc6/kernel: checkpoint (250, 82), config (25, 82)" in error
+
+
+def test_a_folder_that_was_never_trained_in_says_so(command_line, tmp_path):
+    for command in ("evaluate", "predict"):
+        error = fails(command_line, f"--workdir={tmp_path}", "a.jpg", command=command)
+        assert "holds no trained run" in error or "unexpected arguments" in error
