@@ -12,6 +12,7 @@ from absl import app, flags
 from ml_collections import ConfigDict, config_flags
 from tqdm import tqdm
 
+from sppnet_jax import parallel
 from sppnet_jax.config import base_config, check_config
 from sppnet_jax.run_folder import load_config
 
@@ -19,6 +20,14 @@ CONFIG = config_flags.DEFINE_config_file(
     "config", None, "The settings of a run, a file such as configs/digits.py."
 )
 WORKDIR = flags.DEFINE_string("workdir", None, "The folder of the run.")
+_COORDINATOR = flags.DEFINE_string(
+    "coordinator",
+    "",
+    "To train with several processes: host:port of process 0, or 'auto' on a cluster "
+    "that JAX knows (TPU pod, Slurm, Open MPI).",
+)
+_PROCESS_INDEX = flags.DEFINE_integer("process_index", 0, "Which process this is.")
+_PROCESS_COUNT = flags.DEFINE_integer("process_count", 1, "How many processes run.")
 _TRACEBACK = flags.DEFINE_bool("traceback", False, "Show where an error came from.")
 
 
@@ -34,7 +43,8 @@ def run(main: Callable[[Sequence[str]], None]) -> None:
                 traceback.print_exc()
             sys.exit(f"error: {error}\n(--traceback shows where it came from)")
 
-    for flag in (CONFIG, WORKDIR, _TRACEBACK):  # so that --help shows them
+    shown = (CONFIG, WORKDIR, _COORDINATOR, _PROCESS_INDEX, _PROCESS_COUNT, _TRACEBACK)
+    for flag in shown:  # by --help, although the main module doesn't define them
         flags.FLAGS.register_key_flag_for_module(sys.argv[0], flags.FLAGS[flag.name])
     app.run(guarded, flags_parser=_parse_flags)
 
@@ -58,6 +68,13 @@ def given_or_saved_config() -> ConfigDict:
     config.update(load_config(given_workdir()))
     check_config(config)
     return config
+
+
+def join_processes() -> None:
+    """Joins the processes that the flags name; before any other use of JAX."""
+    parallel.join_processes(
+        _COORDINATOR.value, _PROCESS_INDEX.value, _PROCESS_COUNT.value
+    )
 
 
 def given_workdir() -> Path:

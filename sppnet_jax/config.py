@@ -4,6 +4,8 @@ On the command line each can be overridden: `--config.batch_size=64`,
 `--config.model.levels='(4, 3, 2, 1)'`.
 """
 
+from typing import Any
+
 from ml_collections import ConfigDict
 
 from sppnet_jax.backbones import backbone_geometry
@@ -109,7 +111,7 @@ def check_config(config: ConfigDict) -> None:
         raise ValueError("give the folder of images: --config.data.root=FOLDER")
 
 
-def _get(config: ConfigDict, name: str):
+def _get(config: ConfigDict, name: str) -> Any:
     for part in name.split("."):
         config = config[part]
     return config
@@ -121,7 +123,9 @@ def _one_of(config: ConfigDict, name: str, values: tuple[str, ...]) -> None:
         raise ValueError(f"config.{name} is {value!r}: choose from {', '.join(values)}")
 
 
-def _at_least(config: ConfigDict, name: str, low: float, *, strictly=False) -> None:
+def _at_least(
+    config: ConfigDict, name: str, low: float, *, strictly: bool = False
+) -> None:
     value = _get(config, name)
     if value < low or (strictly and value == low):
         bound = "more than" if strictly else "at least"

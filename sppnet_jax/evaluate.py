@@ -22,19 +22,22 @@ _PROTOCOL = flags.DEFINE_enum(
 def main(argv: Sequence[str]) -> None:
     if argv:
         raise ValueError(f"unexpected arguments: {' '.join(argv)}")
-    evaluate_from_config(
-        cli.given_or_saved_config(), cli.given_workdir(), _PROTOCOL.value
-    )
+    config, workdir = cli.given_or_saved_config(), cli.given_workdir()
+    cli.join_processes()
+    evaluate_from_config(config, workdir, _PROTOCOL.value)
 
 
 def evaluate_from_config(
     config: ConfigDict, workdir: Path, protocol: str
 ) -> dict[str, Any]:
     """Tests the newest checkpoint; prints the result, writes JSON and a picture."""
+    import numpy as np
+
     from sppnet_jax import from_config, parallel, plots, run_folder
     from sppnet_jax.classification.evaluate import Sample, count_correct
     from sppnet_jax.classification.step import make_test_step
     from sppnet_jax.data.broken import BrokenImages
+    from sppnet_jax.data.pipeline import Example
 
     parallel.check_batch_size(config.batch_size)
     class_names = run_folder.load_class_names(workdir)
@@ -49,7 +52,7 @@ def evaluate_from_config(
     broken = BrokenImages(source)
     sample = Sample(len(source.records), size=24)
 
-    def on_batch(batch, scores):
+    def on_batch(batch: Example, scores: np.ndarray) -> None:
         broken.report(batch)
         sample.add(batch, scores)
 
@@ -67,6 +70,8 @@ def evaluate_from_config(
         "protocol": protocol,
         **result,
     }
+    if not parallel.is_first_process():
+        return report
     (workdir / f"evaluate_{protocol}.json").write_text(json.dumps(report, indent=2))
     predictions = [
         plots.Prediction(

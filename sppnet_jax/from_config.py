@@ -15,7 +15,7 @@ from sppnet_jax.classification.preprocess import Preprocessing, color_shifts
 from sppnet_jax.classification.schedule import Schedule
 from sppnet_jax.classification.step import Optimizer, init_params
 from sppnet_jax.classification.train import Run
-from sppnet_jax.data.pipeline import eval_batches, train_batches
+from sppnet_jax.data.pipeline import Batches, eval_batches, train_batches
 from sppnet_jax.data.sources import Source, available_splits, open_source
 from sppnet_jax.data.statistics import image_statistics
 from sppnet_jax.model import SPPNet, create_model
@@ -136,7 +136,7 @@ def open_split(config: ConfigDict, purpose: str) -> Source:
     return open_source(config.data.name, split, **where)
 
 
-def make_train_batches(config: ConfigDict, source: Source):
+def make_train_batches(config: ConfigDict, source: Source) -> Batches:
     return train_batches(
         source,
         batch_size=config.batch_size,
@@ -151,7 +151,7 @@ def make_train_batches(config: ConfigDict, source: Source):
     )
 
 
-def make_eval_batches(config: ConfigDict, source: Source):
+def make_eval_batches(config: ConfigDict, source: Source) -> Batches:
     return eval_batches(
         source,
         batch_size=config.batch_size,

@@ -13,10 +13,16 @@ class MetricsLog:
     """Appends rows to `workdir/metrics.jsonl` and to TensorBoard; a context manager.
 
     `resumed_step`: rows after this step are from a run that was cut off and are
-    removed, since the resumed run writes them again.
+    removed, since the resumed run writes them again. `enabled=False` writes nothing:
+    one of several processes keeps the log.
     """
 
-    def __init__(self, workdir: Path, *, resumed_step: int) -> None:
+    def __init__(
+        self, workdir: Path, *, resumed_step: int, enabled: bool = True
+    ) -> None:
+        self._enabled = enabled
+        if not enabled:
+            return
         path = workdir / FILE
         kept = [row for row in read_metrics(workdir) if row["step"] <= resumed_step]
         path.write_text("".join(json.dumps(row) + "\n" for row in kept))
@@ -27,11 +33,15 @@ class MetricsLog:
         return self
 
     def __exit__(self, *_: object) -> None:
+        if not self._enabled:
+            return
         self._file.close()
         self._events.close()
 
     def write(self, split: str, step: int, values: dict[str, float]) -> None:
         """Adds one row: the split it speaks of, the steps done, and its numbers."""
+        if not self._enabled:
+            return
         row: dict[str, Any] = {"split": split, "step": step, **values}
         self._file.write(json.dumps(row) + "\n")
         self._file.flush()

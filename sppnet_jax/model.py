@@ -139,7 +139,7 @@ class SPPNet(nn.Module):
             valid_size = output_size(layer, valid_size)
         return valid_size
 
-    def _check_fixed_size(self, images, valid_size) -> None:
+    def _check_fixed_size(self, images: Array, valid_size: Array | None) -> None:
         side = self.image_size
         if images.shape[1:3] != (side, side) or valid_size is not None:
             seen = "×".join(map(str, images.shape[1:3]))

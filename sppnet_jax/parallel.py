@@ -10,33 +10,49 @@ from typing import Any, TypeVar
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 
 Tree = TypeVar("Tree")
 AXIS = "devices"
 
 
+def join_processes(coordinator: str, process_index: int, process_count: int) -> None:
+    """Joins the processes that train together; call it before any other use of JAX.
+
+    `coordinator`: host:port of process 0, the same in all of them; "auto" where the
+    cluster (TPU pod, Slurm, Open MPI) tells JAX all three; "" for a single process.
+    """
+    if coordinator == "auto":
+        jax.distributed.initialize()
+    elif coordinator:
+        jax.distributed.initialize(coordinator, process_count, process_index)
+
+
+def is_first_process() -> bool:
+    """Whether this is the process that writes files and shows progress."""
+    return jax.process_index() == 0
+
+
+def wait_for_all_processes(name: str) -> None:
+    """Returns once every process has come to the point of this name."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(name)
+
+
 def data_parallel(
-    step: Callable[..., Any], *, donate_state: bool
+    step: Callable[..., Any], *, scalars: int = 0, donate_state: bool = False
 ) -> Callable[..., Any]:
     """Runs `step(state, batch, *scalars)` on every device, each with its shard.
 
-    `state` is replicated, `batch` sharded (see `shard`), scalars are the same
+    `state` is replicated, `batch` sharded (see `shard`), the scalars are the same
     everywhere. Inside, `sum_over_devices` adds up.
     """
-
-    def call(state, batch, *scalars):
-        axes = (0, 0, *(None,) * len(scalars))
-        if len(scalars) not in programs:
-            programs[len(scalars)] = jax.pmap(
-                step,
-                axis_name=AXIS,
-                in_axes=axes,
-                donate_argnums=(0,) if donate_state else (),
-            )
-        return programs[len(scalars)](state, batch, *scalars)
-
-    programs: dict[int, Callable[..., Any]] = {}
-    return call
+    return jax.pmap(
+        step,
+        axis_name=AXIS,
+        in_axes=(0, 0, *(None,) * scalars),
+        donate_argnums=(0,) if donate_state else (),
+    )
 
 
 def sum_over_devices(tree: Tree) -> Tree:

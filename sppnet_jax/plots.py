@@ -2,13 +2,15 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import matplotlib
 import numpy as np
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 from sppnet_jax.metrics import read_metrics
 
@@ -71,12 +73,12 @@ def plot_predictions(predictions: Sequence[Prediction], path: Path) -> Path:
     return _save(figure, path)
 
 
-def _line(axes, rows: list[dict], name: str, **style) -> None:
+def _line(axes: Axes, rows: list[dict], name: str, **style: Any) -> None:
     if rows:
         axes.plot([r["epoch"] for r in rows], [r[name] for r in rows], **style)
 
 
-def _save(figure, path: Path) -> Path:
+def _save(figure: Figure, path: Path) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
     plt.close(figure)

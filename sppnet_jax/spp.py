@@ -10,13 +10,17 @@ Layout everywhere: features [..., height, width, channels], bins row-major in a 
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, ArrayLike, Float, Int
+
+Maps = Float[Array, "batch height width channels"]
+Sizes = Int[Array, "batch 2"]
+Pooled = dict[int, jax.Array]  # by level: [batch, level, level, channels]
 
 
 def pyramid_bins(size: int, level: int, rule: str = "adaptive") -> np.ndarray:
@@ -109,10 +113,10 @@ def check_levels(levels: Sequence[int]) -> tuple[int, ...]:
     return tuple(int(n) for n in levels)
 
 
-def _pool_whole(maps, levels, rule, reducer) -> dict[int, jax.Array]:
-    """Each level of whole maps: [batch, level, level, channels]."""
+def _pool_whole(maps: Maps, levels: tuple[int, ...], rule: str, reducer: str) -> Pooled:
+    """Each level of whole maps."""
 
-    def pool(level):
+    def pool(level: int) -> jax.Array:
         rows = pyramid_bins(maps.shape[1], level, rule)
         columns = pyramid_bins(maps.shape[2], level, rule)
         return _reduce_spans(_reduce_spans(maps, rows, 1, reducer), columns, 2, reducer)
@@ -120,23 +124,27 @@ def _pool_whole(maps, levels, rule, reducer) -> dict[int, jax.Array]:
     return _pool_levels(levels, pool, nested=(rule == "adaptive" and reducer == "max"))
 
 
-def _pool_valid(maps, levels, sizes, reducer) -> dict[int, jax.Array]:
-    """Each level of the valid part of every map: [batch, level, level, channels]."""
+def _pool_valid(
+    maps: Maps, levels: tuple[int, ...], sizes: Sizes, reducer: str
+) -> Pooled:
+    """Each level of the valid part of every map."""
 
-    def pool(level):
+    def pool(level: int) -> jax.Array:
         rows = _reduce_masked(maps, sizes[:, 0], level, 1, reducer)
         return _reduce_masked(rows, sizes[:, 1], level, 2, reducer)
 
     return _pool_levels(levels, pool, nested=reducer == "max")
 
 
-def _pool_levels(levels, pool, *, nested: bool) -> dict[int, jax.Array]:
+def _pool_levels(
+    levels: tuple[int, ...], pool: Callable[[int], jax.Array], *, nested: bool
+) -> Pooled:
     """Pools the finest level first; a level that divides a finer one is read off it.
 
     Under the adaptive rule, if n divides m, a bin of level n is exactly the union of
     (m/n)×(m/n) neighbouring bins of level m, whatever the size of the map.
     """
-    pooled: dict[int, jax.Array] = {}
+    pooled: Pooled = {}
     for level in sorted(set(levels), reverse=True):
         finer = [m for m in pooled if m % level == 0]
         if nested and finer:
@@ -150,7 +158,9 @@ def _pool_levels(levels, pool, *, nested: bool) -> dict[int, jax.Array]:
     return pooled
 
 
-def _reduce_spans(maps, spans: np.ndarray, axis: int, reducer: str) -> jax.Array:
+def _reduce_spans(
+    maps: jax.Array, spans: np.ndarray, axis: int, reducer: str
+) -> jax.Array:
     """Reduces static spans along an axis: a reshape if they tile it, else slices."""
     reduce: Any = {"max": jnp.max, "mean": jnp.mean}[reducer]
     size, level = maps.shape[axis], len(spans)
@@ -164,7 +174,9 @@ def _reduce_spans(maps, spans: np.ndarray, axis: int, reducer: str) -> jax.Array
     return jnp.stack(parts, axis=axis)
 
 
-def _reduce_masked(maps, sizes, level: int, axis: int, reducer: str) -> jax.Array:
+def _reduce_masked(
+    maps: jax.Array, sizes: jax.Array, level: int, axis: int, reducer: str
+) -> jax.Array:
     """Reduces the adaptive bins of traced sizes along one axis."""
     position = jnp.arange(maps.shape[axis])
     along_axis = [1] * maps.ndim
@@ -180,11 +192,12 @@ def _reduce_masked(maps, sizes, level: int, axis: int, reducer: str) -> jax.Arra
     return jnp.stack(parts, axis=axis)
 
 
-def _adaptive_span(index, size, level):
+def _adaptive_span(index: Any, size: Any, level: int) -> tuple[Any, Any]:
+    """Appendix A; works on ints, arrays and traced values."""
     return index * size // level, -(-(index + 1) * size // level)
 
 
-def _channels(pooled: dict[int, jax.Array]) -> int:
+def _channels(pooled: Pooled) -> int:
     return next(iter(pooled.values())).shape[-1]
 
 
@@ -192,7 +205,7 @@ def _count(outputs: int) -> str:
     return f"{outputs}×{outputs} outputs" if outputs else "no outputs (stride 0)"
 
 
-def _check_features(features, reducer: str) -> None:
+def _check_features(features: jax.Array, reducer: str) -> None:
     if reducer not in ("max", "mean"):
         raise ValueError(f"unknown reducer {reducer!r}: use 'max' or 'mean'")
     if features.ndim < 3:
@@ -205,7 +218,9 @@ def _check_features(features, reducer: str) -> None:
         raise TypeError(f"features must be floating point, got {features.dtype}")
 
 
-def _check_valid_size(valid_size, batch, height: int, width: int) -> jax.Array:
+def _check_valid_size(
+    valid_size: Any, batch: Sequence[int], height: int, width: int
+) -> jax.Array:
     """The valid sizes as int [*batch, 2], each inside the map."""
     if not isinstance(valid_size, jax.core.Tracer):
         known = np.asarray(valid_size)

@@ -17,7 +17,9 @@ log = logging.getLogger(__name__)
 def main(argv: Sequence[str]) -> None:
     if argv:
         raise ValueError(f"unexpected arguments: {' '.join(argv)}")
-    train_from_config(cli.given_config(), cli.given_workdir())
+    config, workdir = cli.given_config(), cli.given_workdir()
+    cli.join_processes()
+    train_from_config(config, workdir)
 
 
 def train_from_config(config: ConfigDict, workdir: Path) -> dict[str, float]:
@@ -34,9 +36,11 @@ def train_from_config(config: ConfigDict, workdir: Path) -> dict[str, float]:
             f"the splits {source.split!r} and {validation.split!r} have other classes"
         )
     batches = from_config.make_train_batches(config, source)
-    run_folder.save_config(workdir, config.to_dict())
-    run_folder.save_class_names(workdir, source.class_names)
-    from_config.prepare_statistics(config, source, workdir)
+    if parallel.is_first_process():
+        run_folder.save_config(workdir, config.to_dict())
+        run_folder.save_class_names(workdir, source.class_names)
+        from_config.prepare_statistics(config, source, workdir)
+    parallel.wait_for_all_processes("the run's folder is prepared")
     log.info(
         "training on %d images of %d classes, testing on %d",
         len(source.records),
@@ -57,8 +61,9 @@ def train_from_config(config: ConfigDict, workdir: Path) -> dict[str, float]:
             schedule=from_config.make_schedule(config),
             preprocessing=from_config.make_preprocessing(config, workdir),
         )
-    picture = plots.plot_training(workdir)
-    log.info("the run's folder is %s, its curves are %s", workdir, picture)
+    if parallel.is_first_process():
+        picture = plots.plot_training(workdir)
+        log.info("the run's folder is %s, its curves are %s", workdir, picture)
     return metrics
 
 

@@ -3,9 +3,11 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import cv2
 import numpy as np
@@ -259,3 +261,48 @@ def test_a_folder_that_was_never_trained_in_says_so(command_line, tmp_path):
     for command in ("evaluate", "predict"):
         error = fails(command_line, f"--workdir={tmp_path}", "a.jpg", command=command)
         assert "holds no trained run" in error or "unexpected arguments" in error
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one_does_and_go_on_together(
+    digit_scenes_dir, command_line, tmp_path
+):
+    """Two processes with two devices each, against one with four, across a resume."""
+    arguments = [
+        "--config=configs/digits.py",
+        *SMALL,
+        "--config.model.dropout=0.0",  # its random numbers go by device
+        "--config.color_sigma=0.0",
+    ]
+    together, alone = tmp_path / "together", tmp_path / "alone"
+    command_line(
+        "train",
+        *arguments,
+        f"--workdir={alone}",
+        "--config.max_steps=6",
+        devices=4,
+    )
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    for steps in (3, 6):
+        with ThreadPoolExecutor(2) as pool:
+            runs = [
+                pool.submit(
+                    command_line,
+                    "train",
+                    *arguments,
+                    f"--workdir={together}",
+                    f"--config.max_steps={steps}",
+                    f"--coordinator=localhost:{port}",
+                    f"--process_index={index}",
+                    "--process_count=2",
+                )
+                for index in range(2)
+            ]
+            for run in runs:
+                run.result()
+    expected = losses(alone)
+    assert losses(together).keys() == expected.keys()
+    for step, loss in losses(together).items():
+        assert loss == pytest.approx(expected[step], rel=1e-4), step

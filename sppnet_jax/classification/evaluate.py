@@ -7,13 +7,13 @@ import numpy as np
 from tqdm import tqdm
 
 from sppnet_jax import parallel
-from sppnet_jax.data.pipeline import Example
+from sppnet_jax.data.pipeline import Batches, Example
 
 
 def count_correct(
     test_step: Callable[..., Any],
     params: Any,
-    batches: Any,
+    batches: Batches,
     *,
     total: int | None = None,
     on_batch: Callable[[Example, np.ndarray], None] | None = None,

@@ -28,7 +28,7 @@ def make_image_scorer(
     buckets = aspect_buckets(resize_side)
 
     @jax.jit
-    def score(params, image, size):
+    def score(params: Any, image: jax.Array, size: jax.Array) -> jax.Array:
         inputs = normalize(image[None], preprocessing, size[None])
         logits, _ = model.apply({"params": params}, inputs, size[None])
         return jax.nn.softmax(logits[0])
@@ -46,7 +46,7 @@ def _centre_crop_scorer(
     model: SPPNet, params: Any, preprocessing: Preprocessing, resize_side: int
 ) -> Callable[[np.ndarray], np.ndarray]:
     @jax.jit
-    def score(params, image):
+    def score(params: Any, image: jax.Array) -> jax.Array:
         inputs = normalize(image[None], preprocessing)
         logits, _ = model.apply({"params": params}, inputs)
         return jax.nn.softmax(logits[0])

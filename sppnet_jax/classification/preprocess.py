@@ -68,11 +68,13 @@ def color_shifts(covariance: Float[np.ndarray, "3 3"], sigma: float) -> np.ndarr
     return (directions * eigenvalues * sigma * 255).astype(np.float32)
 
 
-def _warp(mean: jax.Array, bucket: tuple[int, int], valid_size) -> jax.Array:
+def _warp(
+    mean: jax.Array, bucket: tuple[int, int], valid_size: jax.Array | None
+) -> jax.Array:
     if valid_size is None:
         return jax.image.resize(mean, (*bucket, 3), "linear")
 
-    def warp_to(size):
+    def warp_to(size: jax.Array) -> jax.Array:
         return jax.image.scale_and_translate(
             mean,
             (*bucket, 3),

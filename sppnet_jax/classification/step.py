@@ -19,6 +19,9 @@ from sppnet_jax.classification.preprocess import (
 )
 from sppnet_jax.model import SPPNet
 
+Batch = dict[str, jax.Array]  # "image", "label", "mask"
+Metrics = dict[str, jax.Array]
+
 
 class TrainState(NamedTuple):
     """All that a step reads and writes on the device."""
@@ -47,7 +50,7 @@ class Optimizer(NamedTuple):
 def create_state(model: SPPNet, optimizer: Optimizer, seed: int) -> TrainState:
     """A fresh state, replicated over the devices."""
 
-    def init(rng):
+    def init(rng: jax.Array) -> TrainState:
         params_rng, state_rng = jax.random.split(rng)
         params = init_params(model, params_rng)
         momentum = optimizer.transform().init(params)
@@ -64,7 +67,7 @@ def init_params(model: SPPNet, rng: jax.Array) -> Any:
 
 def make_train_step(
     model: SPPNet, optimizer: Optimizer, preprocessing: Preprocessing
-) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
+) -> Callable[..., tuple[TrainState, Metrics]]:
     """The step `(state, batch, learning_rate) -> (state, metrics)`.
 
     The state is donated. Metrics: sums over the batch of all devices, "loss",
@@ -72,7 +75,9 @@ def make_train_step(
     """
     transform = optimizer.transform()
 
-    def step(state, batch, learning_rate):
+    def step(
+        state: TrainState, batch: Batch, learning_rate: jax.Array
+    ) -> tuple[TrainState, Metrics]:
         rng = jax.random.fold_in(state.rng, state.step)
         color_rng, dropout_rng = jax.random.split(
             jax.random.fold_in(rng, parallel.device_index())
@@ -81,7 +86,7 @@ def make_train_step(
         images = normalize(images, preprocessing)
         count = parallel.sum_over_devices(batch["mask"].sum())
 
-        def loss_fn(params):
+        def loss_fn(params: Any) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
             logits, _ = model.apply(
                 {"params": params}, images, train=True, rngs={"dropout": dropout_rng}
             )
@@ -106,19 +111,19 @@ def make_train_step(
         params = optax.apply_updates(state.params, updates)
         return TrainState(state.step + 1, params, momentum, state.rng), metrics
 
-    return parallel.data_parallel(step, donate_state=True)
+    return parallel.data_parallel(step, scalars=1, donate_state=True)
 
 
 def make_test_step(
     model: SPPNet, preprocessing: Preprocessing
-) -> Callable[..., tuple[dict[str, jax.Array], jax.Array]]:
+) -> Callable[..., tuple[Metrics, jax.Array]]:
     """The step `(params, batch) -> (counts, probabilities)`.
 
     Counts: sums over all devices, "loss", "top1", "top5" and "count"; probabilities:
     softmax scores of this process's rows, [devices, rows, classes].
     """
 
-    def step(params, batch):
+    def step(params: Any, batch: Batch) -> tuple[Metrics, jax.Array]:
         images = normalize(batch["image"], preprocessing)
         logits, _ = model.apply({"params": params}, images)
         mask = batch["mask"]
@@ -133,7 +138,7 @@ def make_test_step(
         }
         return parallel.sum_over_devices(counts), jax.nn.softmax(logits)
 
-    return parallel.data_parallel(step, donate_state=False)
+    return parallel.data_parallel(step)
 
 
 def _is_kernel(params: Any) -> Any:

@@ -5,6 +5,7 @@ import logging
 import math
 import signal
 from collections import deque
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,7 +27,7 @@ from sppnet_jax.classification.step import (
     make_train_step,
 )
 from sppnet_jax.data.broken import BrokenImages
-from sppnet_jax.data.pipeline import steps_per_epoch
+from sppnet_jax.data.pipeline import Batches, steps_per_epoch
 from sppnet_jax.data.sources import Source
 from sppnet_jax.metrics import MetricsLog
 from sppnet_jax.model import SPPNet
@@ -59,8 +60,8 @@ def train(
     model: SPPNet,
     source: Source,
     *,
-    train_batches: grain.DatasetIterator,
-    validation_batches: Any,
+    train_batches: Batches,
+    validation_batches: Callable[[], Batches],
     run: Run,
     optimizer: Optimizer,
     schedule: Schedule,
@@ -89,7 +90,9 @@ def train(
         last_step = min(total_steps, run.max_steps or total_steps)
         with (
             _Interrupt() as interrupt,
-            MetricsLog(workdir, resumed_step=step) as metrics_log,
+            MetricsLog(
+                workdir, resumed_step=step, enabled=parallel.is_first_process()
+            ) as metrics_log,
             _Progress(host, metrics_log, run, step, last_step, epoch_steps) as progress,
         ):
             stopping = False
@@ -200,6 +203,7 @@ class _Progress:
             unit="img",
             desc="training",
             mininterval=0.5,
+            disable=not parallel.is_first_process(),
         )
 
     def __enter__(self) -> "_Progress":
@@ -263,7 +267,7 @@ class _Progress:
         epoch = step / self._epoch_steps
         self._show(epoch=f"{epoch:.1f}", loss=f"{loss:.3f}", accuracy=f"{accuracy:.0%}")
         if _due(step, self._run.log_steps):
-            speed = self._bar.format_dict["rate"] or 0.0
+            speed = self._bar.format_dict.get("rate") or 0.0
             self._log.write(
                 "train",
                 step,

@@ -47,7 +47,7 @@ def train_batches(
     strict: bool = False,
     process_index: int = 0,
     process_count: int = 1,
-) -> "_Batches":
+) -> "Batches":
     """Yields shuffled, augmented batches; an epoch's last, incomplete one is dropped.
 
     Order and augmentation follow from `seed` and the epoch alone. `set_state()` goes on
@@ -101,7 +101,7 @@ def train_batches(
         .repeat(_FOREVER if epochs is None else epochs)
         .batch(batch_size // process_count)
     )
-    return _Batches(dataset, workers, threads)
+    return Batches(dataset, workers, threads)
 
 
 def steps_per_epoch(source: Source, batch_size: int) -> int:
@@ -130,7 +130,7 @@ def eval_batches(
     strict: bool = False,
     process_index: int = 0,
     process_count: int = 1,
-) -> "_Batches":
+) -> "Batches":
     """Yields the centre crop of every record once, in order.
 
     Over all processes together each record comes exactly once. Every process yields the
@@ -165,7 +165,7 @@ def eval_batches(
         .map(load)[process_index::process_count]
         .batch(batch_size // process_count)
     )
-    return _Batches(dataset, workers, threads)
+    return Batches(dataset, workers, threads)
 
 
 def describe_broken(source: Source, index: int) -> str:
@@ -274,7 +274,7 @@ def _check_sizes(
         )
 
 
-class _Batches(grain.DatasetIterator):
+class Batches(grain.DatasetIterator):
     """Iterates over a data set of batches; its state is the number of the next one.
 
     That holds for any number of workers, where Grain's own state would tie a
@@ -298,7 +298,7 @@ class _Batches(grain.DatasetIterator):
         self._next_index += 1
         return batch
 
-    def __enter__(self) -> "_Batches":
+    def __enter__(self) -> "Batches":
         return self
 
     def __exit__(self, *exception: object) -> None:

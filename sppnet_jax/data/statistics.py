@@ -6,7 +6,7 @@ import numpy as np
 from tqdm import tqdm
 
 from sppnet_jax.data.pipeline import eval_batches
-from sppnet_jax.data.sources import Source
+from sppnet_jax.data.sources import Record, Records, Source
 
 
 class Statistics(NamedTuple):
@@ -62,12 +62,12 @@ def image_statistics(
 class _Subset:
     """Some of the records of a source, by their numbers."""
 
-    def __init__(self, records, indices: np.ndarray) -> None:
+    def __init__(self, records: Records, indices: np.ndarray) -> None:
         self._records = records
         self._indices = indices
 
     def __len__(self) -> int:
         return len(self._indices)
 
-    def __getitem__(self, index: int):
+    def __getitem__(self, index: int) -> Record:
         return self._records[int(self._indices[index])]
