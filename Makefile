@@ -3,6 +3,9 @@
 
 PYTHON ?= python3
 VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
+ifeq ($(filter $(VERSION),3.11 3.12 3.13),)
+$(error $(PYTHON) is Python '$(VERSION)'; use 3.11 to 3.13: make PYTHON=python3.12 …)
+endif
 VENV := .venv-$(VERSION)
 RUN := runs/demo
 

@@ -1,14 +1,13 @@
 """Checkpoints with Orbax: all that a run needs to go on as if it had never stopped.
 
-A checkpoint holds the parameters, the optimizer's state, what the host remembers (a
-JSON dict) and the position of the data iterator. Each is written to a temporary folder
-and renamed, so a killed run leaves whole checkpoints only.
+A checkpoint holds the parameters, the rest of the training state, and what the host
+remembers (a JSON dict, the position of the data iterator in it). Each is written to a
+temporary folder and renamed, so a killed run leaves whole checkpoints only.
 """
 
 from pathlib import Path
 from typing import Any
 
-import grain
 import jax
 import orbax.checkpoint as ocp
 
@@ -24,7 +23,6 @@ class Checkpoints:
                 "params": ocp.StandardCheckpointHandler(),
                 "training": ocp.StandardCheckpointHandler(),
                 "host": ocp.JsonCheckpointHandler(),
-                "batches": grain.checkpoint.CheckpointHandler(),
             },
             options=ocp.CheckpointManagerOptions(max_to_keep=keep),
         )
@@ -43,16 +41,14 @@ class Checkpoints:
         params: Any,
         training: Any,
         host: dict[str, Any],
-        batches: grain.DatasetIterator,
     ) -> None:
-        """Saves host arrays and the iterator, which must not have drawn further."""
+        """Saves trees of NumPy arrays and a JSON dict."""
         self._manager.save(
             step,
             args=ocp.args.Composite(
                 params=ocp.args.StandardSave(params),
                 training=ocp.args.StandardSave(training),
                 host=ocp.args.JsonSave(host),
-                batches=grain.checkpoint.CheckpointSave(batches),
             ),
         )
 
@@ -60,23 +56,20 @@ class Checkpoints:
         """The step of the newest checkpoint, or None."""
         return self._manager.latest_step()
 
-    def restore(
-        self, *, params: Any, training: Any, batches: grain.DatasetIterator
-    ) -> tuple[Any, Any, dict[str, Any]]:
-        """The newest checkpoint as (params, training, host); moves `batches` in place.
+    def restore(self, *, params: Any, training: Any) -> tuple[Any, Any, dict[str, Any]]:
+        """The newest checkpoint as (params, training, host).
 
         `params` and `training` give the expected shapes.
         Raises: ValueError that names every array whose shape differs.
         """
         step = self._require_step()
-        self._check_shapes(step, params)
+        self.check_shapes(params)
         restored = self._manager.restore(
             step,
             args=ocp.args.Composite(
                 params=ocp.args.StandardRestore(params),
                 training=ocp.args.StandardRestore(training),
                 host=ocp.args.JsonRestore(),
-                batches=grain.checkpoint.CheckpointRestore(batches),
             ),
         )
         return restored.params, restored.training, restored.host
@@ -84,7 +77,7 @@ class Checkpoints:
     def restore_params(self, params: Any) -> Any:
         """The parameters alone of the newest checkpoint; raises as `restore` does."""
         step = self._require_step()
-        self._check_shapes(step, params)
+        self.check_shapes(params)
         return self._manager.restore(
             step, args=ocp.args.Composite(params=ocp.args.StandardRestore(params))
         ).params
@@ -98,7 +91,14 @@ class Checkpoints:
             )
         return step
 
-    def _check_shapes(self, step: int, params: Any) -> None:
+    def check_shapes(self, params: Any) -> None:
+        """Raises ValueError if the newest checkpoint holds parameters of other shapes.
+
+        It names each of them, and passes where there is no checkpoint yet.
+        """
+        step = self.latest_step()
+        if step is None:
+            return
         stored = _shapes(self._manager.item_metadata(step)["params"])
         wanted = _shapes(params)
         lines = [

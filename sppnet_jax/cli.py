@@ -14,7 +14,6 @@ from tqdm import tqdm
 
 from sppnet_jax import parallel
 from sppnet_jax.config import base_config, check_config
-from sppnet_jax.run_folder import load_config
 
 CONFIG = config_flags.DEFINE_config_file(
     "config", None, "The settings of a run, a file such as configs/digits.py."
@@ -31,8 +30,11 @@ _PROCESS_COUNT = flags.DEFINE_integer("process_count", 1, "How many processes ru
 _TRACEBACK = flags.DEFINE_bool("traceback", False, "Show where an error came from.")
 
 
-def run(main: Callable[[Sequence[str]], None]) -> None:
-    """Runs a command line; user errors print their message and exit with 1."""
+def run(main: Callable[[Sequence[str]], None], *, saved_config: bool = False) -> None:
+    """Runs a command line; user errors print their message and exit with 1.
+
+    `saved_config`: without a --config, the one that --workdir was trained with.
+    """
 
     def guarded(argv: Sequence[str]) -> None:
         _show_own_log()
@@ -46,7 +48,12 @@ def run(main: Callable[[Sequence[str]], None]) -> None:
     shown = (CONFIG, WORKDIR, _COORDINATOR, _PROCESS_INDEX, _PROCESS_COUNT, _TRACEBACK)
     for flag in shown:  # by --help, although the main module doesn't define them
         flags.FLAGS.register_key_flag_for_module(sys.argv[0], flags.FLAGS[flag.name])
-    app.run(guarded, flags_parser=_parse_flags)
+    app.run(
+        guarded,
+        flags_parser=lambda argv: _parse_flags(
+            _with_saved_config(argv) if saved_config else argv
+        ),
+    )
 
 
 def given_config() -> ConfigDict:
@@ -56,16 +63,6 @@ def given_config() -> ConfigDict:
         raise ValueError("give a config: --config=configs/digits.py")
     if not isinstance(config, ConfigDict):
         raise ValueError(_why_unreadable(config))
-    check_config(config)
-    return config
-
-
-def given_or_saved_config() -> ConfigDict:
-    """The config of the command line, or else the one that the run was trained with."""
-    if CONFIG.value is not None:
-        return given_config()
-    config = base_config()
-    config.update(load_config(given_workdir()))
     check_config(config)
     return config
 
@@ -104,11 +101,25 @@ def _show_own_log() -> None:
         logger.propagate = False
 
 
+def _with_saved_config(argv: list[str]) -> list[str]:
+    """The arguments with the config of their --workdir, if they name no other."""
+    known = {}
+    for name, value in zip(argv, [*argv[1:], ""], strict=True):
+        key, equals, given = name.lstrip("-").partition("=")
+        known[key] = given if equals else value
+    if "config" in known or "workdir" not in known:
+        return argv
+    file = Path(__file__).parent / "saved_config.py"
+    return [argv[0], f"--config={file}:{known['workdir']}", *argv[1:]]
+
+
 def _parse_flags(argv: list[str]) -> list[str]:
     try:
         return flags.FLAGS(argv)
     except flags.Error as error:
         sys.exit(f"error: {_reason(error)}")
+    except FileNotFoundError as error:
+        sys.exit(f"error: {error}")
     except (AttributeError, KeyError):
         unknown = _first_unknown_field(argv)
         if unknown is None:

@@ -75,6 +75,7 @@ def check_config(config: ConfigDict) -> None:
 
     It needs no data and no device: mistakes are found before anything is loaded.
     """
+    _check_fields(config, base_config(), "config")
     geometry = backbone_geometry(config.model.backbone)
     if config.model.levels:
         check_levels(config.model.levels)
@@ -93,10 +94,29 @@ def check_config(config: ConfigDict) -> None:
         "log_steps",
         "checkpoint_steps",
         "max_steps",
+        "plateau_improvement",
+        "plateau_drops",
     ):
         _at_least(config, name, 0)
-    for name in ("data.threads", "keep_checkpoints", "statistics_images"):
+    for name in (
+        "data.threads",
+        "keep_checkpoints",
+        "statistics_images",
+        "plateau_epochs",
+        "drop_factor",
+    ):
         _at_least(config, name, 1)
+    if config.seed >= 2**32:
+        raise ValueError(f"config.seed must be below 2**32, got {config.seed}")
+    if not 0 < config.data.min_area <= 1:
+        raise ValueError(
+            f"config.data.min_area must be in (0, 1], got {config.data.min_area}"
+        )
+    if config.warmup_epochs > config.epochs:
+        raise ValueError(
+            f"config.warmup_epochs, {config.warmup_epochs}, is more than "
+            f"config.epochs, {config.epochs}"
+        )
     for name in ("model.dropout", "momentum", "label_smoothing"):
         value = _get(config, name)
         if not 0 <= value < 1:
@@ -109,6 +129,21 @@ def check_config(config: ConfigDict) -> None:
         )
     if config.data.name == "image_folder" and not config.data.root:
         raise ValueError("give the folder of images: --config.data.root=FOLDER")
+
+
+def _check_fields(config: ConfigDict, base: ConfigDict, where: str) -> None:
+    for name in config:
+        if name not in base:
+            raise ValueError(
+                f"unknown field {name!r}: {where} has the fields {', '.join(base)}"
+            )
+    for name in base:
+        if name not in config:
+            raise ValueError(
+                f"{where} lacks the field {name!r}: begin with base_config()"
+            )
+        if isinstance(base[name], ConfigDict):
+            _check_fields(config[name], base[name], f"{where}.{name}")
 
 
 def _get(config: ConfigDict, name: str) -> Any:

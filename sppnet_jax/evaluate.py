@@ -22,7 +22,7 @@ _PROTOCOL = flags.DEFINE_enum(
 def main(argv: Sequence[str]) -> None:
     if argv:
         raise ValueError(f"unexpected arguments: {' '.join(argv)}")
-    config, workdir = cli.given_or_saved_config(), cli.given_workdir()
+    config, workdir = cli.given_config(), cli.given_workdir()
     cli.join_processes()
     evaluate_from_config(config, workdir, _PROTOCOL.value)
 
@@ -39,14 +39,16 @@ def evaluate_from_config(
     from sppnet_jax.data.broken import BrokenImages
     from sppnet_jax.data.pipeline import Example
 
-    parallel.check_batch_size(config.batch_size)
-    class_names = run_folder.load_class_names(workdir)
+    trained_on = run_folder.load_training_data(workdir)
+    class_names = trained_on.class_names
     source = from_config.open_split(config, "test")
     if source.class_names != class_names:
         raise ValueError(
-            f"{source.name!r} has the classes {_listed(source.class_names)}, the run "
-            f"in {workdir} was trained on {_listed(class_names)}"
+            f"{source.name!r} has the {len(source.class_names)} classes "
+            f"{', '.join(source.class_names[:5])} …; the run in {workdir} was trained "
+            f"on {trained_on}"
         )
+    from_config.check_training_data_is_unchanged(config, trained_on)
     model, params = from_config.load_model(config, workdir, len(class_names))
     preprocessing = from_config.make_preprocessing(config, workdir)
     broken = BrokenImages(source)
@@ -60,7 +62,8 @@ def evaluate_from_config(
         make_test_step(model, preprocessing),
         parallel.replicate(params),
         from_config.make_eval_batches(config, source),
-        total=len(source.records),
+        records=len(source.records),
+        show_progress=True,
         on_batch=on_batch,
     )
     broken.summarize()
@@ -73,6 +76,11 @@ def evaluate_from_config(
     if not parallel.is_first_process():
         return report
     (workdir / f"evaluate_{protocol}.json").write_text(json.dumps(report, indent=2))
+    print(
+        f"{protocol}: top-1 {result['top1']:.2%}, top-5 {result['top5']:.2%} "
+        f"of {result['count']} images of {source.name}, split {source.split}"
+        + (f" ({result['broken']} broken skipped)" if result["broken"] else "")
+    )
     predictions = [
         plots.Prediction(
             example.image,
@@ -83,19 +91,9 @@ def evaluate_from_config(
         for example in sample.examples()
     ]
     picture = plots.plot_predictions(predictions, workdir / f"evaluate_{protocol}.png")
-    print(
-        f"{protocol}: top-1 {result['top1']:.2%}, top-5 {result['top5']:.2%} "
-        f"of {result['count']} images of {source.name}, split {source.split}"
-        + (f" ({result['broken']} broken skipped)" if result["broken"] else "")
-    )
     print(f"examples: {picture}")
     return report
 
 
-def _listed(names: tuple[str, ...]) -> str:
-    shown = ", ".join(names[:5])
-    return f"{shown}, … ({len(names)})" if len(names) > 5 else shown
-
-
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run(main, saved_config=True)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from sppnet_jax import run_folder
+from sppnet_jax import parallel, run_folder
 from sppnet_jax.checkpoints import Checkpoints
 from sppnet_jax.classification.preprocess import Preprocessing, color_shifts
 from sppnet_jax.classification.schedule import Schedule
@@ -40,13 +40,11 @@ def load_model(
     config: ConfigDict, workdir: Path, num_classes: int
 ) -> tuple[SPPNet, Any]:
     """The model of a config with the parameters of the newest checkpoint."""
-    folder = workdir / "checkpoints"
-    if not folder.is_dir():
-        raise FileNotFoundError(f"{workdir} has no checkpoints: train first")
-    model = make_model(config, num_classes)
-    shapes = jax.eval_shape(lambda rng: init_params(model, rng), jax.random.PRNGKey(0))
-    with Checkpoints(folder) as checkpoints:
-        return model, checkpoints.restore_params(shapes)
+    if not run_folder.has_checkpoint(workdir):
+        raise FileNotFoundError(f"{workdir} has no checkpoint yet: train first")
+    shapes = _param_shapes(config, num_classes)
+    with Checkpoints(workdir / run_folder.CHECKPOINTS) as checkpoints:
+        return make_model(config, num_classes), checkpoints.restore_params(shapes)
 
 
 def make_optimizer(config: ConfigDict) -> Optimizer:
@@ -89,28 +87,67 @@ def make_preprocessing(config: ConfigDict, workdir: Path) -> Preprocessing:
     mean = np.asarray(config.mean, np.float32)
     shifts = np.zeros((3, 3), np.float32)
     if statistics is not None:
-        shifts = color_shifts(statistics.covariance, config.color_sigma)
+        shifts = color_shifts(statistics["covariance"], config.color_sigma)
         if not config.mean:
-            mean = statistics.mean_image
+            mean = statistics["mean_image"]
     return Preprocessing(mean=mean, scale=config.scale, color_shifts=shifts)
 
 
 def prepare_statistics(config: ConfigDict, source: Source, workdir: Path) -> None:
-    """Computes the training set's statistics if the config needs them, once."""
-    if config.mean and not config.color_sigma:
-        return
-    known = run_folder.load_statistics(workdir)
-    side = config.data.image_size
-    if known is not None and known.mean_image.shape[0] == side:
+    """Computes the training set's statistics if the config needs them.
+
+    A run that goes on keeps those it began with.
+    """
+    if (config.mean and not config.color_sigma) or (
+        run_folder.has_checkpoint(workdir)
+        and run_folder.load_statistics(workdir) is not None
+    ):
         return
     statistics = image_statistics(
         source,
-        image_size=side,
+        image_size=config.data.image_size,
         resize_side=config.data.resize_side,
         max_images=config.statistics_images,
         threads=config.data.threads,
     )
-    run_folder.save_statistics(workdir, statistics)
+    run_folder.save_statistics(workdir, statistics._asdict())
+
+
+def training_data(config: ConfigDict, source: Source) -> run_folder.TrainingData:
+    """What identifies the data that a run is trained on."""
+    return run_folder.TrainingData(
+        name=source.name,
+        root=config.data.root,
+        split=source.split,
+        records=len(source.records),
+        class_names=source.class_names,
+    )
+
+
+def check_can_resume(config: ConfigDict, source: Source, workdir: Path) -> None:
+    """Raises ValueError if the config can't go on with the run in a folder.
+
+    Passes where there is no checkpoint yet.
+    """
+    if not run_folder.has_checkpoint(workdir):
+        return
+    with Checkpoints(workdir / run_folder.CHECKPOINTS) as checkpoints:
+        checkpoints.check_shapes(_param_shapes(config, len(source.class_names)))
+    known = run_folder.load_training_data(workdir)
+    given = training_data(config, source)
+    if known != given:
+        raise ValueError(
+            f"the run in {workdir} was trained on {known}; now there are {given}. Use "
+            "another --workdir, or restore the data"
+        )
+    before = run_folder.load_config(workdir)
+    for name in ("seed", "batch_size"):
+        if before[name] != config[name]:
+            raise ValueError(
+                f"the run in {workdir} began with {name}={before[name]}, which decides "
+                f"the order of its data, and can't go on with {name}={config[name]}: "
+                "use another --workdir"
+            )
 
 
 def open_split(config: ConfigDict, purpose: str) -> Source:
@@ -136,6 +173,24 @@ def open_split(config: ConfigDict, purpose: str) -> Source:
     return open_source(config.data.name, split, **where)
 
 
+def check_training_data_is_unchanged(
+    config: ConfigDict, trained_on: run_folder.TrainingData
+) -> None:
+    """Raises ValueError if the data set was changed since a run was trained on it.
+
+    A test on held-out images would then see images of the training.
+    """
+    if (config.data.name, config.data.root) != (trained_on.name, trained_on.root):
+        return
+    now = training_data(config, open_split(config, "train"))
+    if now.split == trained_on.split and now.records != trained_on.records:
+        raise ValueError(
+            f"the data has changed since the training: then {trained_on}, now {now}. "
+            "Images held out then may not be the same now: restore the data, or train "
+            "again in another --workdir"
+        )
+
+
 def make_train_batches(config: ConfigDict, source: Source) -> Batches:
     return train_batches(
         source,
@@ -154,11 +209,16 @@ def make_train_batches(config: ConfigDict, source: Source) -> Batches:
 def make_eval_batches(config: ConfigDict, source: Source) -> Batches:
     return eval_batches(
         source,
-        batch_size=config.batch_size,
+        batch_size=parallel.round_up_to_devices(config.batch_size),
         image_size=config.data.image_size,
         resize_side=config.data.resize_side,
         **_loading(config),
     )
+
+
+def _param_shapes(config: ConfigDict, num_classes: int) -> Any:
+    model = make_model(config, num_classes)
+    return jax.eval_shape(lambda rng: init_params(model, rng), jax.random.PRNGKey(0))
 
 
 def _loading(config: ConfigDict) -> dict[str, Any]:

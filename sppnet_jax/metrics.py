@@ -25,7 +25,9 @@ class MetricsLog:
             return
         path = workdir / FILE
         kept = [row for row in read_metrics(workdir) if row["step"] <= resumed_step]
-        path.write_text("".join(json.dumps(row) + "\n" for row in kept))
+        partial = path.with_suffix(".partial")
+        partial.write_text("".join(json.dumps(row) + "\n" for row in kept))
+        partial.rename(path)
         self._file = path.open("a")
         self._events = SummaryWriter(str(workdir), purge_step=resumed_step + 1)
 

@@ -87,6 +87,12 @@ def shard(batch: Tree) -> Tree:
     return jax.tree.map(lambda x: x.reshape(devices, -1, *x.shape[1:]), batch)
 
 
+def round_up_to_devices(batch_size: int) -> int:
+    """The least batch size, not below this one, that splits evenly over all devices."""
+    devices = jax.device_count()
+    return -(-batch_size // devices) * devices
+
+
 def check_batch_size(batch_size: int) -> None:
     """Raises ValueError unless the global batch splits evenly over all devices."""
     devices = jax.device_count()

@@ -69,7 +69,7 @@ def plot_predictions(predictions: Sequence[Prediction], path: Path) -> Path:
             right = shown.label == shown.predicted
             color = RIGHT if right else WRONG
             title += "" if right else f"\nnot {shown.label}"
-        axes.set_title(title, color=color, fontsize=9)
+        axes.set_title(title, color=color, fontsize=9, parse_math=False)
     return _save(figure, path)
 
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from absl import flags
+from ml_collections import ConfigDict
 
 from sppnet_jax import cli
 
@@ -20,12 +21,15 @@ def main(argv: Sequence[str]) -> None:
         raise ValueError(
             "give images: python -m sppnet_jax.predict --workdir=… a.jpg …"
         )
-    failed = predict_files(cli.given_workdir(), list(argv), _PICTURE.value)
+    config, workdir = cli.given_config(), cli.given_workdir()
+    failed = predict_files(config, workdir, argv, _PICTURE.value)
     if failed:
         raise ValueError(f"{failed} of {len(argv)} files could not be read")
 
 
-def predict_files(workdir: Path, paths: Sequence[str], picture: str = "") -> int:
+def predict_files(
+    config: ConfigDict, workdir: Path, paths: Sequence[str], picture: str = ""
+) -> int:
     """Prints the five best classes of each image; returns how many were unreadable.
 
     Each image keeps its aspect ratio and is scored whole, its shorter side at the
@@ -37,8 +41,7 @@ def predict_files(workdir: Path, paths: Sequence[str], picture: str = "") -> int
     from sppnet_jax.classification.full_image import make_image_scorer
     from sppnet_jax.data.images import decode_image
 
-    config = cli.given_or_saved_config()
-    class_names = run_folder.load_class_names(workdir)
+    class_names = run_folder.load_training_data(workdir).class_names
     model, params = from_config.load_model(config, workdir, len(class_names))
     score = make_image_scorer(
         model,
@@ -50,11 +53,11 @@ def predict_files(workdir: Path, paths: Sequence[str], picture: str = "") -> int
     for path in paths:
         try:
             image = decode_image(Path(path).expanduser().read_bytes())
+            scores = score(image)
         except (OSError, ValueError) as error:
             print(f"{path}: can't be read: {error}")
             failed += 1
             continue
-        scores = score(image)
         best = np.argsort(-scores, kind="stable")[:5]
         print(f"{path} ({image.shape[1]}×{image.shape[0]} pixels)")
         for label in best:
@@ -70,4 +73,4 @@ def predict_files(workdir: Path, paths: Sequence[str], picture: str = "") -> int
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run(main, saved_config=True)

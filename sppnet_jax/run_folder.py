@@ -1,21 +1,44 @@
-"""The files of a run's folder that describe it: config, classes, image statistics."""
+"""The files of a run's folder that describe it: config, training data, statistics."""
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from sppnet_jax.data.statistics import Statistics
-
 CONFIG_FILE = "config.json"
-CLASSES_FILE = "classes.json"
+DATA_FILE = "data.json"
 STATISTICS_FILE = "statistics.npz"
+CHECKPOINTS = "checkpoints"
+
+
+class TrainingData(NamedTuple):
+    """What a run is trained on; class names are in the order of the labels."""
+
+    name: str
+    root: str
+    split: str
+    records: int
+    class_names: tuple[str, ...]
+
+    def __str__(self) -> str:
+        names = ", ".join(self.class_names[:5])
+        more = ", …" if len(self.class_names) > 5 else ""
+        where = f" in {self.root}" if self.root else ""
+        return (
+            f"{self.records} images of {self.name}{where}, split {self.split}, of "
+            f"{len(self.class_names)} classes ({names}{more})"
+        )
+
+
+def has_checkpoint(workdir: Path) -> bool:
+    """Whether a run has got as far as its first checkpoint."""
+    folder = workdir / CHECKPOINTS
+    return folder.is_dir() and any(path.name.isdigit() for path in folder.iterdir())
 
 
 def save_config(workdir: Path, config: dict[str, Any]) -> None:
     """Writes the settings of the run."""
-    workdir.mkdir(parents=True, exist_ok=True)
     _write_json(workdir / CONFIG_FILE, config)
 
 
@@ -24,33 +47,35 @@ def load_config(workdir: Path) -> dict[str, Any]:
     return _read_json(workdir / CONFIG_FILE)
 
 
-def save_class_names(workdir: Path, names: tuple[str, ...]) -> None:
-    """Writes the names of the classes, in the order of the labels."""
-    _write_json(workdir / CLASSES_FILE, list(names))
+def save_training_data(workdir: Path, data: TrainingData) -> None:
+    """Writes what the run is trained on."""
+    _write_json(workdir / DATA_FILE, data._asdict())
 
 
-def load_class_names(workdir: Path) -> tuple[str, ...]:
-    """The names of the classes that a run was trained on."""
-    return tuple(_read_json(workdir / CLASSES_FILE))
+def load_training_data(workdir: Path) -> TrainingData:
+    """What a run was trained on; FileNotFoundError if there is none."""
+    stored = _read_json(workdir / DATA_FILE)
+    return TrainingData(**{**stored, "class_names": tuple(stored["class_names"])})
 
 
-def save_statistics(workdir: Path, statistics: Statistics) -> None:
+def save_statistics(workdir: Path, arrays: dict[str, np.ndarray]) -> None:
     """Writes the mean image and the colour covariance."""
     partial = workdir / ("partial_" + STATISTICS_FILE)
-    np.savez(partial, **statistics._asdict())
+    np.savez(partial, **arrays)  # type: ignore[arg-type]
     partial.rename(workdir / STATISTICS_FILE)
 
 
-def load_statistics(workdir: Path) -> Statistics | None:
+def load_statistics(workdir: Path) -> dict[str, np.ndarray] | None:
     """The mean image and the colour covariance, or None if they were not computed."""
     path = workdir / STATISTICS_FILE
     if not path.exists():
         return None
     with np.load(path) as arrays:
-        return Statistics(**arrays)
+        return dict(arrays)
 
 
 def _write_json(path: Path, value: Any) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
     partial.write_text(json.dumps(value, indent=2) + "\n")
     partial.rename(path)

@@ -79,7 +79,7 @@ def spatial_pyramid_pool(
     _check_features(features, reducer)
     levels = check_levels(levels)
     *batch, height, width, channels = features.shape
-    maps = features.reshape(-1, height, width, channels)
+    maps = features.reshape(math.prod(batch), height, width, channels)
     if reducer == "mean":
         maps = maps.astype(jnp.promote_types(maps.dtype, jnp.float32))
     if valid_size is None:
@@ -149,9 +149,9 @@ def _pool_levels(
         finer = [m for m in pooled if m % level == 0]
         if nested and finer:
             source = min(finer)
-            blocks = pooled[source].reshape(
-                -1, level, source // level, level, source // level, _channels(pooled)
-            )
+            batch, *_, channels = pooled[source].shape
+            side = source // level
+            blocks = pooled[source].reshape(batch, level, side, level, side, channels)
             pooled[level] = blocks.max(axis=(2, 4))
         else:
             pooled[level] = pool(level)
@@ -197,10 +197,6 @@ def _adaptive_span(index: Any, size: Any, level: int) -> tuple[Any, Any]:
     return index * size // level, -(-(index + 1) * size // level)
 
 
-def _channels(pooled: Pooled) -> int:
-    return next(iter(pooled.values())).shape[-1]
-
-
 def _count(outputs: int) -> str:
     return f"{outputs}×{outputs} outputs" if outputs else "no outputs (stride 0)"
 
@@ -222,7 +218,8 @@ def _check_valid_size(
     valid_size: Any, batch: Sequence[int], height: int, width: int
 ) -> jax.Array:
     """The valid sizes as int [*batch, 2], each inside the map."""
-    if not isinstance(valid_size, jax.core.Tracer):
+    parts = jax.tree.leaves(valid_size)
+    if not any(isinstance(part, jax.core.Tracer) for part in parts):
         known = np.asarray(valid_size)
         if (known < 1).any() or (known > (height, width)).any():
             raise ValueError(

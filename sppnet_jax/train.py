@@ -6,6 +6,7 @@ python -m sppnet_jax.train --config=configs/digits.py --workdir=runs/digits
 import logging
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from ml_collections import ConfigDict
 
@@ -26,9 +27,13 @@ def train_from_config(config: ConfigDict, workdir: Path) -> dict[str, float]:
     """Trains what a config describes; returns the last validation metrics."""
     # Here, not above: a mistake in the config should show before these are loaded.
     from sppnet_jax import from_config, parallel, plots, run_folder
+    from sppnet_jax.classification.evaluate import count_correct
+    from sppnet_jax.classification.step import make_test_step
     from sppnet_jax.classification.train import train
 
     parallel.check_batch_size(config.batch_size)
+    if config.data.root:  # found again from any folder
+        config.data.root = str(Path(config.data.root).expanduser().absolute())
     source = from_config.open_split(config, "train")
     validation = from_config.open_split(config, "validation")
     if validation.class_names != source.class_names:
@@ -36,9 +41,11 @@ def train_from_config(config: ConfigDict, workdir: Path) -> dict[str, float]:
             f"the splits {source.split!r} and {validation.split!r} have other classes"
         )
     batches = from_config.make_train_batches(config, source)
+    from_config.check_can_resume(config, source, workdir)
     if parallel.is_first_process():
         run_folder.save_config(workdir, config.to_dict())
-        run_folder.save_class_names(workdir, source.class_names)
+        data = from_config.training_data(config, source)
+        run_folder.save_training_data(workdir, data)
         from_config.prepare_statistics(config, source, workdir)
     parallel.wait_for_all_processes("the run's folder is prepared")
     log.info(
@@ -47,19 +54,25 @@ def train_from_config(config: ConfigDict, workdir: Path) -> dict[str, float]:
         len(source.class_names),
         len(validation.records),
     )
+    model = from_config.make_model(config, len(source.class_names))
+    preprocessing = from_config.make_preprocessing(config, workdir)
+    test_step = make_test_step(model, preprocessing)
+
+    def validate(params: Any) -> dict[str, float]:
+        tests = from_config.make_eval_batches(config, validation)
+        return count_correct(test_step, params, tests, records=len(validation.records))
+
     with batches:
         metrics = train(
             workdir,
-            from_config.make_model(config, len(source.class_names)),
+            model,
             source,
-            train_batches=batches,
-            validation_batches=lambda: from_config.make_eval_batches(
-                config, validation
-            ),
+            batches,
+            validate=validate,
             run=from_config.make_run(config),
             optimizer=from_config.make_optimizer(config),
             schedule=from_config.make_schedule(config),
-            preprocessing=from_config.make_preprocessing(config, workdir),
+            preprocessing=preprocessing,
         )
     if parallel.is_first_process():
         picture = plots.plot_training(workdir)

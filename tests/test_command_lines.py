@@ -47,14 +47,14 @@ def digits_run(command_line, digit_scenes_dir, tmp_path_factory):
 
 def test_train_writes_everything_a_run_s_folder_should_hold(digits_run):
     names = {path.name for path in digits_run.iterdir()}
-    assert {"config.json", "classes.json", "metrics.jsonl", "training.png"} <= names
+    assert {"config.json", "data.json", "metrics.jsonl", "training.png"} <= names
     assert any(name.startswith("events.out.tfevents") for name in names)
     assert [path.name for path in (digits_run / "checkpoints").iterdir()] == ["3"]
     assert list(losses(digits_run)) == [1, 2, 3]
     assert cv2.imread(str(digits_run / "training.png")).shape[0] > 300
 
 
-@pytest.mark.parametrize("devices", [1, 4])
+@pytest.mark.parametrize("devices", [1, 3, 4])
 def test_evaluate_counts_every_test_image_once_on_any_devices(
     devices, digits_run, command_line
 ):
@@ -67,6 +67,20 @@ def test_evaluate_counts_every_test_image_once_on_any_devices(
     )
     picture = cv2.imread(str(digits_run / "evaluate_single.png"))
     assert picture.std() > 10
+
+
+def test_a_trained_run_s_settings_can_be_overridden_without_its_config(
+    digits_run, command_line
+):
+    result = command_line(
+        "evaluate",
+        f"--workdir={digits_run}",
+        "--config.data.test_split=test[:100]",
+        "--config.batch_size=50",
+    )
+    assert "of 100 images of digit_scenes/classification, split test[:100]" in (
+        result.stdout
+    )
 
 
 def test_predict_names_five_classes_for_images_of_any_size(
@@ -150,7 +164,7 @@ def test_imagenet_trains_from_prepared_files_with_1000_classes(command_line, tmp
     report = json.loads((workdir / "evaluate_single.json").read_text())
     assert (report["split"], report["count"]) == ("validation", 12)
     assert (workdir / "statistics.npz").exists()  # the mean image
-    assert len(json.loads((workdir / "classes.json").read_text())) == 1000
+    assert len(json.loads((workdir / "data.json").read_text())["class_names"]) == 1000
 
 
 @pytest.mark.slow
@@ -177,17 +191,20 @@ def test_a_run_killed_at_any_moment_goes_on_with_the_same_losses(
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
-    deadline = time.monotonic() + 120
-    metrics = killed / "metrics.jsonl"
-    while not (metrics.exists() and len(metrics.read_text().splitlines()) > 12):
-        assert time.monotonic() < deadline
-        assert process.poll() is None
-        time.sleep(0.02)
+    wait_for_rows(killed / "metrics.jsonl", 12, process)
     process.send_signal(signal.SIGKILL)
     process.wait()
     result = command_line("train", *arguments, f"--workdir={killed}")
     assert "resuming at step" in result.stderr
     assert losses(killed) == losses(whole)
+
+
+def wait_for_rows(metrics, count, process, seconds=180):
+    deadline = time.monotonic() + seconds
+    while not (metrics.exists() and len(metrics.read_text().splitlines()) > count):
+        assert time.monotonic() < deadline
+        assert process.poll() is None
+        time.sleep(0.02)
 
 
 def fails(command_line, *arguments, command="train", **options):
@@ -255,6 +272,61 @@ def test_a_changed_model_against_an_old_checkpoint_names_the_shapes(
     )
     assert "holds another model" in error
     assert "fc6/kernel: checkpoint (250, 82), config (25, 82)" in error
+
+
+def test_a_refused_command_leaves_the_run_as_it_was(digits_run, command_line):
+    before = (digits_run / "config.json").read_text()
+    changes = {
+        "--config.model.levels=(2, 1)": "holds another model",
+        "--config.batch_size=16": "can't go on with batch_size=16",
+        "--config.data.train_split=train[:5000]": "was trained on 11504 images",
+    }
+    for change, message in changes.items():
+        assert message in fails(
+            command_line,
+            "--config=configs/digits.py",
+            f"--workdir={digits_run}",
+            *SMALL,
+            change,
+        )
+    assert (digits_run / "config.json").read_text() == before
+
+
+def test_an_unknown_field_in_a_config_file_is_named(command_line, tmp_path):
+    path = tmp_path / "mine.py"
+    path.write_text(
+        "from sppnet_jax.config import base_config\n"
+        "def get_config():\n"
+        "    config = base_config()\n"
+        "    config.epohcs = 5\n"
+        "    return config\n"
+    )
+    error = fails(command_line, f"--config={path}", f"--workdir={tmp_path / 'run'}")
+    assert "unknown field 'epohcs': config has the fields batch_size" in error
+
+
+@pytest.mark.slow
+def test_ctrl_c_with_worker_processes_saves_a_checkpoint(tmp_path, digit_scenes_dir):
+    arguments = [
+        "--config=configs/digits.py",
+        f"--workdir={tmp_path}",
+        *SMALL,
+        "--config.data.workers=2",
+    ]
+    with (tmp_path / "stderr").open("w") as stderr:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "sppnet_jax.train", *arguments],
+            cwd=REPOSITORY,
+            env={**os.environ, "XLA_FLAGS": ""},
+            stderr=stderr,
+            start_new_session=True,
+        )
+        wait_for_rows(tmp_path / "metrics.jsonl", 20, process)
+        os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+        assert process.wait(timeout=60) == 0
+    assert "the same command goes on from there" in (tmp_path / "stderr").read_text()
+    (checkpoint,) = (tmp_path / "checkpoints").iterdir()
+    assert int(checkpoint.name) >= 20
 
 
 def test_a_folder_that_was_never_trained_in_says_so(command_line, tmp_path):

@@ -78,6 +78,20 @@ def test_valid_size_ignores_what_lies_beyond_even_nan_and_infinity():
         np.testing.assert_array_equal(pooled[k], alone)
 
 
+def test_valid_size_may_be_a_pair_of_traced_numbers():
+    features = random_features(9, 9, 2)
+    pool = jax.jit(
+        lambda h, w: sn.spatial_pyramid_pool(features, (3, 1), valid_size=(h, w))
+    )
+    np.testing.assert_array_equal(pool(5, 7), loop_pool(features[:5, :7], (3, 1)))
+
+
+@pytest.mark.parametrize("shape", [(0, 7, 7, 3), (2, 7, 7, 0)])
+def test_no_maps_and_no_channels_give_empty_bins(shape):
+    pooled = sn.spatial_pyramid_pool(np.zeros(shape, np.float32), (3, 2, 1))
+    assert pooled.shape == (shape[0], 14, shape[3])
+
+
 def test_one_program_serves_every_valid_size(pool_valid):
     pool = pool_valid[(6, 3, 2, 1)]
     features = random_features(100, 40, 40, 1)

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 from tqdm import tqdm
 
@@ -15,21 +16,22 @@ def count_correct(
     params: Any,
     batches: Batches,
     *,
-    total: int | None = None,
+    records: int,
+    show_progress: bool = False,
     on_batch: Callable[[Example, np.ndarray], None] | None = None,
 ) -> dict[str, float]:
     """Top-1 and top-5 accuracy over batches, every valid example counted once.
 
-    `params`: replicated. `batches`: of `eval_batches`; closed at the end. `total`:
-    shows a progress bar over so many examples. `on_batch`: called with each batch and
-    its softmax scores [rows, classes], on this process.
+    `params`: replicated. `batches`: of `eval_batches` over `records` records; closed at
+    the end. `on_batch`: called with each batch and its softmax scores [rows, classes],
+    on this process.
 
     Returns: "loss", "top1", "top5" as means in 0 to 1, and "count", "broken".
     Raises: ValueError if no example could be tested.
     """
     sums: dict[str, float] = dict.fromkeys(("loss", "top1", "top5", "count"), 0)
-    broken = 0
-    with batches, tqdm(total=total, unit="img", disable=total is None) as bar:
+    hidden = not (show_progress and parallel.is_first_process())
+    with batches, tqdm(total=records, unit="img", disable=hidden) as bar:
         for batch in batches:
             inputs = {name: batch[name] for name in ("image", "label", "mask")}
             counts, scores = test_step(params, parallel.shard(inputs))
@@ -37,14 +39,13 @@ def count_correct(
                 sums[name] += float(counts[name].addressable_shards[0].data[0])
             if on_batch is not None:
                 on_batch(batch, np.asarray(scores).reshape(len(batch["mask"]), -1))
-            seen = int((batch["index"] >= 0).sum())
-            broken += seen - int(batch["mask"].sum())
-            bar.update(seen)
+            seen = int((batch["index"] >= 0).sum()) * jax.process_count()
+            bar.update(min(seen, records - bar.n))
     count = int(sums.pop("count"))
     if not count:
         raise ValueError("there is no valid example to test: every image is broken")
     means = {name: value / count for name, value in sums.items()}
-    return {**means, "count": count, "broken": broken}
+    return {**means, "count": count, "broken": records - count}
 
 
 class Scored(NamedTuple):

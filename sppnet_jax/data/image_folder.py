@@ -246,7 +246,7 @@ def _scan_classes(
                 f"({len(others)} other files). Remove it, or add images named "
                 f"{', '.join('*' + suffix for suffix in IMAGE_SUFFIXES)}"
             )
-        classes[name] = sorted(images)
+        classes[_printable(name)] = sorted(images)
         ignored += others
     return classes, ignored
 

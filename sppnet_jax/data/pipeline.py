@@ -15,6 +15,7 @@ its worker processes. Its `get_state()` is the number of the next batch.
 import atexit
 import functools
 import math
+import signal
 import weakref
 from typing import Any
 
@@ -340,8 +341,14 @@ class Batches(grain.DatasetIterator):
         return batches.mp_prefetch(
             grain.MultiprocessingOptions(
                 num_workers=self._workers, per_worker_buffer_size=2
-            )
+            ),
+            worker_init_fn=_leave_interrupts_to_the_main_process,
         )
+
+
+def _leave_interrupts_to_the_main_process(index: int, count: int) -> None:
+    """Ctrl-C reaches workers too, and would end them before the run can be saved."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _mark_flags_as_parsed() -> None:
