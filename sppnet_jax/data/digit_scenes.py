@@ -76,12 +76,11 @@ class DigitScenes(tfds.core.GeneratorBasedBuilder):
 
 
 def digit_split(split: str) -> np.ndarray:
-    """Returns the indices of scikit-learn's digits that make up a split.
+    """The indices of scikit-learn's digits that make up a split.
 
     One fifth of each class is in "test", the rest in "train".
 
-    Returns:
-        int [N], ascending, into `sklearn.datasets.load_digits()`.
+    Returns: int [N], ascending, into `sklearn.datasets.load_digits()`.
     """
     labels = sklearn.datasets.load_digits().target
     rng = np.random.default_rng(_SEED)
@@ -178,7 +177,7 @@ def _scene_rng(config: str, split: str, number: int) -> np.random.Generator:
 
 
 def _background(photographs: list[np.ndarray], rng: np.random.Generator) -> np.ndarray:
-    """Returns a randomly zoomed crop of a photograph, uint8 [H, W, 3]."""
+    """A randomly zoomed crop of a photograph, uint8 [H, W, 3]."""
     shorter = int(rng.integers(SHORTER_SIDE[0], SHORTER_SIDE[1] + 1))
     aspect = np.exp(rng.uniform(-np.log(2), np.log(2)))
     longer = min(round(shorter * max(aspect, 1 / aspect)), 2 * shorter)
@@ -197,14 +196,11 @@ def _background(photographs: list[np.ndarray], rng: np.random.Generator) -> np.n
 
 
 def _digit_mask(digit: np.ndarray, length: float) -> np.ndarray:
-    """Returns a digit's alpha mask, cut to its ink, whose longer side is `length`.
+    """The alpha mask of a digit, cut to its ink, whose longer side is `length`.
 
-    Args:
-        digit: float [8, 8] in [0, 1].
-        length: in pixels, rounded down.
+    `digit`: float [8, 8] in [0, 1]. `length`: in pixels, rounded down.
 
-    Returns:
-        float32 [h, w] in [0, 1], with max(h, w) = int(length).
+    Returns: float32 [h, w] in [0, 1], with max(h, w) = int(length).
     """
     padded = np.pad(digit, 1).astype(np.float32)
     enlarged = cv2.resize(padded, (160, 160), interpolation=cv2.INTER_CUBIC)
@@ -261,7 +257,7 @@ def _free_place(
 
 
 def _covered(place: np.ndarray, boxes: np.ndarray) -> float:
-    """Returns the largest intersection with a box, relative to the smaller of both."""
+    """The largest intersection with a box, relative to the smaller of both."""
     if not len(boxes):
         return 0.0
     overlap = np.minimum(place[2:], boxes[:, 2:]) - np.maximum(place[:2], boxes[:, :2])

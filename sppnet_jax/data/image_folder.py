@@ -119,17 +119,10 @@ def scan_folder(root: str | os.PathLike[str]) -> FolderScan:
     the order of a hash of its name, becomes "test". Folders within a class folder
     belong to that class, linked folders are followed, hidden ones are not.
 
-    Args:
-        root: the folder.
-
-    Returns:
-        The scan; splits are named "train", "validation", "test", classes are sorted.
-
-    Raises:
-        FileNotFoundError: if there is no such folder.
-        ValueError: if it is a file, has no class folders or only one, lacks a train
-            split, or has a class folder or a split without images, or a class that
-            train lacks.
+    Returns: the scan; splits are named "train", "validation", "test"; classes sorted.
+    Raises: FileNotFoundError if there is no such folder; ValueError if it is a file,
+    has no class folders or only one, lacks a train split, or has a class folder or a
+    split without images, or a class that train lacks.
     """
     folder = _existing_folder(root)
     split_folders = _split_folders(folder)
@@ -226,7 +219,7 @@ def _split_folders(folder: Path) -> dict[str, Path]:
 def _scan_classes(
     split_folder: Path, root: Path
 ) -> tuple[dict[str, list[str]], list[str]]:
-    """Returns the images of each class folder, and the other files, as paths."""
+    """The images of each class folder, and the other files, as paths."""
     subfolders, files = _list(split_folder)
     if not subfolders:
         raise ValueError(
@@ -302,7 +295,7 @@ def _fingerprint(folder: Path, splits: dict[str, list[tuple[str, str]]]) -> str:
 
 
 def _list(folder: Path) -> tuple[list[str], list[str]]:
-    """Returns the names of a folder's visible folders and files, sorted."""
+    """The names of a folder's visible folders and files, sorted."""
     with os.scandir(folder) as entries:
         visible = [entry for entry in entries if not _is_hidden(entry.name)]
     folders = sorted(entry.name for entry in visible if entry.is_dir())

@@ -24,20 +24,14 @@ cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
 
 
 def decode_image(encoded: bytes) -> np.ndarray:
-    """Decodes an image of any colour type and bit depth to 8-bit RGB.
+    """Decodes an image file of any colour type and bit depth to 8-bit RGB.
 
     Applies the EXIF orientation, spreads grayscale over the three channels, converts
     CMYK, palettes and 16-bit channels, and drops an alpha channel. Bytes after the end
     of a JPEG or PNG are ignored.
 
-    Args:
-        encoded: the contents of an image file.
-
-    Returns:
-        uint8 [H, W, 3].
-
-    Raises:
-        ValueError: if the bytes are no image, or a truncated one.
+    Returns: uint8 [H, W, 3].
+    Raises: ValueError if the bytes are no image, or a truncated one.
     """
     if not encoded:
         raise ValueError("the file is empty (0 bytes)")
@@ -63,15 +57,10 @@ def resize_shorter_side(image: np.ndarray, side: int) -> np.ndarray:
     The longer side is rounded to the nearest pixel, halves up. Shrinking averages
     areas, enlarging is bilinear.
 
-    Args:
-        image: uint8 [H, W, 3].
-        side: pixels, at least 1.
+    `image`: uint8 [H, W, 3]. `side`: pixels, at least 1.
 
-    Returns:
-        uint8 [H', W', 3] with min(H', W') = side.
-
-    Raises:
-        ValueError: if the longer side would exceed 32,767 pixels.
+    Returns: uint8 [H', W', 3] with min(H', W') = side.
+    Raises: ValueError if the longer side would exceed 32,767 pixels.
     """
     height, width = image.shape[:2]
     shorter = min(height, width)
@@ -92,13 +81,10 @@ def resize_shorter_side(image: np.ndarray, side: int) -> np.ndarray:
 def resize_whole(image: np.ndarray, side: int, max_aspect: float) -> np.ndarray:
     """Resizes an image so that its shorter side is `side`, its aspect bounded.
 
-    Args:
-        image: uint8 [H, W, 3].
-        side: pixels, at least 1.
-        max_aspect: longer over shorter side; a longer image is squeezed to it.
+    `image`: uint8 [H, W, 3]. `side`: pixels, at least 1.
+    `max_aspect`: longer over shorter side; a longer image is squeezed to it.
 
-    Returns:
-        uint8 [H', W', 3] with min(H', W') = side.
+    Returns: uint8 [H', W', 3] with min(H', W') = side.
     """
     height, width = image.shape[:2]
     if max(height, width) <= max_aspect * min(height, width):
@@ -111,16 +97,11 @@ def resize_whole(image: np.ndarray, side: int, max_aspect: float) -> np.ndarray:
 def crop(image: np.ndarray, size: int, position: str) -> np.ndarray:
     """Cuts a square out of the centre or a corner of the entire image.
 
-    Args:
-        image: [H, W, ...].
-        size: the square's side, at most min(H, W).
-        position: one of `POSITIONS`; "center" rounds towards the top left.
+    `image`: [H, W, ...]. `size`: the square's side, at most min(H, W).
+    `position`: one of `POSITIONS`; "center" rounds towards the top left.
 
-    Returns:
-        [size, size, ...], a view of the image.
-
-    Raises:
-        ValueError: for an unknown position, or an image smaller than the crop.
+    Returns: [size, size, ...], a view of the image.
+    Raises: ValueError for an unknown position, or an image smaller than the crop.
     """
     if position not in POSITIONS:
         raise ValueError(f"unknown position {position!r}; there are {POSITIONS}")
@@ -136,16 +117,10 @@ def crop(image: np.ndarray, size: int, position: str) -> np.ndarray:
 def random_crop(image: np.ndarray, size: int, rng: np.random.Generator) -> np.ndarray:
     """Cuts a square out of a uniformly random place.
 
-    Args:
-        image: [H, W, ...].
-        size: the square's side, at most min(H, W).
-        rng: draws the place.
+    `image`: [H, W, ...]. `size`: the square's side, at most min(H, W).
 
-    Returns:
-        [size, size, ...], a view of the image.
-
-    Raises:
-        ValueError: for an image smaller than the crop.
+    Returns: [size, size, ...], a view of the image.
+    Raises: ValueError for an image smaller than the crop.
     """
     rows, columns = _room(image, size)
     top, left = rng.integers(rows + 1), rng.integers(columns + 1)
@@ -161,15 +136,11 @@ def random_resized_crop(
 ) -> np.ndarray:
     """Cuts out a random rectangle and resizes it to a square.
 
-    Args:
-        image: uint8 [H, W, 3], of any size.
-        size: the square's side in pixels.
-        rng: draws area, aspect and place.
-        area: range of the rectangle's area, relative to the image's; uniform.
-        aspect: range of its width/height; log-uniform.
+    `image`: uint8 [H, W, 3], of any size. `size`: the square's side in pixels.
+    `area`: range of the rectangle's area, relative to the image's; uniform.
+    `aspect`: range of its width/height; log-uniform.
 
-    Returns:
-        uint8 [size, size, 3].
+    Returns: uint8 [size, size, 3].
     """
     height, width = image.shape[:2]
     for _ in range(10):
@@ -265,7 +236,7 @@ def _gif_frame_ends(encoded: bytes) -> bool:
 
 
 def _bmp_length(encoded: bytes) -> int:
-    """Returns the length an uncompressed bitmap must have; 0 where it isn't known."""
+    """The length an uncompressed bitmap must have; 0 where it isn't known."""
     if len(encoded) < 34:
         return 34
     (start,) = struct.unpack_from("<I", encoded, 10)

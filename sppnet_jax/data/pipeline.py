@@ -54,27 +54,23 @@ def train_batches(
     Order and augmentation follow from `seed` and the epoch alone. `set_state()` goes on
     exactly where `get_state()` was, with any number of workers and threads.
 
-    Args:
-        source: what to read.
-        batch_size: of all processes together.
-        image_size: side of the square images of a batch, in pixels.
-        resize_side: an image's shorter side before it is cropped; at least image_size.
-        crop: "paper" (the centre or a corner of the entire image, section 3), "center",
-            "random", or "random_resized" (of random size and aspect, from the image as
-            it is: `resize_side` has no effect).
-        min_area: the smallest area of a "random_resized" crop, relative to the image.
-        flip: mirror half of the images.
-        seed: 0 ≤ seed < 2³².
-        epochs: how many, or None to go on forever.
-        workers: processes that load; 0 loads in threads of this one.
-        threads: threads that load, in each process; each loads a batch at a time.
-        strict: raise an error for an image that can't be decoded.
-        process_index: which of the processes that train together this is.
-        process_count: how many processes train together.
+    `batch_size`: of all processes together.
+    `image_size`: side of the square images of a batch, in pixels.
+    `resize_side`: an image's shorter side before it is cropped; at least `image_size`.
+    `crop`: "paper" (the centre or a corner of the entire image, section 3), "center",
+    "random", or "random_resized" (of random size and aspect, from the image as it is:
+    `resize_side` has no effect).
+    `min_area`: the smallest area of a "random_resized" crop, relative to the image.
+    `flip`: mirrors half of the images.
+    `seed`: 0 ≤ seed < 2³².
+    `epochs`: None goes on forever.
+    `workers`: processes that load; 0 loads in threads of this one.
+    `threads`: threads that load, in each process; each loads a batch at a time.
+    `strict`: raises an error for an image that can't be decoded.
+    `process_index`: which of the `process_count` processes that run together this is.
 
-    Raises:
-        ValueError: for arguments that don't fit together; while iterating, for a label
-            out of range, and if strict for a broken image.
+    Raises: ValueError for arguments that don't fit together; while iterating, for a
+    label out of range, and if strict for a broken image.
     """
     _check_sizes(batch_size, image_size, resize_side, process_index, process_count)
     if crop not in images.CROPS:
@@ -106,10 +102,9 @@ def train_batches(
 
 
 def steps_per_epoch(source: Source, batch_size: int) -> int:
-    """Returns how many whole batches `train_batches` draws from a source each epoch.
+    """The number of whole batches `train_batches` draws from a source each epoch.
 
-    Raises:
-        ValueError: if the source is smaller than one batch.
+    Raises: ValueError if the source is smaller than one batch.
     """
     steps = len(source.records) // batch_size
     if not steps:
@@ -135,22 +130,10 @@ def eval_batches(
     """Yields the centre crop of every record once, in order.
 
     Over all processes together each record comes exactly once. Every process yields the
-    same number of batches; the last ones are padded.
+    same number of batches; the last ones are padded. Arguments as for `train_batches`.
 
-    Args:
-        source: what to read.
-        batch_size: of all processes together.
-        image_size: side of the square images of a batch, in pixels.
-        resize_side: an image's shorter side before it is cropped; at least image_size.
-        workers: processes that load; 0 loads in threads of this one.
-        threads: threads that load, in each process; each loads a batch at a time.
-        strict: raise an error for an image that can't be decoded.
-        process_index: which of the processes that test together this is.
-        process_count: how many processes test together.
-
-    Raises:
-        ValueError: for arguments that don't fit together; while iterating, for a label
-            out of range, and if strict for a broken image.
+    Raises: ValueError for arguments that don't fit together; while iterating, for a
+    label out of range, and if strict for a broken image.
     """
     _check_sizes(batch_size, image_size, resize_side, process_index, process_count)
     load = functools.partial(
@@ -170,7 +153,7 @@ def eval_batches(
 
 
 def describe_broken(source: Source, index: int) -> str:
-    """Returns the name of a record and why it can't be decoded, by trying again."""
+    """The name of a record and why it can't be decoded, by trying again."""
     record = source.records[index]
     try:
         images.decode_image(record["image"])

@@ -92,22 +92,18 @@ def open_source(
 ) -> Source:
     """Opens a split of a classification data set.
 
-    Args:
-        dataset: "digit_scenes/classification" or "image_folder", which are prepared on
-            first use, or the name of a TFDS data set ("name", "name/config",
-            "name:1.2.3") already prepared as ArrayRecord.
-        split: "train", "test", …, or a TFDS slice such as "train[:80%]".
-        root: the folder of an "image_folder".
-        data_dir: where TFDS data sets lie; TFDS's default (environment variable
-            TFDS_DATA_DIR, else ~/tensorflow_datasets) if empty.
+    `dataset`: "digit_scenes/classification" or "image_folder", which are prepared on
+    first use, or the name of a TFDS data set ("name", "name/config", "name:1.2.3")
+    already prepared as ArrayRecord.
+    `split`: "train", "test", …, or a TFDS slice such as "train[:80%]".
+    `root`: the folder of an "image_folder".
+    `data_dir`: where TFDS data sets lie; if empty, TFDS's default (environment variable
+    TFDS_DATA_DIR, else ~/tensorflow_datasets).
 
-    Returns:
-        The source. `check_labels` has passed for data sets of others' making.
-
-    Raises:
-        ValueError: for an unknown data set or split, an empty split, a data set that is
-            not for classification or has labels outside the range of its classes.
-        FileNotFoundError: for a data set that isn't prepared; says what to run.
+    Returns: the source; `check_labels` has passed for data sets of others' making.
+    Raises: ValueError for an unknown data set or split, an empty split, a data set that
+    is not for classification or has labels outside the range of its classes;
+    FileNotFoundError for a data set that isn't prepared, saying what to run.
     """
     builder = _open_builder(dataset, root, data_dir)
     _check_split(builder, split)
@@ -123,7 +119,7 @@ def open_source(
 def available_splits(
     dataset: str, *, root: str = "", data_dir: str = ""
 ) -> tuple[str, ...]:
-    """Returns the names of a data set's splits; arguments as for `open_source`."""
+    """The names of a data set's splits; arguments as for `open_source`."""
     return tuple(_open_builder(dataset, root, data_dir).info.splits)
 
 
@@ -132,13 +128,10 @@ def check_labels(
 ) -> None:
     """Checks that every label is the index of a class.
 
-    Args:
-        source: reads its records; of a large one, `sample` evenly spaced records.
-        all_up_to: a source with more records than this is large.
-        sample: how many records of a large source are read.
+    Of a source with more than `all_up_to` records, only `sample` evenly spaced ones are
+    read.
 
-    Raises:
-        ValueError: names the first record whose label lies outside the range.
+    Raises: ValueError naming the first record whose label lies outside the range.
     """
     total = len(source.records)
     checked = total if total <= all_up_to else sample
