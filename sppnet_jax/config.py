@@ -8,10 +8,9 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from sppnet_jax.backbones import backbone_geometry
 from sppnet_jax.classification.schedule import KINDS
 from sppnet_jax.data.images import CROPS
-from sppnet_jax.spp import check_levels
+from sppnet_jax.model import create_model
 
 
 def base_config() -> ConfigDict:
@@ -76,13 +75,17 @@ def check_config(config: ConfigDict) -> None:
     It needs no data and no device: mistakes are found before anything is loaded.
     """
     _check_fields(config, base_config(), "config")
-    geometry = backbone_geometry(config.model.backbone)
-    if config.model.levels:
-        check_levels(config.model.levels)
-    _one_of(config, "model.weight_init", ("paper", "he"))
+    create_model(
+        config.model.backbone,
+        tuple(config.model.levels) or None,
+        width=config.model.width,
+        image_size=config.data.image_size,
+        dropout=config.model.dropout,
+        weight_init=config.model.weight_init,
+    )
     _one_of(config, "data.crop", CROPS)
     _one_of(config, "schedule", KINDS)
-    for name in ("epochs", "batch_size", "model.width", "data.image_size", "scale"):
+    for name in ("epochs", "batch_size", "scale"):
         _at_least(config, name, 0, strictly=True)
     for name in (
         "seed",
@@ -117,11 +120,10 @@ def check_config(config: ConfigDict) -> None:
             f"config.warmup_epochs, {config.warmup_epochs}, is more than "
             f"config.epochs, {config.epochs}"
         )
-    for name in ("model.dropout", "momentum", "label_smoothing"):
+    for name in ("momentum", "label_smoothing"):
         value = _get(config, name)
         if not 0 <= value < 1:
             raise ValueError(f"config.{name} must be in [0, 1), got {value}")
-    geometry.map_size(config.data.image_size)
     if config.data.resize_side < config.data.image_size:
         raise ValueError(
             f"config.data.resize_side, {config.data.resize_side}, must be at least "

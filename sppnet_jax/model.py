@@ -198,9 +198,8 @@ def create_model(
             "width must be positive, num_classes at least 1 and dropout in [0, 1), "
             f"got {width=}, {num_classes=}, {dropout=}"
         )
-    if levels is None:
-        fixed = layers_geometry((*backbone.layers, backbone.last_pool))
-        fixed.map_size(image_size)
+    last_pool = (backbone.last_pool,) if levels is None else ()
+    layers_geometry((*backbone.layers, *last_pool)).map_size(image_size)
     return SPPNet(
         backbone=backbone,
         levels=None if levels is None else check_levels(levels),

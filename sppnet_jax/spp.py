@@ -218,6 +218,14 @@ def _check_valid_size(
     valid_size: Any, batch: Sequence[int], height: int, width: int
 ) -> jax.Array:
     """The valid sizes as int [*batch, 2], each inside the map."""
+    sizes = jnp.asarray(valid_size)
+    if sizes.shape[-1:] != (2,):
+        raise ValueError(
+            "valid_size must be (height, width) for each map, int [..., 2], got shape "
+            f"{sizes.shape}"
+        )
+    if not jnp.issubdtype(sizes.dtype, jnp.integer):
+        raise TypeError(f"valid_size must be integer, got {sizes.dtype}")
     parts = jax.tree.leaves(valid_size)
     if not any(isinstance(part, jax.core.Tracer) for part in parts):
         known = np.asarray(valid_size)
@@ -226,8 +234,5 @@ def _check_valid_size(
                 f"valid_size must lie within 1 and the map's size {(height, width)}, "
                 f"got {known.tolist()}"
             )
-    sizes = jnp.asarray(valid_size)
-    if not jnp.issubdtype(sizes.dtype, jnp.integer):
-        raise TypeError(f"valid_size must be integer, got {sizes.dtype}")
     sizes = jnp.clip(sizes, 1, jnp.array([height, width]))
     return jnp.broadcast_to(sizes, (*batch, 2))

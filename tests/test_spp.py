@@ -249,6 +249,7 @@ def test_sliding_pooling_equals_its_own_windows():
         ({"features": np.zeros((0, 5, 1), np.float32)}, "empty map"),
         ({"valid_size": (6, 5)}, r"\(5, 5\), got \[6, 5\]"),
         ({"valid_size": (0, 5)}, "valid_size must lie within"),
+        ({"valid_size": (5, 5, 1)}, r"int \[..., 2\], got shape \(3,\)"),
         ({"valid_size": (5, 5), "rule": "sliding"}, "needs rule='adaptive'"),
     ],
 )
