@@ -8,6 +8,7 @@ import numpy as np
 from tqdm import tqdm
 
 from sppnet_jax import parallel
+from sppnet_jax.classification.step import shard_batch
 from sppnet_jax.data.pipeline import Batches, Example
 
 
@@ -33,10 +34,9 @@ def count_correct(
     hidden = not (show_progress and parallel.is_first_process())
     with batches, tqdm(total=records, unit="img", disable=hidden) as bar:
         for batch in batches:
-            inputs = {name: batch[name] for name in ("image", "label", "mask")}
-            counts, scores = test_step(params, parallel.shard(inputs))
-            for name in sums:
-                sums[name] += float(counts[name].addressable_shards[0].data[0])
+            counts, scores = test_step(params, shard_batch(batch))
+            for name, value in parallel.unreplicate(counts).items():
+                sums[name] += float(value)
             if on_batch is not None:
                 on_batch(batch, np.asarray(scores).reshape(len(batch["mask"]), -1))
             seen = int((batch["index"] >= 0).sum()) * jax.process_count()

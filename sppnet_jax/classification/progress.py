@@ -102,10 +102,8 @@ class Progress:
 
     def _read_one(self) -> None:
         step, rate, on_device = self._pending.popleft()
-        metrics = {
-            name: float(x.addressable_shards[0].data[0])
-            for name, x in on_device.items()
-        }
+        values = parallel.unreplicate(on_device)
+        metrics = {name: float(value) for name, value in values.items()}
         count = max(metrics["count"], 1)
         loss, accuracy = metrics["loss"] / count, metrics["correct"] / count
         self._check_finite(step, loss)

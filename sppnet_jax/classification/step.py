@@ -65,6 +65,11 @@ def init_params(model: SPPNet, rng: jax.Array) -> Any:
     return model.init(rng, images)["params"]
 
 
+def shard_batch(batch: dict[str, Any]) -> Batch:
+    """What the steps take of a host batch, its rows split over the local devices."""
+    return parallel.shard({name: batch[name] for name in ("image", "label", "mask")})
+
+
 def make_train_step(
     model: SPPNet, optimizer: Optimizer, preprocessing: Preprocessing
 ) -> Callable[..., tuple[TrainState, Metrics]]:

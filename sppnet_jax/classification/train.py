@@ -18,6 +18,7 @@ from sppnet_jax.classification.step import (
     TrainState,
     create_state,
     make_train_step,
+    shard_batch,
 )
 from sppnet_jax.data.broken import BrokenImages
 from sppnet_jax.data.pipeline import Batches, steps_per_epoch
@@ -105,10 +106,7 @@ def train(
                     total_steps=total_steps,
                     validation_errors=memory["validation_errors"],
                 )
-                inputs = {name: batch[name] for name in ("image", "label", "mask")}
-                state, metrics = train_step(
-                    state, parallel.shard(inputs), np.float32(rate)
-                )
+                state, metrics = train_step(state, shard_batch(batch), np.float32(rate))
                 step += 1
                 progress.add(step, rate, metrics)
                 epoch_ends = step % epoch_steps == 0
