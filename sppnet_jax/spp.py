@@ -38,7 +38,7 @@ def pyramid_bins(size: int, level: int, rule: str = "adaptive") -> np.ndarray:
         raise ValueError(f"size and level must be at least 1, got {size=}, {level=}")
     index = np.arange(level)
     if rule == "adaptive":
-        starts, stops = _adaptive_span(index, size, level)
+        starts, stops = adaptive_span(index, size, level)
         return np.stack([starts, stops], axis=1)
     if rule == "sliding":
         window, stride = math.ceil(size / level), size // level
@@ -97,6 +97,11 @@ def spatial_pyramid_pool(
         axis=1,
     )
     return bins.reshape(*batch, num_bins(levels), channels).astype(features.dtype)
+
+
+def adaptive_span(index: Any, size: Any, level: int) -> tuple[Any, Any]:
+    """Start and stop of adaptive bins (appendix A); ints, arrays or traced values."""
+    return index * size // level, -(-(index + 1) * size // level)
 
 
 def num_bins(levels: Sequence[int]) -> int:
@@ -183,18 +188,13 @@ def _reduce_masked(
     along_axis[0], along_axis[axis] = maps.shape[0], maps.shape[axis]
     parts = []
     for index in range(level):
-        start, stop = _adaptive_span(index, sizes[:, None], level)
+        start, stop = adaptive_span(index, sizes[:, None], level)
         inside = ((start <= position) & (position < stop)).reshape(along_axis)
         if reducer == "max":
             parts.append(jnp.max(maps, axis=axis, initial=-jnp.inf, where=inside))
         else:
             parts.append(jnp.mean(maps, axis=axis, where=inside))
     return jnp.stack(parts, axis=axis)
-
-
-def _adaptive_span(index: Any, size: Any, level: int) -> tuple[Any, Any]:
-    """Appendix A; works on ints, arrays and traced values."""
-    return index * size // level, -(-(index + 1) * size // level)
 
 
 def _count(outputs: int) -> str:

@@ -1,0 +1,230 @@
+"""Pooled windows against slicing each window out and looping over its bins."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from test_spp import loop_pool, random_features
+
+import sppnet_jax as sn
+
+PYRAMIDS = [(6, 3, 2, 1), (4, 3, 2, 1), (3, 2, 1), (2, 6, 4), (5,), (1,)]
+
+
+def all_windows(height, width):
+    rows = itertools.combinations(range(height + 1), 2)
+    columns = list(itertools.combinations(range(width + 1), 2))
+    return np.array(
+        [(t, left, b, r) for (t, b), (left, r) in itertools.product(rows, columns)]
+    )
+
+
+def random_windows(count, height, width, seed=0):
+    """Corners anywhere, so sizes from one cell to nearly the whole map."""
+    random = np.random.default_rng(seed)
+    rows = np.sort(random.integers(0, height, (count, 2)), axis=1)
+    columns = np.sort(random.integers(0, width, (count, 2)), axis=1)
+    starts = np.stack([rows[:, 0], columns[:, 0]], axis=1)
+    stops = np.stack([rows[:, 1], columns[:, 1]], axis=1) + 1
+    return np.concatenate([starts, stops], axis=1)
+
+
+def loop_windows(features, windows, levels):
+    return np.stack([loop_pool(features[t:b, x:r], levels) for t, x, b, r in windows])
+
+
+@pytest.mark.parametrize("levels", PYRAMIDS, ids=str)
+@pytest.mark.parametrize("size", [(7, 9), (1, 5), (4, 1), (1, 1)], ids=str)
+def test_every_window_of_small_maps_is_exact(size, levels):
+    features, windows = random_features(*size, 2), all_windows(*size)
+    pooled = sn.window_pyramid_pool(features, windows, levels)
+    np.testing.assert_array_equal(pooled, loop_windows(features, windows, levels))
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["f32", "bf16"])
+@pytest.mark.parametrize("levels", [(6, 3, 2, 1), (4, 3, 2, 1)], ids=str)
+def test_random_windows_of_large_maps_are_exact_and_keep_the_dtype(levels, dtype):
+    features = jnp.asarray(random_features(43, 58, 3), dtype)
+    windows = random_windows(300, 43, 58)
+    windows[0] = (0, 0, 43, 58)
+    pooled = sn.window_pyramid_pool(features, windows, levels)
+    assert pooled.dtype == dtype
+    expected = loop_windows(np.asarray(features, np.float32), windows, levels)
+    np.testing.assert_array_equal(np.asarray(pooled, np.float32), expected)
+
+
+@pytest.mark.parametrize("count", [0, 1, 63, 64, 65, 130])
+def test_any_number_of_windows(count):
+    features, windows = random_features(9, 12, 2), random_windows(130, 9, 12)
+    pooled = sn.window_pyramid_pool(features, windows[:count], (3, 2))
+    expected = loop_windows(features, windows, (3, 2))[:count]
+    np.testing.assert_array_equal(pooled, expected)
+
+
+def test_a_window_equals_spatial_pyramid_pool_on_the_cropped_map():
+    features = random_features(13, 13, 4)
+    for window in random_windows(3, 13, 13):
+        top, left, bottom, right = window
+        cropped = sn.spatial_pyramid_pool(
+            features[top:bottom, left:right], (6, 3, 2, 1)
+        )
+        pooled = sn.window_pyramid_pool(features, window[None], (6, 3, 2, 1))
+        np.testing.assert_array_equal(pooled[0], cropped)
+
+
+def test_nan_and_infinities_reach_the_bins_that_hold_them_and_no_others():
+    features = random_features(7, 9, 3)
+    features[2, 3] = np.nan
+    features[4, 8] = np.inf
+    features[5:, :5, 1] = -np.inf
+    windows = all_windows(7, 9)
+    pooled = sn.window_pyramid_pool(features, windows, (3, 1))
+    np.testing.assert_array_equal(pooled, loop_windows(features, windows, (3, 1)))
+
+
+def test_bins_keep_the_order_of_levels_even_repeated():
+    features, windows = random_features(12, 12, 2), random_windows(9, 12, 12)
+    fine, coarse = (loop_windows(features, windows, (n,)) for n in (6, 2))
+    pooled = sn.window_pyramid_pool(features, windows, (2, 6, 2))
+    expected = np.concatenate([coarse, fine, coarse], axis=1)
+    np.testing.assert_array_equal(pooled, expected)
+
+
+@pytest.mark.parametrize("levels", [(6, 3, 2, 1), (4, 3, 1)], ids=str)
+def test_the_gradient_equals_that_of_slicing_and_maximum(levels):
+    features = np.random.default_rng(0).permutation(11 * 8 * 2).reshape(11, 8, 2)
+    windows = random_windows(70, 11, 8)
+    shape = (len(windows), sn.num_bins(levels), 2)
+    weights = np.random.default_rng(1).integers(-9, 10, shape)
+
+    # Distinct values: each bin's weight goes to the one cell that is its maximum.
+    expected = np.zeros(features.shape)
+    cells = {value: cell for cell, value in np.ndenumerate(features)}
+    pooled = loop_windows(features, windows, levels)
+    for value, weight in zip(pooled.flat, weights.flat, strict=True):
+        expected[cells[value]] += weight
+
+    def loss(features):
+        return (sn.window_pyramid_pool(features, windows, levels) * weights).sum()
+
+    gradient = jax.grad(loss)(jnp.asarray(features, jnp.float32))
+    np.testing.assert_array_equal(gradient, expected)
+
+
+def test_the_gradient_agrees_with_finite_differences():
+    # Values a tenth apart and a step of a hundredth: no maximum changes hands.
+    values = np.random.default_rng(0).permutation(7 * 6).reshape(7, 6, 1) / 10
+    windows, levels = random_windows(6, 7, 6), (3, 2)
+    weights = random_features(6, 13, 1).astype(np.float64)
+
+    def oracle(values):
+        return (loop_windows(values, windows, levels) * weights).sum()
+
+    def loss(features):
+        pooled = sn.window_pyramid_pool(features, windows, levels)
+        return (pooled * weights.astype(np.float32)).sum()
+
+    step, expected = 1e-2, np.zeros_like(values)
+    for index in np.ndindex(values.shape):
+        moved = values.copy()
+        moved[index] += step
+        expected[index] = (oracle(moved) - oracle(values)) / step
+    gradient = jax.grad(loss)(jnp.asarray(values, jnp.float32))
+    np.testing.assert_allclose(gradient, expected, atol=1e-4)
+
+
+def test_equal_cells_share_a_gradient_that_still_sums_to_one_for_each_bin():
+    windows = random_windows(20, 9, 9)
+
+    def total(features):
+        return sn.window_pyramid_pool(features, windows, (4, 2)).sum()
+
+    gradient = jax.grad(total)(jnp.zeros((9, 9, 1)))
+    assert (gradient >= 0).all()
+    np.testing.assert_allclose(gradient.sum(), 20 * 20, rtol=1e-6)
+
+
+def test_vmap_over_maps_each_with_its_own_windows():
+    features = random_features(3, 10, 7, 2)
+    windows = np.stack([random_windows(80, 10, 7, seed) for seed in range(3)])
+    pool = jax.vmap(lambda x, w: sn.window_pyramid_pool(x, w, (3, 2, 1)))
+    for one, some, pooled in zip(
+        features, windows, pool(features, windows), strict=True
+    ):
+        np.testing.assert_array_equal(pooled, loop_windows(one, some, (3, 2, 1)))
+
+
+def test_one_program_serves_all_new_windows():
+    pool = jax.jit(sn.window_pyramid_pool, static_argnums=2)
+    features = random_features(20, 30, 2)
+    for seed in range(4):
+        windows = random_windows(50, 20, 30, seed)
+        pooled = pool(features, windows, (6, 3, 2, 1))
+        expected = loop_windows(features, windows, (6, 3, 2, 1))
+        np.testing.assert_array_equal(pooled, expected)
+    assert pool._cache_size() == 1
+
+
+def test_traced_windows_are_clamped_to_the_map_and_to_one_cell():
+    features = random_features(6, 8, 2)
+    windows = np.array([(-3, 2, 4, 99), (5, 6, 2, 3), (50, -9, 60, -7), (3, 3, 3, 3)])
+    clamped = np.array([(0, 2, 4, 8), (5, 6, 6, 7), (5, 0, 6, 1), (3, 3, 4, 4)])
+    pooled = jax.jit(lambda w: sn.window_pyramid_pool(features, w, (3, 1)))(windows)
+    np.testing.assert_array_equal(pooled, loop_windows(features, clamped, (3, 1)))
+
+
+def test_memory_holds_the_table_twice_and_no_gathered_copies():
+    levels, cells = (6, 3, 2, 1), 43 * 58 * 256 * 4
+    lowered = jax.jit(lambda x, w: sn.window_pyramid_pool(x, w, levels)).lower(
+        jax.ShapeDtypeStruct((43, 58, 256), jnp.float32),
+        jax.ShapeDtypeStruct((2000, 4), jnp.int32),
+    )
+    memory = lowered.compile().memory_analysis()
+    assert memory.output_size_in_bytes == 2000 * 50 * 256 * 4
+    assert memory.temp_size_in_bytes < 2 * 16 * cells + 20e6
+
+
+@pytest.mark.parametrize(
+    ("window", "seen"),
+    [
+        ((2, 1, 2, 3), r"window 1 is \(2, 1, 2, 3\).*map of 5×6"),
+        ((1, 4, 3, 2), r"window 1 is \(1, 4, 3, 2\)"),
+        ((-1, 0, 3, 2), r"window 1 is \(-1, 0, 3, 2\)"),
+        ((0, 0, 6, 2), r"window 1 is \(0, 0, 6, 2\)"),
+        ((0, 0, 5, 7), r"window 1 is \(0, 0, 5, 7\)"),
+    ],
+)
+def test_the_first_bad_window_is_named_with_the_map_s_size(window, seen):
+    windows = np.array([(0, 0, 5, 6), window, (9, 9, 9, 9)])
+    with pytest.raises(ValueError, match=seen):
+        sn.window_pyramid_pool(random_features(5, 6, 1), windows, (2, 1))
+
+
+def test_a_bad_window_that_is_a_constant_of_a_jitted_function_is_refused():
+    windows = np.array([(0, 0, 9, 9)])
+    pool = jax.jit(lambda features: sn.window_pyramid_pool(features, windows, (1,)))
+    with pytest.raises(ValueError, match="window 0"):
+        pool(random_features(5, 6, 1))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"levels": ()}, ValueError, "levels must be a tuple"),
+        ({"windows": [(0.0, 0.0, 1.0, 1.0)]}, TypeError, "got float32; boxes_to_windo"),
+        ({"windows": (0, 0, 1, 1)}, ValueError, r"int \[N, 4\].*got shape \(4,\)"),
+        ({"features": np.zeros((2, 5, 6, 1))}, ValueError, "use jax.vmap"),
+        ({"features": np.zeros((0, 6, 1))}, ValueError, "empty map"),
+        ({"features": np.zeros((5, 6, 1), int)}, TypeError, "must be floating point"),
+    ],
+)
+def test_bad_arguments_are_refused_with_what_was_seen(arguments, error, message):
+    call = {
+        "features": random_features(5, 6, 1),
+        "windows": [(0, 0, 5, 6)],
+        "levels": (2, 1),
+    } | arguments
+    with pytest.raises(error, match=message):
+        sn.window_pyramid_pool(**call)
