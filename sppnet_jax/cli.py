@@ -37,7 +37,7 @@ def run(main: Callable[[Sequence[str]], None], *, saved_config: bool = False) ->
     """
 
     def guarded(argv: Sequence[str]) -> None:
-        _show_own_log()
+        show_own_log()
         try:
             main(argv[1:])
         except (ValueError, OSError, RuntimeError) as error:
@@ -81,6 +81,12 @@ def given_workdir() -> Path:
     return Path(WORKDIR.value).expanduser()
 
 
+def given_workdirs() -> list[Path]:
+    """The folders of several runs, written with commas between them."""
+    names = [name.strip() for name in str(given_workdir()).split(",")]
+    return [Path(name).expanduser() for name in names if name]
+
+
 class _LogAboveProgressBar(logging.Handler):
     """Prints log lines without tearing a progress bar apart."""
 
@@ -88,7 +94,7 @@ class _LogAboveProgressBar(logging.Handler):
         tqdm.write(self.format(record), file=sys.stderr)
 
 
-def _show_own_log() -> None:
+def show_own_log() -> None:
     """This project's log lines from INFO on; only warnings of the libraries'."""
     absl.logging.set_verbosity(absl.logging.WARNING)
     handler = _LogAboveProgressBar()
@@ -110,7 +116,8 @@ def _with_saved_config(argv: list[str]) -> list[str]:
     if "config" in known or "workdir" not in known:
         return argv
     file = Path(__file__).parent / "saved_config.py"
-    return [argv[0], f"--config={file}:{known['workdir']}", *argv[1:]]
+    first = known["workdir"].split(",")[0]
+    return [argv[0], f"--config={file}:{first}", *argv[1:]]
 
 
 def _parse_flags(argv: list[str]) -> list[str]:

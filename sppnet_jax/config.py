@@ -8,7 +8,9 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from sppnet_jax.backbones import backbone_geometry
 from sppnet_jax.classification.schedule import KINDS
+from sppnet_jax.classification.sizes import possible_sizes
 from sppnet_jax.data.images import CROPS
 from sppnet_jax.model import create_model
 
@@ -19,6 +21,9 @@ def base_config() -> ConfigDict:
     config.seed = 0
     config.epochs = 70
     config.batch_size = 128  # over all devices of all processes
+    config.sizes = ()  # (224, 180): an epoch at each in turn, the crop resized;
+    # ("uniform", 180, 224): drawn for each epoch; (): all at data.image_size
+    config.size_multiple = 4  # of a drawn size; each size compiles one program
 
     config.model = ConfigDict()
     config.model.backbone = "zf5"  # zf5, convnet5, overfeat5, overfeat7
@@ -129,8 +134,27 @@ def check_config(config: ConfigDict) -> None:
             f"config.data.resize_side, {config.data.resize_side}, must be at least "
             f"config.data.image_size, {config.data.image_size}"
         )
+    if config.sizes:
+        _check_training_sizes(config)
     if config.data.name == "image_folder" and not config.data.root:
         raise ValueError("give the folder of images: --config.data.root=FOLDER")
+
+
+def _check_training_sizes(config: ConfigDict) -> None:
+    sides = possible_sizes(config.sizes, config.size_multiple)
+    if sides[-1] > config.data.image_size:
+        raise ValueError(
+            f"config.sizes has {sides[-1]}, more than config.data.image_size, "
+            f"{config.data.image_size}: crops are only made smaller, so that must be "
+            "the largest size"
+        )
+    if not config.model.levels and sides != (config.data.image_size,):
+        raise ValueError(
+            f"config.sizes is {tuple(config.sizes)}, but without a pyramid "
+            "(model.levels=()) the network takes images of data.image_size, "
+            f"{config.data.image_size}, only"
+        )
+    backbone_geometry(config.model.backbone).map_size(sides[0])
 
 
 def _check_fields(config: ConfigDict, base: ConfigDict, where: str) -> None:

@@ -1,9 +1,11 @@
-"""Tests a trained SPP-net on a split of its data set.
+"""Tests a trained SPP-net, or several together, on a split of their data set.
 
 python -m sppnet_jax.evaluate --workdir=runs/digits --protocol=single
+python -m sppnet_jax.evaluate --workdir=runs/a,runs/b --protocol=multi_view_full
 """
 
 import json
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,88 +13,159 @@ from typing import Any
 from absl import flags
 from ml_collections import ConfigDict
 
-from sppnet_jax import cli
+from sppnet_jax import cli, saved_config
+from sppnet_jax.classification import views
 
-PROTOCOLS = ("single",)
+log = logging.getLogger(__name__)
+
 _PROTOCOL = flags.DEFINE_enum(
-    "protocol", "single", PROTOCOLS, "How an image is scored: single, the centre crop."
+    "protocol",
+    "single",
+    views.NAMES,
+    "The views whose scores are averaged: single, the centre crop; ten_view, centre "
+    "and corners, mirrored too; ten_view_map, the same from the map of the whole "
+    "image; full_image; multi_view, 18 views at six scales; multi_view_full, and the "
+    "whole image.",
+)
+_SCALES = flags.DEFINE_list(
+    "scales", [], "Shorter sides in pixels, 224,256 for instance; else the protocol's."
+)
+_VIEWS = flags.DEFINE_list(
+    "views", [], "Where views lie, center,top_left for instance; else the protocol's."
+)
+_FLIP = flags.DEFINE_bool(
+    "flip",
+    None,
+    "Whether mirrored views count too. By default they do in protocols of several "
+    "views, if the network was trained on mirrored images (config.data.flip).",
+)
+_BUCKETS = flags.DEFINE_integer(
+    "buckets", 4, "Compiled programs for whole images, at most, for each scale."
 )
 
 
 def main(argv: Sequence[str]) -> None:
     if argv:
         raise ValueError(f"unexpected arguments: {' '.join(argv)}")
-    config, workdir = cli.given_config(), cli.given_workdir()
+    config, workdirs = cli.given_config(), cli.given_workdirs()
     cli.join_processes()
-    evaluate_from_config(config, workdir, _PROTOCOL.value)
+    if _BUCKETS.value < 1:
+        raise ValueError(f"--buckets must be at least 1, got {_BUCKETS.value}")
+    evaluate_from_config(
+        config,
+        workdirs,
+        _PROTOCOL.value,
+        scales=[_whole_number(scale) for scale in _SCALES.value],
+        positions=_VIEWS.value,
+        flip=_FLIP.value,
+        max_buckets=_BUCKETS.value,
+    )
 
 
 def evaluate_from_config(
-    config: ConfigDict, workdir: Path, protocol: str
+    config: ConfigDict,
+    workdirs: Sequence[Path],
+    protocol_name: str,
+    *,
+    scales: Sequence[int] = (),
+    positions: Sequence[str] = (),
+    flip: bool | None = None,
+    max_buckets: int = 4,
 ) -> dict[str, Any]:
-    """Tests the newest checkpoint; prints the result, writes JSON and a picture."""
-    import numpy as np
+    """Tests the newest checkpoints; prints the result, writes JSON and a picture.
 
+    `config`: of the first of `workdirs`; its data is what all are tested on. The others
+    bring their own models. Several networks average their softmax scores.
+    """
     from sppnet_jax import from_config, parallel, plots, run_folder
-    from sppnet_jax.classification.evaluate import Sample, count_correct
-    from sppnet_jax.classification.step import make_test_step
+    from sppnet_jax.classification.evaluate import mean_scores, summarize
     from sppnet_jax.data.broken import BrokenImages
-    from sppnet_jax.data.pipeline import Example
 
-    trained_on = run_folder.load_training_data(workdir)
-    class_names = trained_on.class_names
+    trained_on = run_folder.load_training_data(workdirs[0])
     source = from_config.open_split(config, "test")
-    if source.class_names != class_names:
-        raise ValueError(
-            f"{source.name!r} has the {len(source.class_names)} classes "
-            f"{', '.join(source.class_names[:5])} …; the run in {workdir} was trained "
-            f"on {trained_on}"
-        )
+    for workdir in workdirs:
+        from_config.check_classes(source, workdir)
     from_config.check_training_data_is_unchanged(config, trained_on)
-    model, params = from_config.load_model(config, workdir, len(class_names))
-    preprocessing = from_config.make_preprocessing(config, workdir)
     broken = BrokenImages(source)
-    sample = Sample(len(source.records), size=24)
-
-    def on_batch(batch: Example, scores: np.ndarray) -> None:
-        broken.report(batch)
-        sample.add(batch, scores)
-
-    result = count_correct(
-        make_test_step(model, preprocessing),
-        parallel.replicate(params),
-        from_config.make_eval_batches(config, source),
-        records=len(source.records),
-        show_progress=True,
-        on_batch=on_batch,
-    )
+    sample = plots.Sample(len(source.records), size=24)
+    networks, protocols = [], []
+    for number, workdir in enumerate(workdirs):
+        own = config if number == 0 else saved_config.get_config(str(workdir))
+        if flip is None:
+            flipped = config.data.flip and protocol_name not in ("single", "full_image")
+        protocol = views.named_protocol(
+            protocol_name,
+            view=own.data.image_size,
+            resize_side=own.data.resize_side,
+            flip=flipped if flip is None else flip,
+            scales=scales,
+            positions=positions,
+        )
+        scores, tables = from_config.score_split(
+            own,
+            workdir,
+            source,
+            protocol,
+            loading=config.data,
+            max_buckets=max_buckets,
+            on_example=lambda index, valid, image: (
+                sample.add(index, image) if valid else broken.add(index)
+            ),
+        )
+        protocols.append(protocol)
+        networks.append(scores)
+        for scale, table in zip(protocol.scales, tables, strict=False):
+            log.info("shorter side %d\n%s", scale, table)
     broken.summarize()
+    combined = mean_scores(networks)
     report = {
         "data": source.name,
         "split": source.split,
-        "protocol": protocol,
-        **result,
+        "protocol": protocol_name,
+        "workdirs": [str(workdir) for workdir in workdirs],
+        "scales": [protocol.scales for protocol in protocols],
+        "positions": [protocol.positions for protocol in protocols],
+        "flip": [protocol.flip for protocol in protocols],
+        "views": float(combined.views[combined.valid].mean()),
+        **summarize(combined),
     }
     if not parallel.is_first_process():
         return report
-    (workdir / f"evaluate_{protocol}.json").write_text(json.dumps(report, indent=2))
+    named = f"evaluate_{protocol_name}"
+    if len(workdirs) > 1:
+        named += f"_of_{len(workdirs)}"
+    if scales or positions or flip is not None:
+        named += "_custom"
+    (workdirs[0] / f"{named}.json").write_text(json.dumps(report, indent=2))
     print(
-        f"{protocol}: top-1 {result['top1']:.2%}, top-5 {result['top5']:.2%} "
-        f"of {result['count']} images of {source.name}, split {source.split}"
-        + (f" ({result['broken']} broken skipped)" if result["broken"] else "")
+        f"{protocol_name}: top-1 {_share(report, 'top1')}, top-5 "
+        f"{_share(report, 'top5')} of {report['count']} images of {source.name}, split "
+        f"{source.split}, {report['views']:.4g} views each"
+        + (f" ({report['broken']} broken skipped)" if report["broken"] else "")
     )
     predictions = [
         plots.Prediction(
-            example.image,
-            class_names[example.scores.argmax()],
-            float(example.scores.max()),
-            class_names[example.label],
+            image,
+            trained_on.class_names[combined.scores[index].argmax()],
+            float(combined.scores[index].max()),
+            trained_on.class_names[combined.labels[index]],
         )
-        for example in sample.examples()
+        for index, image in sample.images()
     ]
-    picture = plots.plot_predictions(predictions, workdir / f"evaluate_{protocol}.png")
+    picture = plots.plot_predictions(predictions, workdirs[0] / f"{named}.png")
     print(f"examples: {picture}")
     return report
+
+
+def _share(report: dict[str, Any], name: str) -> str:
+    low, high = report[f"{name}_interval"]
+    return f"{report[name]:.2%} (95 %: {low:.1%} to {high:.1%})"
+
+
+def _whole_number(text: str) -> int:
+    if not text.strip().isdigit():
+        raise ValueError(f"--scales takes whole numbers such as 224,256, got {text!r}")
+    return int(text)
 
 
 if __name__ == "__main__":

@@ -10,11 +10,20 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from sppnet_jax import parallel, run_folder
+from sppnet_jax.buckets import BucketTable
 from sppnet_jax.checkpoints import Checkpoints
+from sppnet_jax.classification.features import Features, extract_features
 from sppnet_jax.classification.preprocess import Preprocessing, color_shifts
 from sppnet_jax.classification.schedule import Schedule
+from sppnet_jax.classification.scores import (
+    OnExample,
+    Scores,
+    score_crops,
+    score_maps,
+)
 from sppnet_jax.classification.step import Optimizer, init_params
 from sppnet_jax.classification.train import Run
+from sppnet_jax.classification.views import Protocol
 from sppnet_jax.data.pipeline import Batches, eval_batches, train_batches
 from sppnet_jax.data.sources import Source, available_splits, open_source
 from sppnet_jax.data.statistics import image_statistics
@@ -47,6 +56,12 @@ def load_model(
         return make_model(config, num_classes), checkpoints.restore_params(shapes)
 
 
+def checkpoint_step(workdir: Path) -> int | None:
+    """The step of a run's newest checkpoint, or None."""
+    with Checkpoints(workdir / run_folder.CHECKPOINTS) as checkpoints:
+        return checkpoints.latest_step()
+
+
 def make_optimizer(config: ConfigDict) -> Optimizer:
     return Optimizer(
         momentum=config.momentum,
@@ -74,6 +89,8 @@ def make_run(config: ConfigDict) -> Run:
         epochs=config.epochs,
         batch_size=config.batch_size,
         seed=config.seed,
+        sizes=tuple(config.sizes),
+        size_multiple=config.size_multiple,
         log_steps=config.log_steps,
         checkpoint_steps=config.checkpoint_steps,
         keep_checkpoints=config.keep_checkpoints,
@@ -202,7 +219,7 @@ def make_train_batches(config: ConfigDict, source: Source) -> Batches:
         flip=config.data.flip,
         seed=config.seed,
         epochs=config.epochs,
-        **_loading(config),
+        **_loading(config.data),
     )
 
 
@@ -212,8 +229,103 @@ def make_eval_batches(config: ConfigDict, source: Source) -> Batches:
         batch_size=parallel.round_up_to_devices(config.batch_size),
         image_size=config.data.image_size,
         resize_side=config.data.resize_side,
-        **_loading(config),
+        **_loading(config.data),
     )
+
+
+def score_split(
+    config: ConfigDict,
+    workdir: Path,
+    source: Source,
+    protocol: Protocol,
+    *,
+    loading: ConfigDict,
+    max_buckets: int,
+    on_example: OnExample | None = None,
+) -> tuple[Scores, list[BucketTable]]:
+    """The scores of a run's newest checkpoint, and the programs of whole images.
+
+    `loading`: the group of settings that says how the data is loaded.
+    """
+    model, params = load_model(config, workdir, len(source.class_names))
+    preprocessing = make_preprocessing(config, workdir)
+    batch_size = parallel.round_up_to_devices(config.batch_size)
+    if protocol.on_map:
+        return score_maps(
+            model,
+            params,
+            preprocessing,
+            protocol,
+            source,
+            batch_size=batch_size,
+            max_buckets=max_buckets,
+            threads=loading.threads,
+            strict=loading.strict,
+            on_example=on_example,
+        )
+    batches = eval_batches(
+        source,
+        batch_size=parallel.round_up_to_devices(
+            max(1, batch_size // len(protocol.positions))
+        ),
+        image_size=config.data.image_size,
+        resize_side=protocol.scales[0],
+        positions=protocol.positions,
+        **_loading(loading),
+    )
+    scores = score_crops(
+        model,
+        params,
+        preprocessing,
+        protocol,
+        batches,
+        records=len(source.records),
+        on_example=on_example,
+    )
+    return scores, []
+
+
+def extract_split(
+    config: ConfigDict,
+    workdir: Path,
+    source: Source,
+    *,
+    layer: str,
+    side: int,
+    mode: str,
+    max_buckets: int,
+) -> Features:
+    """The features that a run's newest checkpoint gives the images of a source.
+
+    The source need not have the classes that the run was trained on.
+    """
+    classes = run_folder.load_training_data(workdir).class_names
+    model, params = load_model(config, workdir, len(classes))
+    return extract_features(
+        model,
+        params,
+        make_preprocessing(config, workdir),
+        source,
+        layer=layer,
+        side=side,
+        mode=mode,
+        batch_size=config.batch_size,
+        max_buckets=max_buckets,
+        workers=config.data.workers,
+        threads=config.data.threads,
+        strict=config.data.strict,
+    )
+
+
+def check_classes(source: Source, workdir: Path) -> None:
+    """Raises ValueError if a run was trained on other classes than a source has."""
+    trained_on = run_folder.load_training_data(workdir)
+    if source.class_names != trained_on.class_names:
+        raise ValueError(
+            f"{source.name!r} has the {len(source.class_names)} classes "
+            f"{', '.join(source.class_names[:5])} …; the run in {workdir} was trained "
+            f"on {trained_on}"
+        )
 
 
 def _param_shapes(config: ConfigDict, num_classes: int) -> Any:
@@ -221,11 +333,11 @@ def _param_shapes(config: ConfigDict, num_classes: int) -> Any:
     return jax.eval_shape(lambda rng: init_params(model, rng), jax.random.PRNGKey(0))
 
 
-def _loading(config: ConfigDict) -> dict[str, Any]:
+def _loading(data: ConfigDict) -> dict[str, Any]:
     return {
-        "workers": config.data.workers,
-        "threads": config.data.threads,
-        "strict": config.data.strict,
+        "workers": data.workers,
+        "threads": data.threads,
+        "strict": data.strict,
         "process_index": jax.process_index(),
         "process_count": jax.process_count(),
     }

@@ -60,6 +60,15 @@ def sum_over_devices(tree: Tree) -> Tree:
     return jax.lax.psum(tree, AXIS)
 
 
+def sum_over_processes(tree: Tree) -> Tree:
+    """The sums of host arrays over all processes, the same on each."""
+    if jax.process_count() == 1:
+        return tree
+    return jax.tree.map(
+        lambda x: multihost_utils.process_allgather(x).sum(axis=0, dtype=x.dtype), tree
+    )
+
+
 def device_index() -> jax.Array:
     """The number of the device among those of all processes, inside a step."""
     return jax.lax.axis_index(AXIS)

@@ -10,6 +10,10 @@ from absl import flags
 from ml_collections import ConfigDict
 
 from sppnet_jax import cli
+from sppnet_jax.classification import views
+from sppnet_jax.data.sources import Record, Source
+
+MAX_BUCKETS = 4  # programs that are compiled at most
 
 _PICTURE = flags.DEFINE_string(
     "picture", "", "Also draws the images with their classes into this PNG file."
@@ -27,33 +31,57 @@ def main(argv: Sequence[str]) -> None:
         raise ValueError(f"{failed} of {len(argv)} files could not be read")
 
 
+class Files:
+    """Image files as a source's records, read when they are asked for."""
+
+    def __init__(self, paths: Sequence[str]) -> None:
+        self._paths = paths
+
+    def __len__(self) -> int:
+        return len(self._paths)
+
+    def __getitem__(self, index: int) -> Record:
+        try:
+            image = Path(self._paths[index]).expanduser().read_bytes()
+        except OSError:
+            image = b""  # counts as broken; why is told in the end
+        return {"image": image, "label": 0, "name": self._paths[index]}
+
+
 def predict_files(
     config: ConfigDict, workdir: Path, paths: Sequence[str], picture: str = ""
 ) -> int:
     """Prints the five best classes of each image; returns how many were unreadable.
 
     Each image keeps its aspect ratio and is scored whole, its shorter side at the
-    `resize_side` of the run's config.
+    `resize_side` of the run's config. A network without SPP sees the centre crop, the
+    only size that it takes.
     """
     import numpy as np
 
     from sppnet_jax import from_config, plots, run_folder
-    from sppnet_jax.classification.full_image import make_image_scorer
     from sppnet_jax.data.images import decode_image
 
     class_names = run_folder.load_training_data(workdir).class_names
-    model, params = from_config.load_model(config, workdir, len(class_names))
-    score = make_image_scorer(
-        model,
-        params,
-        from_config.make_preprocessing(config, workdir),
+    config.data.strict = False
+    protocol = views.named_protocol(
+        "full_image" if config.model.levels else "single",
+        view=config.data.image_size,
         resize_side=config.data.resize_side,
+        flip=False,
+    )
+    found, _ = from_config.score_split(
+        config,
+        workdir,
+        Source(Files(paths), class_names, "files", "given"),
+        protocol,
+        loading=config.data,
+        max_buckets=MAX_BUCKETS,
     )
     shown, failed = [], 0
-    for path in paths:
+    for path, scores in zip(paths, found.scores, strict=True):
         try:
             image = decode_image(Path(path).expanduser().read_bytes())
-            scores = score(image)
         except (OSError, ValueError) as error:
             print(f"{path}: can't be read: {error}")
             failed += 1
@@ -62,12 +90,10 @@ def predict_files(
         print(f"{path} ({image.shape[1]}×{image.shape[0]} pixels)")
         for label in best:
             print(f"  {scores[label]:6.1%}  {class_names[label]}")
-        shown.append(
-            plots.Prediction(
-                image, class_names[best[0]], float(scores[best[0]]), label=None
-            )
-        )
-    if picture and shown:
+        if picture:
+            name, probability = class_names[best[0]], float(scores[best[0]])
+            shown.append(plots.Prediction(image, name, probability, label=None))
+    if shown:
         print(f"picture: {plots.plot_predictions(shown, Path(picture))}")
     return failed
 

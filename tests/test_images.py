@@ -51,6 +51,55 @@ def test_exif_orientation_is_applied(file_format: str, orientation: int) -> None
     assert mean_difference(encoded) < 1
 
 
+@pytest.mark.parametrize("orientation", range(10))  # 0 and 9 mean nothing
+@pytest.mark.parametrize("file_format", FORMATS)
+def test_the_size_in_the_header_is_that_of_the_decoded_image(
+    file_format: str, orientation: int
+) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    encoded = saved(Image.fromarray(IMAGE), file_format, exif=exif)
+    size = images.image_size(encoded)
+    assert size == images.decode_image(encoded).shape[:2]
+    turned = file_format not in ("BMP", "GIF") and 5 <= orientation <= 8
+    assert size == ((80, 60) if turned else (60, 80))
+
+
+def test_an_orientation_that_opencv_ignores_does_not_turn_the_size() -> None:
+    xmp = b'<x:xmpmeta><rdf:Description tiff:Orientation="6"/></x:xmpmeta>'
+    encoded = saved(Image.fromarray(IMAGE), "JPEG", xmp=xmp)
+    assert Image.open(io.BytesIO(encoded)).getexif()[0x0112] == 6
+    assert images.image_size(encoded) == images.decode_image(encoded).shape[:2]
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning:PIL.TiffImagePlugin")
+def test_the_size_is_right_whatever_is_wrong_with_the_exif() -> None:
+    exif = Image.Exif()
+    exif[0x0112], exif[0x010F] = 6, "camera"
+    encoded = saved(Image.fromarray(IMAGE), "JPEG", exif=exif)
+    start, length = encoded.index(b"Exif"), len(exif.tobytes())
+    rng = np.random.default_rng(0)
+    sizes = set()
+    for _ in range(200):
+        damaged = bytearray(encoded)
+        for place in start + rng.integers(length, size=2):
+            damaged[place] = rng.integers(256)
+        size = images.image_size(bytes(damaged))
+        assert size == images.decode_image(bytes(damaged)).shape[:2]
+        sizes.add(size)
+    assert sizes == {(60, 80), (80, 60)}
+
+
+def test_the_size_is_read_without_decoding(monkeypatch: pytest.MonkeyPatch) -> None:
+    files = complete_files()
+    exif = Image.Exif()
+    exif[0x0112] = 3
+    files["JPEG upside down"] = saved(Image.fromarray(IMAGE), "JPEG", exif=exif)
+    monkeypatch.setattr(images, "decode_image", None)
+    for name in ("JPEG", "progressive JPEG", "JPEG upside down", "PNG", "BMP", "WEBP"):
+        assert images.image_size(files[name]) == (60, 80), name
+
+
 def test_cmyk_jpeg_becomes_rgb() -> None:
     encoded = saved(Image.fromarray(IMAGE).convert("CMYK"), "JPEG", quality=95)
     assert mean_difference(encoded) < 3
@@ -90,8 +139,9 @@ def test_a_truncated_file_is_an_error_wherever_it_ends(name: str) -> None:
     # An animation is whole as soon as its first frame is.
     end = len(encoded) // 2 if name == "animated GIF" else len(encoded) - 1
     for length in {1, 2, 11, 30, 100, *np.linspace(1, end - 1, 25, dtype=int), end}:
-        with pytest.raises(ValueError, match=r"truncated|not an image"):
-            images.decode_image(encoded[:length])
+        for read in (images.decode_image, images.image_size):
+            with pytest.raises(ValueError, match=r"truncated|not an image"):
+                read(encoded[:length])
 
 
 @pytest.mark.parametrize("name", complete_files())
@@ -107,8 +157,9 @@ def test_bytes_after_the_end_are_ignored(name: str) -> None:
     [b"", b"x", b"<html>not found</html>", b"\xff\xd8\xff\xd9", b"BM", b"GIF89a"],
 )
 def test_what_is_no_image_is_a_value_error(encoded: bytes) -> None:
-    with pytest.raises(ValueError, match=r"empty|not an image|truncated"):
-        images.decode_image(encoded)
+    for read in (images.decode_image, images.image_size):
+        with pytest.raises(ValueError, match=r"empty|not an image|truncated"):
+            read(encoded)
 
 
 def test_a_damaged_png_is_an_error() -> None:
@@ -151,18 +202,47 @@ def test_a_needle_of_an_image_does_not_fill_the_memory() -> None:
         images.resize_shorter_side(np.zeros((1, 1000, 3), np.uint8), 224)
 
 
-def test_crops_lie_at_the_centre_and_the_corners_of_the_entire_image() -> None:
+@pytest.mark.parametrize(
+    ("shape", "max_aspect", "expected"),
+    [
+        ((60, 80), 3.0, (30, 40)),
+        ((20, 60), 3.0, (30, 90)),  # just as long as it may be
+        ((20, 61), 3.0, (30, 90)),
+        ((300, 1), 3.0, (90, 30)),
+        ((30, 50), 1.0, (30, 30)),
+        ((30, 30), 1.0, (30, 30)),
+        ((100, 300), 2.45, (30, 74)),  # 73.5 rounds to an even number
+    ],
+)
+def test_a_whole_image_is_squeezed_to_the_longest_aspect(
+    shape: tuple[int, int], max_aspect: float, expected: tuple[int, int]
+) -> None:
+    resized = images.resize_whole(picture(*shape), 30, max_aspect)
+    assert resized.shape == (*expected, 3)
+    assert images.whole_size(*shape, 30, max_aspect) == expected
+
+
+def test_a_needle_has_no_size_without_a_longest_aspect() -> None:
+    with pytest.raises(ValueError, match="too narrow"):
+        images.whole_size(1, 1000, 224, float("inf"))
+
+
+def test_crops_lie_at_the_centre_the_corners_and_the_middles_of_the_sides() -> None:
     image = np.stack(np.mgrid[:10, :15], axis=-1)
-    corners = {
+    places = {
         position: tuple(images.crop(image, 4, position)[0, 0])
         for position in images.POSITIONS
     }
-    assert corners == {
+    assert places == {
         "center": (3, 5),
         "top_left": (0, 0),
         "top_right": (0, 11),
         "bottom_left": (6, 0),
         "bottom_right": (6, 11),
+        "top": (0, 5),
+        "bottom": (6, 5),
+        "left": (3, 0),
+        "right": (3, 11),
     }
     assert images.crop(image, 10, "bottom_left").shape == (10, 10, 2)
 

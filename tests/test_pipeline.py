@@ -3,6 +3,8 @@
 import itertools
 import subprocess
 import sys
+import threading
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +13,15 @@ import pytest
 from data_helpers import encode, make_source, picture
 
 from sppnet_jax.data import images
+from sppnet_jax.data.broken import BrokenImages
 from sppnet_jax.data.pipeline import (
     describe_broken,
     eval_batches,
     steps_per_epoch,
     train_batches,
+    warped_batches,
+    whole_images,
+    whole_sizes,
 )
 from sppnet_jax.data.sources import Source, open_source
 
@@ -31,6 +37,27 @@ def train(source: Source, count: int, **options: Any) -> list[Batch]:
 def evaluate(source: Source, **options: Any) -> list[Batch]:
     with eval_batches(source, **{"batch_size": 4, **SIZES, **options}) as batches:
         return list(batches)
+
+
+def make_multi_label_source(count: int, broken: tuple[int, ...] = ()) -> Source:
+    """Class c of record i is present, difficult or absent by (i + c) % 3."""
+    source = make_source(count, broken)
+    records = [
+        {
+            "image": record["image"],
+            "labels": np.array([(i + c) % 3 - 1 for c in range(3)], np.int8),
+            "name": record["name"],
+        }
+        for i, record in enumerate(source.records)
+    ]
+    return source._replace(records=records, multi_label=True)
+
+
+def read_whole(source: Source, **options: Any) -> list[dict[str, Any]]:
+    with closing(
+        whole_images(source, **{"sides": (16,), "max_aspect": 3.0, **options})
+    ) as examples:
+        return list(examples)
 
 
 def assert_same(first: list[Batch], second: list[Batch]) -> None:
@@ -158,6 +185,184 @@ def test_a_test_sees_centre_crops() -> None:
         np.testing.assert_array_equal(batch["image"][index], expected)
 
 
+def test_a_test_may_see_several_crops_of_each_record() -> None:
+    source = make_source(5, broken=(1,))
+    positions = ("center", "top", "bottom_right")
+    batches = evaluate(source, positions=positions)
+    assert [batch["image"].shape for batch in batches] == [(4, 3, 16, 16, 3)] * 2
+    for column, position in enumerate(positions):
+        alone = evaluate(source, positions=(position,))
+        for batch, expected in zip(batches, alone, strict=True):
+            np.testing.assert_array_equal(batch["image"][:, column], expected["image"])
+            for key in ("label", "mask", "index"):
+                np.testing.assert_array_equal(batch[key], expected[key])
+    for positions in [(), ("center", "middle"), "center"]:
+        with pytest.raises(ValueError, match=r"positions must name .*'top_left'"):
+            evaluate(source, positions=positions)
+
+
+def test_a_warped_image_is_all_there_whatever_its_aspect() -> None:
+    # Left half black, right half white: so is a warped one, of any aspect.
+    halves = np.zeros((30, 90, 3), np.uint8)
+    halves[:, 45:] = 255
+    shapes = [halves, halves[:, 30:60], np.repeat(halves, 7, axis=0)]
+    records = [
+        {"image": encode(image), "label": 0, "name": str(image.shape)}
+        for image in shapes
+    ]
+    source = Source(records, ("a",), "memory", "test")
+    with warped_batches(source, batch_size=2, image_size=16) as batches:
+        first, second = batches
+    assert first["image"].shape == second["image"].shape == (2, 16, 16, 3)
+    expected = np.zeros((16, 16, 3))
+    expected[:, 8:] = 255
+    for image in [*first["image"], second["image"][0]]:
+        np.testing.assert_array_equal(image, expected)
+    assert indices([first, second]) == [0, 1, 2, -1]
+    assert second["mask"].tolist() == [True, False]
+
+
+def test_warped_batches_mask_broken_images_and_are_shared_as_crops_are() -> None:
+    source = make_multi_label_source(5, broken=(1,))
+    (whole,) = warped_batches(source, batch_size=6, image_size=16)
+    assert whole["mask"].tolist() == [True, False, True, True, True, False]
+    assert whole["index"].tolist() == [0, 1, 2, 3, 4, -1]
+    for process in range(2):
+        (share,) = warped_batches(
+            source, batch_size=6, image_size=16, process_index=process, process_count=2
+        )
+        for key, array in share.items():
+            np.testing.assert_array_equal(array, whole[key][process::2])
+    with pytest.raises(ValueError, match="can't be shared evenly"):
+        warped_batches(source, batch_size=5, image_size=16, process_count=2)
+
+
+def test_whole_images_come_in_order_at_every_size() -> None:
+    source = make_source(23)
+    examples = read_whole(source, sides=(16, 30))
+    assert [example["index"] for example in examples] == list(range(23))
+    for record, example in zip(source.records, examples, strict=True):
+        image = images.decode_image(record["image"])
+        for side, resized in zip((16, 30), example["images"], strict=True):
+            expected = images.resize_whole(image, side, 3.0)
+            np.testing.assert_array_equal(resized, expected)
+        assert example["mask"]
+        assert example["label"] == record["label"]
+
+
+@pytest.mark.parametrize("max_aspect", [1.1, 3.0])
+def test_the_sizes_of_whole_images_are_known_beforehand(max_aspect: float) -> None:
+    source = make_source(23, broken=(3,))
+    damaged = bytearray(source.records[5]["image"])  # whole, but not inside
+    middle = len(damaged) // 2
+    damaged[middle : middle + 40] = bytes(40)
+    source.records[5]["image"] = bytes(damaged)
+    for side in (16, 40):
+        examples = read_whole(source, sides=(side,), max_aspect=max_aspect)
+        assert [example["index"] for example in examples if not example["mask"]] == [
+            *(3, 5)
+        ]
+        shapes = [example["images"][0].shape[:2] for example in examples]
+        sizes = whole_sizes(source, side, max_aspect)
+        assert sizes.dtype == np.int32
+        np.testing.assert_array_equal(sizes, shapes)
+        assert sizes[3].tolist() == [side, side]
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_processes_share_the_whole_images(count: int) -> None:
+    source = make_source(10)
+    for rank in range(count):
+        share = read_whole(source, process_index=rank, process_count=count)
+        assert [example["index"] for example in share] == list(range(rank, 10, count))
+
+
+def test_a_broken_whole_image_is_masked_reported_or_an_error_if_strict(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    source = make_source(8, broken=(2, 5))
+    broken = BrokenImages(source)
+    for example in read_whole(source, sides=(16, 20)):
+        broken.report(example)
+        if not example["mask"]:
+            assert [image.shape for image in example["images"]] == [
+                *((16, 16, 3), (20, 20, 3))
+            ]
+            assert not any(image.any() for image in example["images"])
+    assert len(broken) == 2
+    assert "picture_5.png: truncated after" in caplog.text
+    with pytest.raises(ValueError, match=r"picture_2\.png', record 2 of split 'train'"):
+        read_whole(source, strict=True)
+
+
+def test_several_labels_come_with_the_whole_image() -> None:
+    source = make_multi_label_source(7, broken=(4,))
+    labels = np.stack([record["labels"] for record in source.records])
+    examples = read_whole(source)
+    np.testing.assert_array_equal([example["label"] for example in examples], labels)
+    assert examples[0]["label"].dtype == np.int8
+
+
+def test_several_labels_come_with_the_crops() -> None:
+    source = make_multi_label_source(7, broken=(4,))
+    labels = np.stack([record["labels"] for record in source.records])
+    batches = evaluate(source)
+    assert batches[1]["label"].dtype == np.int8
+    seen = np.concatenate([batch["label"] for batch in batches])
+    np.testing.assert_array_equal(seen, [*labels, [0, 0, 0]])
+
+
+def test_several_labels_must_be_one_of_three_for_each_class() -> None:
+    for wrong in ([1, 0], [2, 0, 0]):
+        source = make_multi_label_source(3)
+        source.records[1]["labels"] = np.array(wrong, np.int8)
+        with pytest.raises(ValueError, match=r"'picture_1.png' .* has labels"):
+            read_whole(source)
+
+
+class CountingRecords(list):
+    def __init__(self, records: Any) -> None:
+        super().__init__(records)
+        self.read = 0
+
+    def __getitem__(self, index: Any) -> Any:
+        self.read += 1
+        return super().__getitem__(index)
+
+
+def test_few_whole_images_are_loaded_ahead_and_no_thread_is_left() -> None:
+    source = make_source(40)
+    records = CountingRecords(source.records)
+    before = set(threading.enumerate())
+    examples = whole_images(
+        source._replace(records=records), sides=(16,), max_aspect=3.0, threads=2
+    )
+    assert set(threading.enumerate()) == before
+    for _ in range(3):
+        next(examples)
+    assert len(set(threading.enumerate()) - before) == 2
+    examples.close()
+    assert 3 <= records.read <= 3 + 2 * 2
+    assert set(threading.enumerate()) == before
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"sides": ()}, "sides must be one or more"),
+        ({"sides": (16, 0)}, r"at least 1 pixel, not \(16, 0\)"),
+        ({"max_aspect": 0.5}, "max_aspect .* at least 1, not 0.5"),
+        ({"threads": 0}, "at least one thread"),
+        ({"process_index": 2, "process_count": 2}, "no process 2 among 2"),
+    ],
+)
+def test_whole_images_need_sensible_arguments(
+    options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        whole_images(make_source(3), **{"sides": (16,), "max_aspect": 3.0, **options})
+
+
 def views(source: Source, **options: Any) -> set[bytes]:
     batches = train(source, 60, batch_size=1, **options)
     return {batch["image"].tobytes() for batch in batches}
@@ -169,7 +374,8 @@ def test_the_papers_crops_are_five_places_of_the_whole_image_and_their_mirrors()
     record = {"image": encode(picture(20, 30)), "label": 0, "name": "a"}
     source = Source([record], ("a", "b"), "memory", "train")
     image = images.decode_image(record["image"])
-    crops = [images.crop(image, 16, position) for position in images.POSITIONS]
+    positions = ("center", "top_left", "top_right", "bottom_left", "bottom_right")
+    crops = [images.crop(image, 16, position) for position in positions]
     straight = {crop.tobytes() for crop in crops}
     mirrored = {np.ascontiguousarray(crop[:, ::-1]).tobytes() for crop in crops}
     assert views(source) == straight | mirrored
@@ -209,7 +415,12 @@ def test_an_image_too_narrow_to_resize_is_masked() -> None:
 
 def test_a_label_outside_the_range_is_always_an_error() -> None:
     source = make_source(4, labels=(0, 1, 2, 3))
-    for load in (lambda: train(source, 1), lambda: evaluate(source)):
+    loads = (
+        lambda: train(source, 1),
+        lambda: evaluate(source),
+        lambda: read_whole(source),
+    )
+    for load in loads:
         with pytest.raises(
             ValueError, match=r"picture_3\.png' .* has label 3, outside"
         ):

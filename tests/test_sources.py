@@ -1,11 +1,16 @@
 """Every kind of data set opens the same way, or says what to do."""
 
+import io
 import json
 import pickle
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
-from data_helpers import make_source, write_class_folders
+import tensorflow_datasets as tfds
+from data_helpers import encode, make_source, picture, write_class_folders
 from mock_imagenet import prepare_mock_imagenet
 
 from sppnet_jax.data.images import decode_image
@@ -128,6 +133,158 @@ def test_a_detection_data_set_is_no_classification_data_set(
         ValueError, match="not a data set of images with one class each"
     ):
         open_source("digit_scenes/detection", "test", data_dir=digit_scenes_dir)
+
+
+VOC_CLASSES = ("aeroplane", "bicycle", "bird")
+# Each image's objects: class, difficult.
+VOC_OBJECTS: tuple[tuple[tuple[int, bool], ...], ...] = (
+    ((0, False),),
+    ((0, False), (2, True)),
+    ((1, True), (1, False), (0, True)),
+    (),
+    ((2, True), (2, True)),
+)
+VOC_LABELS = ((1, -1, -1), (1, -1, 0), (0, 1, -1), (-1, -1, -1), (-1, -1, 0))
+
+
+class MockVoc(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+    """The layout of TFDS's own `voc`, of which `features` may be left out."""
+
+    name = "voc"
+    VERSION = tfds.core.Version("4.0.0")
+    BUILDER_CONFIGS = (tfds.core.BuilderConfig(name="2007", version=VERSION),)
+    code_path = None
+    left_out: tuple[str, ...] = ()
+
+    def _info(self) -> tfds.core.DatasetInfo:
+        label = tfds.features.ClassLabel(names=VOC_CLASSES)
+        one = {
+            "label": label,
+            "bbox": tfds.features.BBoxFeature(),
+            "is_difficult": np.bool_,
+        }
+        features = {
+            "image": tfds.features.Image(encoding_format="jpeg"),
+            "image/filename": tfds.features.Text(),
+            "objects": tfds.features.Sequence(self._kept(one)),
+            "labels": tfds.features.Sequence(label),
+            "labels_no_difficult": tfds.features.Sequence(label),
+        }
+        return tfds.core.DatasetInfo(
+            builder=self, features=tfds.features.FeaturesDict(self._kept(features))
+        )
+
+    def _split_generators(self, dl_manager: Any) -> dict[str, Iterator[Any]]:
+        return {split: self._generate_examples(split) for split in ("train", "test")}
+
+    def _generate_examples(self, split: str) -> Iterator[tuple[int, dict[str, Any]]]:
+        box = tfds.features.BBox(0.0, 0.0, 1.0, 1.0)
+        for number, objects in enumerate(VOC_OBJECTS):
+            objects = () if split == "test" else objects
+            one = [
+                {"label": label, "bbox": box, "is_difficult": difficult}
+                for label, difficult in objects
+            ]
+            example = {
+                "image": io.BytesIO(encode(picture(seed=number), ".jpg")),
+                "image/filename": f"00000{number}.jpg",
+                "objects": [self._kept(values) for values in one],
+                "labels": sorted({label for label, _ in objects}),
+                "labels_no_difficult": sorted(
+                    {label for label, difficult in objects if not difficult}
+                ),
+            }
+            yield number, self._kept(example)
+
+    def _kept(self, items: dict[str, Any]) -> dict[str, Any]:
+        return {key: item for key, item in items.items() if key not in self.left_out}
+
+
+def prepare_mock_voc(data_dir: Path, *left_out: str) -> Path:
+    MockVoc.left_out = left_out
+    builder = MockVoc(config="2007", data_dir=str(data_dir))
+    builder.download_and_prepare(file_format="array_record")
+    return Path(builder.data_path)
+
+
+ONLY_PRESENCE = np.where(np.array(VOC_LABELS) == 0, 1, VOC_LABELS)
+
+
+@pytest.mark.parametrize(
+    ("left_out", "expected"),
+    [
+        ((), VOC_LABELS),
+        (("objects",), VOC_LABELS),
+        (("labels", "labels_no_difficult"), VOC_LABELS),
+        (("labels_no_difficult",), VOC_LABELS),
+        (("labels", "labels_no_difficult", "is_difficult"), ONLY_PRESENCE),
+        (("objects", "labels_no_difficult"), ONLY_PRESENCE),
+    ],
+)
+def test_a_class_is_present_only_difficult_or_absent(
+    tmp_path: Path, left_out: tuple[str, ...], expected: Any
+) -> None:
+    prepare_mock_voc(tmp_path, *left_out)
+    source = open_source("voc/2007", "train", data_dir=str(tmp_path), multi_label=True)
+    assert source.multi_label
+    assert source.class_names == VOC_CLASSES
+    for source_ in (source, pickle.loads(pickle.dumps(source))):
+        records = sorted(source_.records, key=lambda record: record["name"])
+        for number, record in enumerate(records):
+            assert record.keys() == {"image", "labels", "name"}
+            assert record["name"] == f"00000{number}.jpg"
+            assert record["labels"].dtype == np.int8
+            np.testing.assert_array_equal(record["labels"], expected[number])
+
+
+def test_digit_scenes_have_several_labels_too(digit_scenes_dir: str) -> None:
+    source = open_source("digit_scenes/detection", "test", multi_label=True)
+    labels = np.stack([record["labels"] for record in source.records])
+    assert labels.shape == (400, 10)
+    assert set(np.unique(labels)) == {-1, 1}
+    counts = (labels == 1).sum(axis=1)
+    assert counts.min() == 1
+    assert 1 < counts.max() <= 6
+
+
+def test_a_source_of_several_labels_must_be_asked_for(tmp_path: Path) -> None:
+    prepare_mock_voc(tmp_path)
+    with pytest.raises(ValueError, match=r"one class each.*open it with multi_label"):
+        open_source("voc/2007", "train", data_dir=str(tmp_path))
+
+
+def test_a_source_of_one_label_is_not_opened_as_one_of_several(
+    imagenet_dir: str,
+) -> None:
+    with pytest.raises(ValueError, match=r"several classes .* leave multi_label out"):
+        open_source("imagenet2012", "train", data_dir=imagenet_dir, multi_label=True)
+    with pytest.raises(ValueError, match=r"several classes .* leave multi_label out"):
+        open_source("digit_scenes/classification", "test", multi_label=True)
+
+
+def test_a_data_set_without_labels_is_no_source_of_several(tmp_path: Path) -> None:
+    prepare_mock_voc(tmp_path, "objects", "labels", "labels_no_difficult")
+    with pytest.raises(ValueError, match="there must be one image, and a sequence"):
+        open_source("voc/2007", "train", data_dir=str(tmp_path), multi_label=True)
+
+
+def test_a_split_whose_labels_are_withheld_is_an_error(tmp_path: Path) -> None:
+    prepare_mock_voc(tmp_path)
+    with pytest.raises(ValueError, match=r"none of the 5 records .* has a class"):
+        open_source("voc/2007", "test", data_dir=str(tmp_path), multi_label=True)
+
+
+def test_one_of_several_labels_outside_the_range_names_the_record(
+    tmp_path: Path,
+) -> None:
+    folder = prepare_mock_voc(tmp_path)
+    (folder / "labels.labels.txt").write_text("aeroplane\nbicycle\n")
+    text = (folder / "features.json").read_text()
+    (folder / "features.json").write_text(
+        text.replace('"numClasses": "3"', '"numClasses": "2"')
+    )
+    with pytest.raises(ValueError, match=r"'00000[14].jpg' .* label 2, outside 0…1 of"):
+        open_source("voc/2007", "train", data_dir=str(tmp_path), multi_label=True)
 
 
 def test_an_image_folder_needs_its_root() -> None:

@@ -1,15 +1,15 @@
 """Testing a classifier: exact counts over a whole split, on any number of devices."""
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
 
-import jax
 import numpy as np
-from tqdm import tqdm
 
 from sppnet_jax import parallel
+from sppnet_jax.classification.scores import Scores
 from sppnet_jax.classification.step import shard_batch
-from sppnet_jax.data.pipeline import Batches, Example
+from sppnet_jax.data.pipeline import Batches
 
 
 def count_correct(
@@ -18,29 +18,21 @@ def count_correct(
     batches: Batches,
     *,
     records: int,
-    show_progress: bool = False,
-    on_batch: Callable[[Example, np.ndarray], None] | None = None,
 ) -> dict[str, float]:
     """Top-1 and top-5 accuracy over batches, every valid example counted once.
 
     `params`: replicated. `batches`: of `eval_batches` over `records` records; closed at
-    the end. `on_batch`: called with each batch and its softmax scores [rows, classes],
-    on this process.
+    the end.
 
     Returns: "loss", "top1", "top5" as means in 0 to 1, and "count", "broken".
     Raises: ValueError if no example could be tested.
     """
     sums: dict[str, float] = dict.fromkeys(("loss", "top1", "top5", "count"), 0)
-    hidden = not (show_progress and parallel.is_first_process())
-    with batches, tqdm(total=records, unit="img", disable=hidden) as bar:
+    with batches:
         for batch in batches:
-            counts, scores = test_step(params, shard_batch(batch))
+            counts, _ = test_step(params, shard_batch(batch))
             for name, value in parallel.unreplicate(counts).items():
                 sums[name] += float(value)
-            if on_batch is not None:
-                on_batch(batch, np.asarray(scores).reshape(len(batch["mask"]), -1))
-            seen = int((batch["index"] >= 0).sum()) * jax.process_count()
-            bar.update(min(seen, records - bar.n))
     count = int(sums.pop("count"))
     if not count:
         raise ValueError("there is no valid example to test: every image is broken")
@@ -48,30 +40,61 @@ def count_correct(
     return {**means, "count": count, "broken": records - count}
 
 
-class Scored(NamedTuple):
-    """One tested example: what the network saw, its scores [classes], its label."""
+def mean_scores(networks: Sequence[Scores]) -> Scores:
+    """The mean of several networks' scores of the same records.
 
-    image: np.ndarray
-    scores: np.ndarray
-    label: int
+    Raises: ValueError if they are not of the same records and classes.
+    """
+    first = networks[0]
+    for other in networks[1:]:
+        if (
+            other.scores.shape != first.scores.shape
+            or ((other.labels != first.labels) | (other.valid != first.valid)).any()
+        ):
+            raise ValueError(
+                "the networks were tested on other records: scores of shape "
+                f"{other.scores.shape} and {first.scores.shape}"
+            )
+    mean = np.stack([network.scores for network in networks]).mean(axis=0)
+    views = np.stack([network.views for network in networks]).sum(axis=0)
+    return first._replace(scores=mean, views=views)
 
 
-class Sample:
-    """Keeps `size` evenly spaced examples of a test, to show to a person."""
+def summarize(scores: Scores) -> dict[str, Any]:
+    """Top-1 and top-5 accuracy with their intervals, and exact counts.
 
-    def __init__(self, records: int, size: int) -> None:
-        spaced = np.linspace(0, records - 1, min(size, records))
-        self._wanted = {int(index) for index in spaced}
-        self._kept: dict[int, Scored] = {}
+    Of equal scores the lower class comes first.
 
-    def add(self, batch: Example, scores: np.ndarray) -> None:
-        """Takes what it wants from a batch and its scores [rows, classes]."""
-        for row, index in enumerate(batch["index"].tolist()):
-            if index in self._wanted and batch["mask"][row]:
-                self._kept[index] = Scored(
-                    batch["image"][row], scores[row], int(batch["label"][row])
-                )
+    Returns: "top1" and "top5" as shares in 0 to 1, each with its "_correct" (a count)
+    and "_interval" (95 %, Wilson), "count", "broken", "loss" (mean cross entropy).
+    Raises: ValueError if no record could be tested.
+    """
+    count = int(scores.valid.sum())
+    if not count:
+        raise ValueError("there is no valid example to test: every image is broken")
+    values, labels = scores.scores[scores.valid], scores.labels[scores.valid]
+    best = np.argsort(-values, axis=1, kind="stable")[:, :5]
+    hits = best == labels[:, None]
+    report: dict[str, Any] = {}
+    for name, right in (("top1", hits[:, 0]), ("top5", hits.any(axis=1))):
+        correct = int(right.sum())
+        report[name] = correct / count
+        report[f"{name}_correct"] = correct
+        report[f"{name}_interval"] = wilson_interval(correct, count)
+    of_truth = values[np.arange(count), labels].astype(np.float64)
+    report["loss"] = float(-np.log(np.maximum(of_truth, 1e-38)).mean())
+    return {**report, "count": count, "broken": len(scores.valid) - count}
 
-    def examples(self) -> list[Scored]:
-        """The kept examples in the order of the records."""
-        return [self._kept[index] for index in sorted(self._kept)]
+
+def wilson_interval(
+    correct: int, count: int, deviations: float = 1.959964
+) -> tuple[float, float]:
+    """Where the true share lies with 95 % confidence (Wilson 1927), both in 0 to 1.
+
+    `deviations`: of the normal distribution; 1.96 for 95 %.
+    """
+    share, square = correct / count, deviations**2
+    centre = (share + square / (2 * count)) / (1 + square / count)
+    spread = share * (1 - share) / count + square / (4 * count**2)
+    half = deviations * math.sqrt(spread) / (1 + square / count)
+    return max(0.0, centre - half), min(1.0, centre + half)

@@ -56,6 +56,15 @@ def alter_colors(
     return images.astype(jnp.float32) + shifts[:, None, None, :]
 
 
+def resize(
+    images: Float[Array, "batch height width 3"], side: int
+) -> Float[Array, "batch side side 3"]:
+    """Resizes square crops to `side` pixels: bilinear, anti-aliased if it shrinks."""
+    if images.shape[1:3] == (side, side):
+        return images
+    return jax.image.resize(images, (len(images), side, side, 3), "linear")
+
+
 def color_shifts(covariance: Float[np.ndarray, "3 3"], sigma: float) -> np.ndarray:
     """RGB shifts in grey levels for a standard deviation `sigma` (0.1 in the paper).
 

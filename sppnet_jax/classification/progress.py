@@ -1,5 +1,6 @@
 """The numbers of training steps on their way to the log and the progress bar."""
 
+import logging
 import math
 import sys
 import time
@@ -11,6 +12,8 @@ from tqdm import tqdm
 
 from sppnet_jax import parallel
 from sppnet_jax.metrics import MetricsLog
+
+log = logging.getLogger(__name__)
 
 
 class DivergedError(RuntimeError):
@@ -78,8 +81,18 @@ class Progress:
         while self._pending:
             self._read_one()
 
-    def end_epoch(self, step: int) -> None:
-        """Logs the means over the epoch that this step ends."""
+    def compiled(self, step: int, size: int | None, seconds: float) -> None:
+        """Logs that the program for images of a size was compiled before a step."""
+        log.info(
+            "compiled the training step%s in %.1f s",
+            "" if size is None else f" for {size}×{size} pixels",
+            seconds,
+        )
+        self._log.write("compile", step, {"size": size or 0, "seconds": seconds})
+        self._timed_from = (step, time.monotonic())
+
+    def end_epoch(self, step: int, size: int | None) -> None:
+        """Logs the means over the epoch that this step ends, at its size of images."""
         self.flush()
         sums = self._memory["epoch_sums"]
         if sums["count"]:
@@ -88,6 +101,8 @@ class Progress:
                 "loss": sums["loss"] / sums["count"],
                 "accuracy": sums["correct"] / sums["count"],
             }
+            if size is not None:
+                means["size"] = size
             self._log.write("train_epoch", step, means)
         self._memory["epoch_sums"] = _zero_sums()
 

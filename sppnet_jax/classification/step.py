@@ -16,6 +16,7 @@ from sppnet_jax.classification.preprocess import (
     Preprocessing,
     alter_colors,
     normalize,
+    resize,
 )
 from sppnet_jax.model import SPPNet
 
@@ -71,12 +72,19 @@ def shard_batch(batch: dict[str, Any]) -> Batch:
 
 
 def make_train_step(
-    model: SPPNet, optimizer: Optimizer, preprocessing: Preprocessing
-) -> Callable[..., tuple[TrainState, Metrics]]:
-    """The step `(state, batch, learning_rate) -> (state, metrics)`.
+    model: SPPNet,
+    optimizer: Optimizer,
+    preprocessing: Preprocessing,
+    *,
+    size: int | None = None,
+) -> Any:
+    """The jitted step `(state, batch, learning_rate) -> (state, metrics)`.
 
     The state is donated. Metrics: sums over the batch of all devices, "loss",
     "correct" and "count".
+
+    `size`: the side that the batch's images are resized to on the device; None trains
+    on them as they come. A smaller input is the same crop, resized (section 2.3).
     """
     transform = optimizer.transform()
 
@@ -88,6 +96,8 @@ def make_train_step(
             jax.random.fold_in(rng, parallel.device_index())
         )
         images = alter_colors(batch["image"], color_rng, preprocessing)
+        if size is not None:
+            images = resize(images, size)
         images = normalize(images, preprocessing)
         count = parallel.sum_over_devices(batch["mask"].sum())
 

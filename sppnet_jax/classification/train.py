@@ -1,6 +1,7 @@
 """The training loop: batches in, checkpoints and metrics out, resumable at any step."""
 
 import logging
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,6 +14,7 @@ from sppnet_jax.checkpoints import Checkpoints
 from sppnet_jax.classification.preprocess import Preprocessing
 from sppnet_jax.classification.progress import DivergedError, Progress, fresh_memory
 from sppnet_jax.classification.schedule import Schedule
+from sppnet_jax.classification.sizes import epoch_size
 from sppnet_jax.classification.step import (
     Optimizer,
     TrainState,
@@ -34,6 +36,8 @@ log = logging.getLogger(__name__)
 class Run(NamedTuple):
     """How long a run is, and how often it logs and saves.
 
+    `sizes`: the sides of the training images in pixels, see sizes.py; () leaves them as
+    the batches bring them. `size_multiple`: of sizes that are drawn.
     `checkpoint_steps`: 0 saves at the end of every epoch; otherwise also every so many
     steps. `max_steps`: stops early, as if interrupted; 0 for the whole run.
     """
@@ -41,6 +45,8 @@ class Run(NamedTuple):
     epochs: int
     batch_size: int
     seed: int = 0
+    sizes: tuple[int | str, ...] = ()
+    size_multiple: int = 1
     log_steps: int = 50
     checkpoint_steps: int = 0
     keep_checkpoints: int = 2
@@ -72,7 +78,7 @@ def train(
     epoch_steps = steps_per_epoch(source, run.batch_size)
     total_steps = run.epochs * epoch_steps
     last_step = min(total_steps, run.max_steps or total_steps)
-    train_step = make_train_step(model, optimizer, preprocessing)
+    programs: dict[int | None, Callable[..., Any]] = {}
     broken = BrokenImages(source)
     with Checkpoints(workdir / CHECKPOINTS, keep=run.keep_checkpoints) as checkpoints:
         state = create_state(model, optimizer, run.seed)
@@ -106,12 +112,19 @@ def train(
                     total_steps=total_steps,
                     validation_errors=memory["validation_errors"],
                 )
-                state, metrics = train_step(state, shard_batch(batch), np.float32(rate))
+                size = _epoch_size(run, step // epoch_steps)
+                arguments = (state, shard_batch(batch), np.float32(rate))
+                if size not in programs:
+                    seconds = time.monotonic()
+                    jitted = make_train_step(model, optimizer, preprocessing, size=size)
+                    programs[size] = jitted.lower(*arguments).compile()
+                    progress.compiled(step, size, time.monotonic() - seconds)
+                state, metrics = programs[size](*arguments)
                 step += 1
                 progress.add(step, rate, metrics)
                 epoch_ends = step % epoch_steps == 0
                 if epoch_ends:
-                    progress.end_epoch(step)
+                    progress.end_epoch(step, size)
                     progress.validated(step, validate(state.params))
                 stopping = interrupt.requested or step == last_step
                 every = run.checkpoint_steps
@@ -126,6 +139,12 @@ def train(
         )
     broken.summarize()
     return memory["validation"]
+
+
+def _epoch_size(run: Run, epoch: int) -> int | None:
+    if not run.sizes:
+        return None
+    return epoch_size(run.sizes, epoch, seed=run.seed, multiple=run.size_multiple)
 
 
 def _restore(

@@ -13,7 +13,7 @@ MAX_NAMED = 20
 
 
 class BrokenImages:
-    """Counts a source's broken records as batches show them."""
+    """Counts a source's broken records as they come up."""
 
     def __init__(self, source: Source) -> None:
         self._source = source
@@ -25,14 +25,20 @@ class BrokenImages:
     def report(self, batch: dict[str, np.ndarray]) -> None:
         """Logs the records that this batch had to skip and no batch before it."""
         skipped = batch["index"][~batch["mask"]]
-        for index in sorted({int(i) for i in skipped if i >= 0} - self._seen):
-            self._seen.add(index)
-            if len(self._seen) <= MAX_NAMED:
-                log.warning(
-                    "skipping a broken image: %s", describe_broken(self._source, index)
-                )
-            elif len(self._seen) == MAX_NAMED + 1:
-                log.warning("more broken images are counted, not named")
+        for index in sorted(int(i) for i in skipped if i >= 0):
+            self.add(index)
+
+    def add(self, index: int) -> None:
+        """Logs one broken record, unless it is known."""
+        if index in self._seen:
+            return
+        self._seen.add(index)
+        if len(self._seen) <= MAX_NAMED:
+            log.warning(
+                "skipping a broken image: %s", describe_broken(self._source, index)
+            )
+        elif len(self._seen) == MAX_NAMED + 1:
+            log.warning("more broken images are counted, not named")
 
     def summarize(self) -> None:
         """Logs how many records were broken, if any."""

@@ -4,23 +4,32 @@ Images are uint8 arrays [H, W, 3], RGB, values 0–255. Encoded images are bytes
 format that OpenCV reads: JPEG, PNG, BMP, WebP, GIF (first frame), TIFF.
 """
 
+import io
 import re
 import struct
+import warnings
+from typing import Any
 
 import cv2
 import numpy as np
+import PIL.Image
 
 CROPS = ("paper", "center", "random", "random_resized")
-POSITIONS = ("center", "top_left", "top_right", "bottom_left", "bottom_right")
+CENTER_AND_CORNERS = ("center", "top_left", "top_right", "bottom_left", "bottom_right")
+POSITIONS = (*CENTER_AND_CORNERS, "top", "bottom", "left", "right")
 
 # Longest side that `resize_shorter_side` makes: a needle of an image would fill memory.
 _LONGEST_SIDE = 32_767
+_HEADER_FORMATS = ("BMP", "JPEG", "PNG", "WEBP")
+_ORIENTATION = 0x0112
 _JPEG_MARKER = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")
 
 # The pipeline decodes in its own threads and processes; more would only compete.
 cv2.setNumThreads(0)
 # Broken files raise an error that names them; OpenCV's own lines name nothing.
 cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
+# Nor do Pillow's, about EXIF blocks with a fault that changes nothing.
+warnings.filterwarnings("ignore", category=UserWarning, module="PIL.TiffImagePlugin")
 
 
 def decode_image(encoded: bytes) -> np.ndarray:
@@ -51,6 +60,23 @@ def decode_image(encoded: bytes) -> np.ndarray:
     return image
 
 
+def image_size(encoded: bytes) -> tuple[int, int]:
+    """The size of the image that `decode_image` would make, from the file's header.
+
+    Only formats and rotations whose header doesn't decide it are decoded. A file that
+    is whole but damaged inside has a size all the same.
+
+    Returns: (height, width) in pixels, after the EXIF orientation.
+    Raises: ValueError if the bytes are no image, or a truncated one.
+    """
+    if encoded and not _missing_end(encoded):
+        size = _size_in_header(encoded)
+        if size:
+            return size
+    height, width = decode_image(encoded).shape[:2]
+    return height, width
+
+
 def resize_shorter_side(image: np.ndarray, side: int) -> np.ndarray:
     """Resizes an image so that its shorter side is exactly `side`, keeping its aspect.
 
@@ -63,19 +89,7 @@ def resize_shorter_side(image: np.ndarray, side: int) -> np.ndarray:
     Raises: ValueError if the longer side would exceed 32,767 pixels.
     """
     height, width = image.shape[:2]
-    shorter = min(height, width)
-    if shorter == side:
-        return image
-    # Whole numbers only: halves must not depend on floating-point rounding.
-    new_height, new_width = (
-        (2 * length * side + shorter) // (2 * shorter) for length in (height, width)
-    )
-    if max(new_height, new_width) > _LONGEST_SIDE:
-        raise ValueError(
-            f"an image of {height}×{width} pixels (height×width) is too narrow: with "
-            f"its shorter side at {side} it would be {new_height}×{new_width}"
-        )
-    return _resize(image, new_height, new_width)
+    return _resize(image, *_shorter_side_size(height, width, side))
 
 
 def resize_whole(image: np.ndarray, side: int, max_aspect: float) -> np.ndarray:
@@ -84,34 +98,64 @@ def resize_whole(image: np.ndarray, side: int, max_aspect: float) -> np.ndarray:
     `image`: uint8 [H, W, 3]. `side`: pixels, at least 1.
     `max_aspect`: longer over shorter side; a longer image is squeezed to it.
 
-    Returns: uint8 [H', W', 3] with min(H', W') = side.
+    Returns: uint8 [H', W', 3] with min(H', W') = side; (H', W') is `whole_size`'s.
+    Raises: ValueError if the longer side would exceed 32,767 pixels.
     """
     height, width = image.shape[:2]
+    return _resize(image, *whole_size(height, width, side, max_aspect))
+
+
+def warp(image: np.ndarray, side: int) -> np.ndarray:
+    """Resizes a whole image to a square, whatever its aspect.
+
+    `image`: uint8 [H, W, 3]. `side`: of the square in pixels, at least 1.
+
+    Returns: uint8 [side, side, 3].
+    """
+    return _resize(image, side, side)
+
+
+def whole_size(
+    height: int, width: int, side: int, max_aspect: float
+) -> tuple[int, int]:
+    """The (height, width) that `resize_whole` gives an image of this height and width.
+
+    Raises: ValueError if the longer side would exceed 32,767 pixels.
+    """
     if max(height, width) <= max_aspect * min(height, width):
-        return resize_shorter_side(image, side)
+        return _shorter_side_size(height, width, side)
     longer = round(side * max_aspect)
-    size = (longer, side) if height > width else (side, longer)
-    return _resize(image, *size)
+    return (longer, side) if height > width else (side, longer)
 
 
 def crop(image: np.ndarray, size: int, position: str) -> np.ndarray:
-    """Cuts a square out of the centre or a corner of the entire image.
+    """Cuts a square out of the centre, a corner or a side's middle of the entire image.
 
     `image`: [H, W, ...]. `size`: the square's side, at most min(H, W).
-    `position`: one of `POSITIONS`; "center" rounds towards the top left.
+    `position`: one of `POSITIONS`; a middle is rounded towards the top left.
 
     Returns: [size, size, ...], a view of the image.
     Raises: ValueError for an unknown position, or an image smaller than the crop.
     """
+    top, left = crop_corner(*_room(image, size), position)
+    return image[top : top + size, left : left + size]
+
+
+def crop_corner(rows: Any, columns: Any, position: str) -> tuple[Any, Any]:
+    """Where a crop begins, (top, left), that has some room in the image to move.
+
+    `rows`, `columns`: the image's size less the crop's; ints, or arrays of ints.
+
+    Raises: ValueError for an unknown position.
+    """
     if position not in POSITIONS:
         raise ValueError(f"unknown position {position!r}; there are {POSITIONS}")
-    rows, columns = _room(image, size)
-    if position == "center":
-        top, left = rows // 2, columns // 2
-    else:
-        top = rows if position.startswith("bottom") else 0
-        left = columns if position.endswith("right") else 0
-    return image[top : top + size, left : left + size]
+    top, left = rows // 2, columns // 2
+    if position.startswith(("top", "bottom")):
+        top = rows if position.startswith("bottom") else rows * 0
+    if position.endswith(("left", "right")):
+        left = columns if position.endswith("right") else columns * 0
+    return top, left
 
 
 def random_crop(image: np.ndarray, size: int, rng: np.random.Generator) -> np.ndarray:
@@ -155,7 +199,25 @@ def random_resized_crop(
     return _resize(crop(image, min(height, width), "center"), size, size)
 
 
+def _shorter_side_size(height: int, width: int, side: int) -> tuple[int, int]:
+    shorter = min(height, width)
+    if shorter == side:
+        return height, width
+    # Whole numbers only: halves must not depend on floating-point rounding.
+    new_height, new_width = (
+        (2 * length * side + shorter) // (2 * shorter) for length in (height, width)
+    )
+    if max(new_height, new_width) > _LONGEST_SIDE:
+        raise ValueError(
+            f"an image of {height}×{width} pixels (height×width) is too narrow: with "
+            f"its shorter side at {side} it would be {new_height}×{new_width}"
+        )
+    return new_height, new_width
+
+
 def _resize(image: np.ndarray, height: int, width: int) -> np.ndarray:
+    if image.shape[:2] == (height, width):
+        return image
     shrinks = height * width < image.shape[0] * image.shape[1]
     interpolation = cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR
     return cv2.resize(image, (width, height), interpolation=interpolation)
@@ -169,6 +231,22 @@ def _room(image: np.ndarray, size: int) -> tuple[int, int]:
             f"{image.shape}; resize the shorter side to at least {size} first"
         )
     return rows, columns
+
+
+def _size_in_header(encoded: bytes) -> tuple[int, int] | None:
+    """The (height, width) that a header tells; None where only decoding can tell.
+
+    TIFF and GIF are left to the decoder, because nothing else finds the broken ones. So
+    are files that may be turned by 90°: OpenCV and Pillow don't read all EXIF alike.
+    """
+    try:
+        with PIL.Image.open(io.BytesIO(encoded), formats=_HEADER_FORMATS) as image:
+            default = 0 if "exif" in image.info else 1
+            unturned = image.getexif().get(_ORIENTATION, default) in (1, 2, 3, 4)
+            return (image.height, image.width) if unturned else None
+    except Exception:
+        # Pillow raises errors of many types for odd files; OpenCV decides.
+        return None
 
 
 def _missing_end(encoded: bytes) -> str:

@@ -1,22 +1,29 @@
 """From a source to batches of uint8 images, with Grain.
 
-A batch is a dict: `image` uint8 [b, s, s, 3] RGB, `label` int32 [b], `mask` bool [b],
-`index` int32 [b]. Shapes never change: what can't be decoded, and what pads the last
-batch of a test, is a row of zeros with mask False. `index` is the record's number in
-the source, -1 for padding, so a broken record can be named (`describe_broken`).
+A batch is a dict: `image` uint8 [b, s, s, 3] RGB, `label` int32 [b] (a multi-label
+source's int8 [b, classes]), `mask` bool [b], `index` int32 [b]. Shapes never change:
+what can't be decoded, and what pads the last batch of a test, is a row of zeros with
+mask False. `index` is the record's number in the source, -1 for padding, so a broken
+record can be named (`describe_broken`).
 
 `batch_size` is always that of all processes together. Each of them yields its share,
 and together they yield the same batches whatever their number.
 
 An iterator of batches is a context manager: `with train_batches(...) as batches:` ends
 its worker processes. Its `get_state()` is the number of the next batch.
+
+Whole images have sizes of their own, so they come one by one (`whole_images`), to be
+put into buckets by their sizes, which are known beforehand (`whole_sizes`).
 """
 
 import atexit
+import collections
 import functools
 import math
 import signal
 import weakref
+from collections.abc import Callable, Generator, Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import grain
@@ -24,7 +31,7 @@ import numpy as np
 from absl import flags
 
 from sppnet_jax.data import images
-from sppnet_jax.data.sources import Source, check_label
+from sppnet_jax.data.sources import Record, Source, check_label
 
 # Epochs. The length of Grain's own endless repeat overflows in batches of one.
 _FOREVER = 2**31
@@ -121,35 +128,127 @@ def eval_batches(
     batch_size: int,
     image_size: int,
     resize_side: int,
+    positions: Sequence[str] = ("center",),
     workers: int = 0,
     threads: int = 4,
     strict: bool = False,
     process_index: int = 0,
     process_count: int = 1,
 ) -> "Batches":
-    """Yields the centre crop of every record once, in order.
+    """Yields crops of every record once, in order: the centre, unless told otherwise.
 
     Over all processes together each record comes exactly once. Every process yields the
     same number of batches; the last ones are padded. Arguments as for `train_batches`.
+
+    `positions`: where to crop, of `images.POSITIONS`. With more than one, a batch's
+    `image` is uint8 [b, positions, s, s, 3], in their order.
 
     Raises: ValueError for arguments that don't fit together; while iterating, for a
     label out of range, and if strict for a broken image.
     """
     _check_sizes(batch_size, image_size, resize_side, process_index, process_count)
+    _check_positions(positions)
+    shape: tuple[int, ...] = (image_size, image_size, 3)
+    if len(positions) > 1:
+        shape = (len(positions), *shape)
+    cut = functools.partial(
+        _cut_crops, resize_side=resize_side, positions=tuple(positions), shape=shape
+    )
     load = functools.partial(
-        _load_centre,
+        _load_or_pad, source=source, cut=cut, shape=shape, strict=strict
+    )
+    dataset = _in_order(load, source, batch_size, process_index, process_count)
+    return Batches(dataset, workers, threads)
+
+
+def warped_batches(
+    source: Source,
+    *,
+    batch_size: int,
+    image_size: int,
+    workers: int = 0,
+    threads: int = 4,
+    strict: bool = False,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> "Batches":
+    """Yields every record's whole image once, in order, warped to a square.
+
+    As `eval_batches` but for what is seen of an image: all of it, at another aspect.
+
+    Raises: as `eval_batches` does.
+    """
+    _check_sizes(batch_size, image_size, image_size, process_index, process_count)
+    load = functools.partial(
+        _load_or_pad,
         source=source,
-        size=image_size,
-        resize_side=resize_side,
+        cut=functools.partial(images.warp, side=image_size),
+        shape=(image_size, image_size, 3),
         strict=strict,
     )
-    padded = math.ceil(len(source.records) / batch_size) * batch_size
-    dataset = (
-        grain.MapDataset.range(padded)
-        .map(load)[process_index::process_count]
-        .batch(batch_size // process_count)
-    )
+    dataset = _in_order(load, source, batch_size, process_index, process_count)
     return Batches(dataset, workers, threads)
+
+
+def whole_images(
+    source: Source,
+    *,
+    sides: Sequence[int],
+    max_aspect: float,
+    threads: int = 4,
+    strict: bool = False,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> Generator[Example, None, None]:
+    """Yields every record's whole image at each of several sizes, in order.
+
+    An example is a dict: `index` int32; `label` int32, or a multi-label source's int8
+    [classes]; `mask` False for a broken image; `images`, a list of one uint8 [h, w, 3]
+    per side, each resized from the original. A broken image's are zeros of the size
+    `whole_sizes` gives. Threads load ahead, a few records each, and end with the
+    generator, at the latest when it is closed (`contextlib.closing`).
+
+    `sides`: shorter sides in pixels, at least 1 each.
+    `max_aspect`: longer over shorter side; longer images are squeezed to it.
+    `threads`: threads that load.
+    `strict`: raises an error for an image that can't be decoded.
+    `process_index`: which of the `process_count` processes that run together this is.
+    Its share is every `process_count`-th record: shares may differ in length by one.
+
+    Raises: ValueError for arguments that don't fit together; while iterating, for a
+    label out of range, and if strict for a broken image.
+    """
+    _check_process(process_index, process_count)
+    _check_whole(sides, max_aspect, threads)
+    load = functools.partial(
+        _load_whole,
+        source=source,
+        sides=tuple(sides),
+        max_aspect=max_aspect,
+        strict=strict,
+    )
+    share = range(process_index, len(source.records), process_count)
+    return _map_ahead(load, share, threads)
+
+
+def whole_sizes(
+    source: Source, side: int, max_aspect: float, threads: int = 4
+) -> np.ndarray:
+    """The sizes of all that `whole_images` yields for one side, from files' headers.
+
+    Arguments as for `whole_images`. Images with no readable header count as squares.
+
+    Returns: int32 [N, 2], (height, width) in pixels of each of the source's records.
+    Raises: ValueError for a side, aspect or number of threads out of range.
+    """
+    _check_whole((side,), max_aspect, threads)
+
+    def measure(index: int) -> tuple[int, int]:
+        return _whole_size(source.records[index]["image"], side, max_aspect)
+
+    with ThreadPoolExecutor(threads) as pool:
+        sizes = list(pool.map(measure, range(len(source.records))))
+    return np.array(sizes, np.int32).reshape(-1, 2)
 
 
 def describe_broken(source: Source, index: int) -> str:
@@ -179,7 +278,7 @@ def _augment(
         if crop == "random":
             image = images.random_crop(image, image_size, rng)
         else:
-            positions = images.POSITIONS if crop == "paper" else ("center",)
+            positions = images.CENTER_AND_CORNERS if crop == "paper" else ("center",)
             position = positions[rng.integers(len(positions))]
             image = images.crop(image, image_size, position)
     if flip and rng.random() < 0.5:
@@ -196,45 +295,138 @@ def _load_augmented(
     size: int,
     strict: bool,
 ) -> Example:
-    return _load(index, source, functools.partial(augment, rng=rng), size, strict)
+    cut = functools.partial(augment, rng=rng)
+    return _load(index, source, cut, (size, size, 3), strict)
 
 
-def _load_centre(
-    index: int, *, source: Source, size: int, resize_side: int, strict: bool
+def _in_order(
+    load: Callable[[int], Example],
+    source: Source,
+    batch_size: int,
+    process_index: int,
+    process_count: int,
+) -> grain.MapDataset:
+    """Batches of every record once; each process has as many, the last are padded."""
+    padded = math.ceil(len(source.records) / batch_size) * batch_size
+    return (
+        grain.MapDataset.range(padded)
+        .map(load)[process_index::process_count]
+        .batch(batch_size // process_count)
+    )
+
+
+def _load_or_pad(
+    index: int, *, source: Source, cut: Any, shape: tuple[int, ...], strict: bool
 ) -> Example:
     if index >= len(source.records):
-        return _example(np.zeros((size, size, 3), np.uint8), 0, False, -1)
-
-    def cut(image: np.ndarray) -> np.ndarray:
-        image = images.resize_shorter_side(image, resize_side)
-        return images.crop(image, size, "center")
-
-    return _load(index, source, cut, size, strict)
+        return _example(np.zeros(shape, np.uint8), _no_label(source), False, -1)
+    return _load(index, source, cut, shape, strict)
 
 
-def _load(index: int, source: Source, cut: Any, size: int, strict: bool) -> Example:
+def _cut_crops(
+    image: np.ndarray,
+    *,
+    resize_side: int,
+    positions: tuple[str, ...],
+    shape: tuple[int, ...],
+) -> np.ndarray:
+    image = images.resize_shorter_side(image, resize_side)
+    crops = [images.crop(image, shape[-2], position) for position in positions]
+    return np.reshape(crops, shape)
+
+
+def _load(
+    index: int, source: Source, cut: Any, shape: tuple[int, ...], strict: bool
+) -> Example:
     record = source.records[index]
     check_label(source, record)
     try:
         image = cut(images.decode_image(record["image"]))
     except ValueError as error:
         if strict:
-            raise ValueError(
-                f"broken image {record['name']!r}, record {index} of split "
-                f"{source.split!r} of {source.name!r}: {error}"
-            ) from error
-        image = np.zeros((size, size, 3), np.uint8)
-        return _example(image, record["label"], False, index)
-    return _example(image, record["label"], True, index)
+            raise _broken(source, index, record, error) from error
+        return _example(np.zeros(shape, np.uint8), _label(record), False, index)
+    return _example(image, _label(record), True, index)
 
 
-def _example(image: np.ndarray, label: int, valid: bool, index: int) -> Example:
+def _example(
+    image: np.ndarray, label: np.int32 | np.ndarray, valid: bool, index: int
+) -> Example:
     return {
         "image": np.ascontiguousarray(image),
-        "label": np.int32(label),
+        "label": label,
         "mask": np.bool_(valid),
         "index": np.int32(index),
     }
+
+
+def _label(record: Record) -> np.int32 | np.ndarray:
+    return record["labels"] if "labels" in record else np.int32(record["label"])
+
+
+def _no_label(source: Source) -> np.int32 | np.ndarray:
+    if source.multi_label:
+        return np.zeros(len(source.class_names), np.int8)
+    return np.int32(0)
+
+
+def _load_whole(
+    index: int,
+    *,
+    source: Source,
+    sides: tuple[int, ...],
+    max_aspect: float,
+    strict: bool,
+) -> Example:
+    record = source.records[index]
+    check_label(source, record)
+    try:
+        image = images.decode_image(record["image"])
+        resized = [images.resize_whole(image, side, max_aspect) for side in sides]
+        valid = True
+    except ValueError as error:
+        if strict:
+            raise _broken(source, index, record, error) from error
+        sizes = [_whole_size(record["image"], side, max_aspect) for side in sides]
+        resized = [np.zeros((*size, 3), np.uint8) for size in sizes]
+        valid = False
+    return {
+        "images": resized,
+        "label": _label(record),
+        "mask": np.bool_(valid),
+        "index": np.int32(index),
+    }
+
+
+def _whole_size(encoded: bytes, side: int, max_aspect: float) -> tuple[int, int]:
+    try:
+        return images.whole_size(*images.image_size(encoded), side, max_aspect)
+    except ValueError:
+        return side, side
+
+
+def _map_ahead(
+    load: Callable[[int], Example], indices: Iterable[int], threads: int
+) -> Generator[Example, None, None]:
+    pending: collections.deque[Future[Example]] = collections.deque()
+    pool = ThreadPoolExecutor(threads)
+    try:
+        for index in indices:
+            pending.append(pool.submit(load, index))
+            # Whole images are large: only a few may wait for the consumer.
+            if len(pending) > 2 * threads:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _broken(source: Source, index: int, record: Record, error: Exception) -> ValueError:
+    return ValueError(
+        f"broken image {record['name']!r}, record {index} of split {source.split!r} "
+        f"of {source.name!r}: {error}"
+    )
 
 
 def _check_sizes(
@@ -249,13 +441,36 @@ def _check_sizes(
             f"batch_size {batch_size} can't be shared evenly by {process_count} "
             "processes"
         )
-    if not 0 <= process_index < process_count:
-        raise ValueError(f"no process {process_index} among {process_count}")
+    _check_process(process_index, process_count)
     if image_size < 1 or resize_side < image_size:
         raise ValueError(
             f"resize_side {resize_side} is smaller than image_size {image_size}: the "
             "crop would not fit into the resized image"
         )
+
+
+def _check_process(process_index: int, process_count: int) -> None:
+    if not 0 <= process_index < process_count:
+        raise ValueError(f"no process {process_index} among {process_count}")
+
+
+def _check_positions(positions: Sequence[str]) -> None:
+    if not positions or set(positions) - set(images.POSITIONS):
+        raise ValueError(
+            f"positions must name one or more of {images.POSITIONS}, not {positions!r}"
+        )
+
+
+def _check_whole(sides: Sequence[int], max_aspect: float, threads: int) -> None:
+    if not sides or min(sides) < 1:
+        raise ValueError(f"sides must be one or more of at least 1 pixel, not {sides}")
+    if max_aspect < 1:
+        raise ValueError(
+            f"max_aspect is the longer side over the shorter: at least 1, not "
+            f"{max_aspect}"
+        )
+    if threads < 1:
+        raise ValueError(f"it takes at least one thread to load, not {threads}")
 
 
 class Batches(grain.DatasetIterator):

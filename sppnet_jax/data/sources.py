@@ -3,6 +3,7 @@
     open_source("digit_scenes/classification", "train")
     open_source("image_folder", "test", root="~/flowers")
     open_source("imagenet2012", "validation", data_dir="/data/tfds")
+    open_source("voc/2007", "test", multi_label=True)
 
 Records are read at random from ArrayRecord files that TFDS prepared; the images stay
 encoded. TensorFlow isn't needed.
@@ -17,8 +18,9 @@ import re
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, TypedDict
+from typing import Any, NamedTuple, NotRequired, Protocol, TypedDict
 
+import numpy as np
 import tensorflow_datasets as tfds
 
 from sppnet_jax.data import image_folder
@@ -27,10 +29,15 @@ log = logging.getLogger(__name__)
 
 
 class Record(TypedDict):
-    """One image, still encoded, with its class and a name to call it by."""
+    """One image, still encoded, with its class or classes and a name to call it by.
+
+    It has `label`, or in a multi-label source `labels`, int8 [classes]: 1 for a class
+    that is present, 0 where all its instances are difficult ones, -1 if it is absent.
+    """
 
     image: bytes
-    label: int
+    label: NotRequired[int]
+    labels: NotRequired[np.ndarray]
     name: str
 
 
@@ -49,6 +56,7 @@ class Source(NamedTuple):
     class_names: tuple[str, ...]
     name: str
     split: str
+    multi_label: bool = False
 
 
 class _TfdsRecords:
@@ -61,8 +69,10 @@ class _TfdsRecords:
             if isinstance(feature, tfds.features.Image)
         }
         self._examples = builder.as_data_source(split, decoders=images)
+        self._full_name = builder.info.full_name
         self._split = split
         self._keys = keys
+        self._num_classes = len(_class_label(builder, keys).names)
 
     def __len__(self) -> int:
         return len(self._examples)
@@ -74,21 +84,48 @@ class _TfdsRecords:
         name = f"{self._split}[{index}]"
         if self._keys.name:
             name = bytes(example[self._keys.name]).decode("utf-8", "replace")
-        return {
-            "image": bytes(example[self._keys.image]),
-            "label": int(example[self._keys.label]),
-            "name": name,
-        }
+        record: Record = {"image": bytes(example[self._keys.image]), "name": name}
+        if self._keys.multi_label:
+            record["labels"] = self._read_labels(example, name)
+        else:
+            record["label"] = int(example[self._keys.label])
+        return record
+
+    def _read_labels(self, example: dict[str, Any], name: str) -> np.ndarray:
+        if self._keys.label == "objects":
+            present = np.asarray(example["objects"]["label"], int)
+            difficult = example["objects"].get("is_difficult", np.zeros(len(present)))
+            certain = present[~np.asarray(difficult, bool)]
+        else:
+            present = np.asarray(example["labels"], int)
+            certain = np.asarray(example.get("labels_no_difficult", present), int)
+        for label in (*present, *certain):
+            if not 0 <= label < self._num_classes:
+                raise ValueError(
+                    f"{name!r} in split {self._split!r} of {self._full_name!r} has "
+                    f"label {label}, outside 0…{self._num_classes - 1} of the "
+                    f"{self._num_classes} classes"
+                )
+        labels = np.full(self._num_classes, -1, np.int8)
+        labels[present] = 0
+        labels[certain] = 1
+        return labels
 
 
 class _Keys(NamedTuple):
     image: str
     label: str
     name: str  # "" where the data set names no files
+    multi_label: bool = False
 
 
 def open_source(
-    dataset: str, split: str, *, root: str = "", data_dir: str = ""
+    dataset: str,
+    split: str,
+    *,
+    root: str = "",
+    data_dir: str = "",
+    multi_label: bool = False,
 ) -> Source:
     """Opens a split of a classification data set.
 
@@ -99,18 +136,21 @@ def open_source(
     `root`: the folder of an "image_folder".
     `data_dir`: where TFDS data sets lie; if empty, TFDS's default (environment variable
     TFDS_DATA_DIR, else ~/tensorflow_datasets).
+    `multi_label`: opens a data set of images with several classes each, laid out as
+    TFDS's voc is: "voc/2007", or "digit_scenes/detection", prepared on first use.
 
     Returns: the source; `check_labels` has passed for data sets of others' making.
     Raises: ValueError for an unknown data set or split, an empty split, a data set that
-    is not for classification or has labels outside the range of its classes;
-    FileNotFoundError for a data set that isn't prepared, saying what to run.
+    is not for classification, has one class an image and not several or the reverse, or
+    has labels outside the range of its classes; FileNotFoundError for a data set that
+    isn't prepared, saying what to run.
     """
     builder = _open_builder(dataset, root, data_dir)
     _check_split(builder, split)
-    keys = _find_keys(builder)
+    keys = _find_multi_label_keys(builder) if multi_label else _find_keys(builder)
     records = _TfdsRecords(builder, split, keys)
-    class_names = tuple(builder.info.features[keys.label].names)
-    source = Source(records, class_names, dataset, split)
+    class_names = tuple(_class_label(builder, keys).names)
+    source = Source(records, class_names, dataset, split, multi_label)
     if not _is_own(dataset):
         check_labels(source)
     return source
@@ -131,16 +171,32 @@ def check_labels(
     Of a source with more than `all_up_to` records, only `sample` evenly spaced ones are
     read.
 
-    Raises: ValueError naming the first record whose label lies outside the range.
+    Raises: ValueError naming the first record whose label lies outside the range, or if
+    no record of a multi-label source has a class.
     """
     total = len(source.records)
     checked = total if total <= all_up_to else sample
+    any_present = not source.multi_label
     for number in range(checked):
-        check_label(source, source.records[number * total // checked])
+        record = source.records[number * total // checked]
+        check_label(source, record)
+        any_present = any_present or bool((record["labels"] == 1).any())
+    if not any_present:
+        raise ValueError(
+            f"none of the {checked} records read from split {source.split!r} of "
+            f"{source.name!r} has a class (TFDS leaves the classes of a split without "
+            "labels empty); choose a split with labels"
+        )
 
 
 def check_label(source: Source, record: Record) -> None:
-    """Raises a ValueError naming the record if its label is no index of a class."""
+    """Raises a ValueError naming the record if its label is no index of a class.
+
+    In a multi-label source, if its labels aren't one of 1, 0 and -1 for each class.
+    """
+    if source.multi_label:
+        _check_multi_label(source, record)
+        return
     if 0 <= record["label"] < len(source.class_names):
         return
     hint = " (TFDS marks a split without labels so)" if record["label"] == -1 else ""
@@ -149,6 +205,20 @@ def check_label(source: Source, record: Record) -> None:
         f"{record['label']}{hint}, outside 0…{len(source.class_names) - 1} of the "
         f"{len(source.class_names)} classes"
     )
+
+
+def _check_multi_label(source: Source, record: Record) -> None:
+    labels = record["labels"]
+    if (
+        labels.shape != (len(source.class_names),)
+        or not np.isin(labels, (-1, 0, 1)).all()
+    ):
+        raise ValueError(
+            f"{record['name']!r} in split {source.split!r} of {source.name!r} has "
+            f"labels {labels.tolist()}; there must be one of 1 (present), 0 (only "
+            f"difficult instances) and -1 (absent) for each of the "
+            f"{len(source.class_names)} classes"
+        )
 
 
 def _is_own(dataset: str) -> bool:
@@ -336,10 +406,74 @@ def _find_keys(builder: tfds.core.DatasetBuilder) -> _Keys:
         found.append(chosen if len(chosen) == 1 else keys)
     images, labels, texts = found
     if len(images) != 1 or len(labels) != 1:
+        hint = ""
+        if len(images) == 1 and _multi_label_key(builder):
+            hint = (
+                ". Its images have several classes each, and a network is trained on "
+                "one class an image. Features of them, to train SVMs on, are made by "
+                "python -m sppnet_jax.features --multi_label (in Python, open it with "
+                "multi_label=True)"
+            )
         raise ValueError(
             f"{builder.info.full_name!r} is not a data set of images with one class "
             f"each: of its features {list(features)}, images are {images}, class "
-            f"labels {labels}; there must be one of each"
+            f"labels {labels}; there must be one of each{hint}"
         )
+    return _Keys(images[0], labels[0], _name_key(texts))
+
+
+def _find_multi_label_keys(builder: tfds.core.DatasetBuilder) -> _Keys:
+    features = builder.info.features
+    images, texts = (
+        [key for key, feature in features.items() if isinstance(feature, kind)]
+        for kind in (tfds.features.Image, tfds.features.Text)
+    )
+    label = _multi_label_key(builder)
+    if len(images) != 1 or not label:
+        single = any(isinstance(f, tfds.features.ClassLabel) for f in features.values())
+        hint = ". It has one class an image: leave multi_label out" if single else ""
+        raise ValueError(
+            f"{builder.info.full_name!r} is not a data set of images with several "
+            f"classes each: it has features {list(features)}; there must be one image, "
+            "and a sequence of class labels named 'labels', or of 'objects' with a "
+            f"'label' each, as in TFDS's voc{hint}"
+        )
+    return _Keys(images[0], label, _name_key(texts), multi_label=True)
+
+
+def _multi_label_key(builder: tfds.core.DatasetBuilder) -> str:
+    """The feature that holds several classes an image; "" if there is none."""
+    features = builder.info.features
+    sequences = {
+        key: feature.feature
+        for key, feature in features.items()
+        if isinstance(feature, tfds.features.Sequence)
+    }
+    objects = sequences.get("objects")
+    parts: dict[str, Any] = {}
+    if isinstance(objects, tfds.features.FeaturesDict):
+        parts = dict(objects.items())
+    candidates = {"labels": sequences.get("labels"), "objects": parts.get("label")}
+    found = [
+        key
+        for key, feature in candidates.items()
+        if isinstance(feature, tfds.features.ClassLabel)
+    ]
+    # Objects tell which of them are difficult; labels alone may not.
+    if found == ["labels", "objects"] and "labels_no_difficult" not in features:
+        return "objects"
+    return found[0] if found else ""
+
+
+def _class_label(
+    builder: tfds.core.DatasetBuilder, keys: _Keys
+) -> tfds.features.ClassLabel:
+    feature = builder.info.features[keys.label]
+    if not keys.multi_label:
+        return feature
+    return feature.feature["label"] if keys.label == "objects" else feature.feature
+
+
+def _name_key(texts: list[str]) -> str:
     names = [key for key in texts if re.search(r"file_?name|image_?id", key)]
-    return _Keys(images[0], labels[0], names[0] if names else "")
+    return names[0] if names else ""

@@ -1,0 +1,1 @@
+"""One script for each table or claim of the paper: runs, writes down, draws it."""

@@ -1,0 +1,266 @@
+"""Softmax scores of a whole split, averaged over each image's views.
+
+`score_crops` cuts the views out of the image; `score_maps` convolves whole images in
+buckets and pools the views from their maps.
+"""
+
+import logging
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from tqdm import tqdm
+
+from sppnet_jax import parallel
+from sppnet_jax.backbones import layers_geometry
+from sppnet_jax.buckets import BucketTable, choose_buckets, padding_waste
+from sppnet_jax.classification.preprocess import Preprocessing, normalize
+from sppnet_jax.classification.step import shard_batch
+from sppnet_jax.classification.views import Protocol, view_windows
+from sppnet_jax.data.pipeline import Batches, whole_images, whole_sizes
+from sppnet_jax.data.sources import Source
+from sppnet_jax.model import SPPNet
+from sppnet_jax.windows import window_pyramid_pool
+
+MAX_ASPECT = 4.0
+OnExample = Callable[[int, bool, np.ndarray], None]  # index, mask, image
+
+log = logging.getLogger(__name__)
+
+
+class Scores(NamedTuple):
+    """What a network says of every record of a split.
+
+    `scores`: float32 [records, classes], softmax, the mean over the views. `labels`:
+    int32 [records]. `valid`: bool [records], False for a broken image, whose scores are
+    zeros. `views`: int32 [records], how many views were averaged.
+    """
+
+    scores: np.ndarray
+    labels: np.ndarray
+    valid: np.ndarray
+    views: np.ndarray
+
+
+def score_crops(
+    model: SPPNet,
+    params: Any,
+    preprocessing: Preprocessing,
+    protocol: Protocol,
+    batches: Batches,
+    *,
+    records: int,
+    on_example: OnExample | None = None,
+) -> Scores:
+    """Scores views that were cut out of the images.
+
+    `batches`: of `eval_batches` over `records` records, with the protocol's positions;
+    closed at the end. `on_example`: called with every record's index, its mask and its
+    first view.
+    """
+
+    def step(params: Any, batch: dict[str, jax.Array]) -> jax.Array:
+        images = batch["image"]
+        views = images.reshape(-1, *images.shape[-3:])
+        mirrored = [views[:, :, ::-1]] if protocol.flip else []
+        total = sum(
+            jax.nn.softmax(
+                model.apply({"params": params}, normalize(shown, preprocessing))[0]
+            )
+            for shown in [views, *mirrored]
+        )
+        by_view = total.reshape(len(images), -1, model.num_classes)  # type: ignore
+        return by_view.sum(axis=1)
+
+    program = parallel.data_parallel(step)
+    replicated = parallel.replicate(params)
+    found = _Collector(records, model.num_classes)
+    views = len(protocol.positions) * (2 if protocol.flip else 1)
+    with batches, _progress(records) as bar:
+        for batch in batches:
+            sums = np.asarray(program(replicated, shard_batch(batch)))
+            for row, total in enumerate(sums.reshape(-1, model.num_classes)):
+                index, mask = int(batch["index"][row]), bool(batch["mask"][row])
+                if index < 0:
+                    continue
+                found.record(index, int(batch["label"][row]), mask)
+                if mask:
+                    found.add(index, total, views)
+                if on_example is not None:
+                    shown = batch["image"][row]
+                    on_example(index, mask, shown[0] if shown.ndim == 4 else shown)
+                bar.update(min(jax.process_count(), records - bar.n))
+    return found.scores()
+
+
+def score_maps(
+    model: SPPNet,
+    params: Any,
+    preprocessing: Preprocessing,
+    protocol: Protocol,
+    source: Source,
+    *,
+    batch_size: int,
+    max_buckets: int,
+    threads: int,
+    strict: bool = False,
+    on_example: OnExample | None = None,
+) -> tuple[Scores, list[BucketTable]]:
+    """Scores views that are pooled from the maps of whole images, in fitted buckets.
+
+    Each scale is convolved once, and once mirrored; all its views are pooled in one
+    call. Images longer than 4:1 are squeezed to 4:1.
+
+    `batch_size`: of images of the training size; larger images come in smaller batches.
+    `max_buckets`: programs for each scale. `on_example`: as for `score_crops`, but with
+    the whole image at the first scale.
+
+    Returns: the scores, and the table of programs of each scale.
+    Raises: ValueError for a network without a pyramid.
+    """
+    if model.levels is None:
+        raise ValueError(
+            "this network has no spatial pyramid (levels=None), so it can't pool views "
+            "from maps of any size: use the protocol single or ten_view"
+        )
+    records = len(source.records)
+    found = _Collector(records, model.num_classes)
+    tables = []
+    with _progress(records * len(protocol.scales)) as bar:
+        for scale in protocol.scales:
+            table = _make_table(
+                model,
+                params,
+                preprocessing,
+                protocol,
+                scale,
+                whole_sizes(source, scale, MAX_ASPECT, threads),
+                batch_size=batch_size,
+                max_buckets=max_buckets,
+            )
+            tables.append(table)
+            examples = whole_images(
+                source,
+                sides=(scale,),
+                max_aspect=MAX_ASPECT,
+                threads=threads,
+                strict=strict,
+                process_index=jax.process_index(),
+                process_count=jax.process_count(),
+            )
+
+            def valid_images() -> Iterator[tuple[int, np.ndarray]]:
+                for example in examples:  # noqa: B023  used up before the next scale
+                    index, mask = int(example["index"]), bool(example["mask"])
+                    found.record(index, int(example["label"]), mask)
+                    (image,) = example["images"]
+                    if on_example is not None and not tables[1:]:
+                        on_example(index, mask, image)
+                    if mask:
+                        yield index, image
+                    bar.update(min(jax.process_count(), bar.total - bar.n))
+
+            with closing(examples):
+                for index, result in table.map(valid_images()):
+                    found.add(index, result["sum"], int(result["views"]))
+    return found.scores(), tables
+
+
+class _Collector:
+    """Sums up the scores of each record's views, in whatever order they come."""
+
+    def __init__(self, records: int, classes: int) -> None:
+        self._sums = np.zeros((records, classes), np.float32)
+        self._views = np.zeros(records, np.int32)
+        self._labels = np.zeros(records, np.int32)
+        self._valid = np.zeros(records, bool)
+
+    def record(self, index: int, label: int, valid: bool) -> None:
+        self._labels[index], self._valid[index] = label, valid
+
+    def add(self, index: int, total: np.ndarray, views: int) -> None:
+        self._sums[index] += total
+        self._views[index] += views
+
+    def scores(self) -> Scores:
+        """The means, of the records of all processes."""
+        mean = self._sums / np.maximum(self._views, 1)[:, None]
+        own = Scores(mean, self._labels, self._valid, self._views)
+        return Scores(*parallel.sum_over_processes(tuple(own)))
+
+
+def _make_table(
+    model: SPPNet,
+    params: Any,
+    preprocessing: Preprocessing,
+    protocol: Protocol,
+    scale: int,
+    sizes: np.ndarray,
+    *,
+    batch_size: int,
+    max_buckets: int,
+) -> BucketTable:
+    """The programs of one scale, in buckets that fit the data set."""
+    buckets = choose_buckets(sizes, max_buckets)
+    levels = model.levels or ()
+    view, geometry = model.image_size, layers_geometry(model.backbone.layers)
+    pixels = view * view / max(height * width for height, width in buckets)
+    log.info(
+        "%d images at shorter side %d: buckets %s, %.1f %% of them padding",
+        len(sizes),
+        scale,
+        ", ".join(f"{height}×{width}" for height, width in buckets),
+        100 * padding_waste(sizes, buckets),
+    )
+
+    def score(params: Any, images: jax.Array, sizes: jax.Array) -> dict[str, jax.Array]:
+        windows, counts = view_windows(
+            sizes,
+            protocol.positions,
+            view,
+            geometry,
+            whole=scale in protocol.whole_at,
+        )
+
+        def score_images(images: jax.Array) -> jax.Array:
+            inputs = normalize(images, preprocessing, sizes)
+            maps, _ = model.apply({"params": params}, inputs, sizes, method="features")
+            pooled = jax.vmap(
+                lambda features, windows: window_pyramid_pool(
+                    features, windows, levels
+                )
+            )(maps, windows)
+            flat = pooled.reshape(len(images) * windows.shape[1], -1)
+            logits, _ = model.apply({"params": params}, flat, method="classify")
+            scores = jax.nn.softmax(logits).reshape(*windows.shape[:2], -1)
+            return (scores * counts[..., None]).sum(axis=1)
+
+        total, views = score_images(images), counts.sum(axis=1)
+        if protocol.flip:
+            total, views = total + score_images(_mirror(images, sizes)), 2 * views
+        return {"sum": total, "views": views}
+
+    return BucketTable(
+        score, params, buckets, max(1, min(batch_size, int(batch_size * pixels)))
+    )
+
+
+def _mirror(images: jax.Array, sizes: jax.Array) -> jax.Array:
+    """Each image's valid part, left and right swapped, at the top left again."""
+    column = jnp.arange(images.shape[2])
+    source = jnp.maximum(sizes[:, 1:] - 1 - column, 0)
+    return jnp.take_along_axis(images, source[:, None, :, None], axis=2)
+
+
+def _progress(records: int) -> tqdm:
+    return tqdm(
+        total=records,
+        unit="img",
+        desc="testing",
+        mininterval=0.5 if sys.stderr.isatty() else 20,
+        disable=not parallel.is_first_process(),
+    )

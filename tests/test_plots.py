@@ -1,0 +1,26 @@
+"""The pictures of a run."""
+
+import cv2
+import pytest
+
+from sppnet_jax import plots
+from sppnet_jax.metrics import MetricsLog
+from tests.data_helpers import picture
+
+
+def test_the_curves_of_a_run_are_drawn_even_from_a_single_row(tmp_path):
+    with MetricsLog(tmp_path, resumed_step=0) as log:
+        log.write("train", 1, {"epoch": 0.5, "loss": 2.0})
+    drawn = cv2.imread(str(plots.plot_training(tmp_path)))
+    assert drawn.std() > 1
+
+
+@pytest.mark.filterwarnings("ignore:Glyph")
+def test_predictions_are_drawn_whatever_the_class_names(tmp_path):
+    names = ["cat", "c^$\\x$", "ワニ", "a_{b}"]
+    shown = [
+        plots.Prediction(picture(20 + 9 * k, 60), name, 0.5, label)
+        for k, (name, label) in enumerate(zip(names, [None, *names], strict=False))
+    ]
+    drawn = cv2.imread(str(plots.plot_predictions(shown, tmp_path / "drawn.png")))
+    assert drawn.std() > 10

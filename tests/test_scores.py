@@ -1,0 +1,245 @@
+"""Scores of views, pooled from maps or cut out, against loops over single images."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy.stats import binomtest
+
+from sppnet_jax.backbones import backbone_geometry
+from sppnet_jax.classification.evaluate import mean_scores, summarize, wilson_interval
+from sppnet_jax.classification.preprocess import Preprocessing, normalize
+from sppnet_jax.classification.scores import MAX_ASPECT, Scores, score_crops, score_maps
+from sppnet_jax.classification.step import init_params
+from sppnet_jax.classification.views import Protocol, named_protocol
+from sppnet_jax.data.images import (
+    CENTER_AND_CORNERS,
+    crop,
+    crop_corner,
+    decode_image,
+    resize_shorter_side,
+    resize_whole,
+)
+from sppnet_jax.data.pipeline import eval_batches
+from sppnet_jax.data.sources import Source
+from sppnet_jax.geometry import boxes_to_windows
+from sppnet_jax.model import create_model
+from sppnet_jax.spp import spatial_pyramid_pool
+from tests.data_helpers import encode, picture
+
+SIDE, LEVELS = 61, (3, 2, 1)
+MEAN_IMAGE = Preprocessing(
+    np.random.default_rng(0).uniform(90, 160, (32, 32, 3)).astype(np.float32),
+    64.0,
+    np.zeros((3, 3), np.float32),
+)
+SIZES = [(70, 80), (64, 64), (160, 70), (61, 200), (1, 3000)]
+
+
+def make_source(broken=()):
+    records = []
+    for number, size in enumerate(SIZES):
+        image = encode(picture(*size, seed=number))
+        image = image[:60] if number in broken else image
+        records.append({"image": image, "label": number % 3, "name": f"{number}.png"})
+    return Source(records, ("a", "b", "c"), "pictures", "test")
+
+
+@functools.cache
+def network(levels=LEVELS):
+    model = create_model(
+        "zf5", levels, 3, width=0.03, image_size=SIDE, weight_init="he"
+    )
+    params = init_params(model, jax.random.key(1))
+    # Biases that are not zero: what lies beyond the valid size would show.
+    rng = np.random.default_rng(2)
+    return model, jax.tree.map(lambda x: x + 0.1 * rng.normal(size=x.shape), params)
+
+
+def softmax_of(logits):
+    return np.asarray(jax.nn.softmax(logits))
+
+
+def scored_on_maps(protocol, source=None):
+    return score_maps(
+        *network(),
+        MEAN_IMAGE,
+        protocol,
+        source or make_source(),
+        batch_size=8,
+        max_buckets=2,
+        threads=2,
+    )
+
+
+def views_one_by_one(image, protocol):
+    """Softmax of each distinct view of an image, convolved unpadded, cut by hand."""
+    model, params = network()
+    features = jax.jit(
+        lambda params, x: model.apply({"params": params}, x, method="features")[0]
+    )
+    geometry = backbone_geometry("zf5")
+    rows = []
+    for scale in protocol.scales:
+        resized = resize_whole(image, scale, MAX_ASPECT)
+        height, width = resized.shape[:2]
+        corners = {
+            crop_corner(height - SIDE, width - SIDE, position)
+            for position in protocol.positions
+        }
+        boxes = np.array([(y, x, y + SIDE, x + SIDE) for y, x in corners], float)
+        for shown in [resized, resized[:, ::-1]][: 2 if protocol.flip else 1]:
+            inputs = normalize(jnp.asarray(shown[None].copy()), MEAN_IMAGE)
+            maps = features(params, inputs)
+            windows = boxes_to_windows(
+                boxes.reshape(-1, 4), geometry, maps.shape[1:3]
+            ).tolist()
+            if scale in protocol.whole_at:
+                windows.append([0, 0, *maps.shape[1:3]])
+            for top, left, bottom, right in windows:
+                window = maps[:, top:bottom, left:right]
+                pyramid = spatial_pyramid_pool(window, LEVELS).reshape(1, -1)
+                logits, _ = model.apply({"params": params}, pyramid, method="classify")
+                rows.append(softmax_of(logits)[0])
+    return np.array(rows)
+
+
+@pytest.mark.parametrize(
+    "protocol",
+    [
+        named_protocol("full_image", view=SIDE, resize_side=64, flip=False),
+        named_protocol(
+            "multi_view_full", view=SIDE, resize_side=64, flip=True, scales=(61, 72)
+        ),
+    ],
+)
+def test_views_on_maps_equal_a_loop_over_images_scales_and_windows(protocol):
+    found, tables = scored_on_maps(protocol)
+    for index, record in enumerate(make_source().records):
+        alone = views_one_by_one(decode_image(record["image"]), protocol)
+        assert found.views[index] == len(alone)
+        np.testing.assert_allclose(
+            found.scores[index], alone.mean(axis=0), rtol=1e-4, atol=1e-6
+        )
+    assert found.labels.tolist() == [0, 1, 2, 0, 1]
+    assert all(table.programs <= 2 for table in tables)
+
+
+def test_hundreds_of_sizes_need_no_more_programs_than_buckets():
+    rng = np.random.default_rng(0)
+    records = [
+        {"image": encode(picture(*size)), "label": 0, "name": str(size)}
+        for size in rng.integers(56, 190, (200, 2)).tolist()
+    ]
+    source = Source(records, ("a", "b", "c"), "many", "test")
+    protocol = named_protocol("full_image", view=SIDE, resize_side=64, flip=False)
+    found, (table,) = scored_on_maps(protocol, source)
+    assert found.valid.all()
+    assert table.programs <= 2
+    assert sum(row.images for row in table.rows()) == 200
+
+
+@pytest.mark.parametrize("levels", [LEVELS, None])
+@pytest.mark.parametrize("flip", [False, True])
+def test_ten_views_of_crops_equal_a_loop_over_crops(levels, flip):
+    model, params = network(levels)
+    protocol = Protocol(False, (64,), CENTER_AND_CORNERS, flip)
+    source = make_source(broken=(2,))
+    batches = eval_batches(
+        source,
+        batch_size=4,
+        image_size=SIDE,
+        resize_side=64,
+        positions=protocol.positions,
+    )
+    found = score_crops(
+        model, params, MEAN_IMAGE, protocol, batches, records=len(source.records)
+    )
+    # Crops come from the whole length, and the needle would be 192,000 pixels long.
+    assert found.valid.tolist() == [True, True, False, True, False]
+    for index in np.flatnonzero(found.valid):
+        image = decode_image(source.records[index]["image"])
+        resized = resize_shorter_side(image, 64)
+        views = [crop(resized, SIDE, position) for position in CENTER_AND_CORNERS]
+        views += [view[:, ::-1] for view in views] if flip else []
+        logits, _ = model.apply(
+            {"params": params}, normalize(jnp.asarray(np.stack(views)), MEAN_IMAGE)
+        )
+        np.testing.assert_allclose(
+            found.scores[index],
+            softmax_of(logits).mean(axis=0),
+            rtol=1e-4,
+            atol=1e-6,
+        )
+        assert found.views[index] == len(views)
+
+
+def test_a_broken_image_is_left_out_and_its_neighbours_keep_their_scores():
+    protocol = named_protocol("full_image", view=SIDE, resize_side=64, flip=False)
+    whole, _ = scored_on_maps(protocol)
+    found, _ = scored_on_maps(protocol, make_source(broken=(0, 3)))
+    assert found.valid.tolist() == [False, True, True, False, True]
+    assert summarize(found)["count"] == 3
+    assert summarize(found)["broken"] == 2
+    np.testing.assert_allclose(
+        found.scores[found.valid], whole.scores[found.valid], rtol=1e-4, atol=1e-6
+    )
+    assert (found.scores[~found.valid] == 0).all()
+
+
+def test_a_network_without_spp_is_refused_and_told_what_it_can_do():
+    model, params = network(None)
+    protocol = named_protocol("full_image", view=SIDE, resize_side=64, flip=False)
+    with pytest.raises(ValueError, match="use the protocol single or ten_view"):
+        score_maps(
+            model,
+            params,
+            MEAN_IMAGE,
+            protocol,
+            make_source(),
+            batch_size=8,
+            max_buckets=2,
+            threads=1,
+        )
+
+
+def random_scores(seed, records=200, classes=8):
+    rng = np.random.default_rng(seed)
+    scores = rng.dirichlet(np.ones(classes), records).astype(np.float32)
+    labels = rng.integers(0, classes, records).astype(np.int32)
+    return Scores(scores, labels, rng.random(records) < 0.9, np.full(records, 3))
+
+
+def test_the_summary_equals_a_count_by_hand():
+    found = random_scores(0)
+    top1 = top5 = 0
+    for scores, label, valid, _ in zip(*found, strict=True):
+        order = sorted(range(8), key=lambda c, s=scores: -s[c])
+        top1 += bool(valid and order[0] == label)
+        top5 += bool(valid and label in order[:5])
+    report = summarize(found)
+    assert (report["top1_correct"], report["top5_correct"]) == (top1, top5)
+    assert report["count"] == found.valid.sum()
+    assert report["top1"] == top1 / found.valid.sum()
+    with pytest.raises(ValueError, match="every image is broken"):
+        summarize(found._replace(valid=np.zeros(200, bool)))
+
+
+@pytest.mark.parametrize(("correct", "count"), [(0, 7), (7, 7), (284, 372), (1, 2)])
+def test_the_interval_is_wilson_s(correct, count):
+    expected = binomtest(correct, count).proportion_ci(0.95, method="wilson")
+    found = wilson_interval(correct, count)
+    np.testing.assert_allclose(found, (expected.low, expected.high), atol=1e-7)
+
+
+def test_networks_are_combined_by_the_mean_of_their_scores():
+    first, second = random_scores(0), random_scores(1)
+    second = second._replace(labels=first.labels, valid=first.valid)
+    combined = mean_scores([first, second])
+    expected = (first.scores.astype(np.float64) + second.scores) / 2
+    np.testing.assert_allclose(combined.scores, expected, rtol=1e-6)
+    assert (combined.views == 6).all()
+    with pytest.raises(ValueError, match="other records"):
+        mean_scores([first, random_scores(2)])
