@@ -13,6 +13,17 @@ from ml_collections import ConfigDict
 from configs import digits, folder, imagenet
 
 DEFAULT_LEVELS = (6, 3, 2, 1)
+_BACKBONES = {
+    "zf5": "ZF-5",
+    "convnet5": "Convnet*-5",
+    "overfeat5": "Overfeat-5",
+    "overfeat7": "Overfeat-7",
+}
+_TRAININGS = {
+    "single": "single-size",
+    "multi": "multi-size",
+    "uniform": "uniform sizes",
+}
 
 
 class Preset(NamedTuple):
@@ -43,6 +54,16 @@ class Network(NamedTuple):
         """Its name in folders and result files."""
         pyramid = "".join(map(str, self.levels)) or "no_spp"
         return f"{self.backbone}-{pyramid}-{self.training}"
+
+    @property
+    def label(self) -> str:
+        """Itself in the words of a table."""
+        if not self.levels:
+            return f"{_BACKBONES[self.backbone]}, no SPP"
+        pyramid = ",".join(map(str, self.levels))
+        return (
+            f"{_BACKBONES[self.backbone]}, {{{pyramid}}}, {_TRAININGS[self.training]}"
+        )
 
 
 class SVMData(NamedTuple):

@@ -51,6 +51,8 @@ def run(main: Callable[[Setting], None], description: str | None) -> None:
     jax.config.update("jax_compilation_cache_dir", str(folder.absolute() / "compiled"))
     try:
         main(setting)
+    except KeyboardInterrupt:
+        sys.exit("interrupted; the same command goes on from there")
     except (ValueError, OSError, RuntimeError) as error:
         if given.traceback:
             traceback.print_exc()

@@ -1,29 +1,117 @@
 """Table 2: does a pyramid help, and does training at several sizes help?
 
-python -m experiments.table2_pyramid_and_multi_size --preset=digits
+    python -m experiments.table2_pyramid_and_multi_size --preset=digits
+
+Trains four architectures without SPP, with {6,3,2,1} at one size, and at two sizes in
+turn; ZF-5 with {4,3,2,1}; Overfeat-7 at sizes drawn for each epoch. Tests each with ten
+views. It goes on where it was interrupted, and shares its networks with the others.
 """
+
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
 
 from experiments import setting
 from experiments.presets import Network
-from experiments.runs import networks_of
+from experiments.report import Claim, Row, write_report
+from experiments.runs import networks_of, tested
 
+NAME = "table2_pyramid_and_multi_size"
+COLUMNS = ("top-1 error", "top-5 error")
 BACKBONES = ("zf5", "convnet5", "overfeat5", "overfeat7")
-NETWORKS = [
-    network
-    for backbone in BACKBONES
-    for network in (
-        Network(backbone, levels=()),
-        Network(backbone),
-        Network(backbone, training="multi"),
-    )
-] + [
+
+NETWORKS = (
+    *(Network(name, levels) for levels in ((), (6, 3, 2, 1)) for name in BACKBONES),
+    *(Network(name, training="multi") for name in BACKBONES),
     Network("zf5", levels=(4, 3, 2, 1)),
     Network("overfeat7", training="uniform"),
-]
+)
+
+# ImageNet 2012 validation, ten views.
+PAPER = {
+    Network("zf5", ()): (0.3599, 0.1476),
+    Network("convnet5", ()): (0.3493, 0.1392),
+    Network("overfeat5", ()): (0.3413, 0.1352),
+    Network("overfeat7", ()): (0.3201, 0.1197),
+    Network("zf5"): (0.3498, 0.1414),
+    Network("convnet5"): (0.3438, 0.1354),
+    Network("overfeat5"): (0.3287, 0.1280),
+    Network("overfeat7"): (0.3036, 0.1112),
+    Network("zf5", training="multi"): (0.3460, 0.1364),
+    Network("convnet5", training="multi"): (0.3394, 0.1333),
+    Network("overfeat5", training="multi"): (0.3226, 0.1233),
+    Network("overfeat7", training="multi"): (0.2968, 0.1095),
+    Network("zf5", levels=(4, 3, 2, 1)): (0.3506, 0.1404),
+    Network("overfeat7", training="uniform"): (0.3006, 0.1096),
+}
+IN_TEXT = (
+    Network("zf5", levels=(4, 3, 2, 1)),
+    Network("overfeat7", training="uniform"),
+)
+
+Errors = dict[Network, dict[int, tuple[float, float]]]  # by seed: top-1, top-5
 
 
 def main(given: setting.Setting) -> None:
-    networks_of(given, NETWORKS)
+    errors: Errors = defaultdict(dict)
+    for network, seed, workdir in networks_of(given, NETWORKS):
+        report = tested([workdir], "ten_view")
+        errors[network][seed] = 1 - report["top1"], 1 - report["top5"]
+        folder = _report(given, errors, report)
+    print(f"\n{(folder / 'table.md').read_text()}\nin {folder}: table.md, plot.png")
+
+
+def _report(given: setting.Setting, errors: Errors, report: dict[str, Any]) -> Path:
+    rows = [
+        Row(
+            network.label,
+            {
+                column: [both[number] for both in errors[network].values()]
+                for number, column in enumerate(COLUMNS)
+            },
+            dict(zip(COLUMNS, PAPER[network], strict=True)),
+            "text" if network in IN_TEXT else "as recalled",
+        )
+        for network in sorted(NETWORKS, key=lambda n: BACKBONES.index(n.backbone))
+    ]
+    claims = [
+        Claim("SPP has a lower top-1 error than no SPP", _gains(errors, _spp_pairs())),
+        Claim(
+            "Multi-size training has a lower top-1 error than single-size",
+            _gains(errors, _multi_pairs()),
+        ),
+    ]
+    views = f"{report['views']:.3g} views" + ("" if report["flip"][0] else ", no flips")
+    return write_report(
+        given,
+        NAME,
+        title="Pyramid and multi-size training, ten-view error",
+        columns=COLUMNS,
+        rows=rows,
+        claims=claims,
+        notes=[
+            f"Tested on {report['count']} images of {report['data']}, split "
+            f"{report['split']}, {views}; the paper on ImageNet's validation set.",
+        ],
+    )
+
+
+def _spp_pairs() -> list[tuple[Network, Network]]:
+    return [(Network(name, ()), Network(name)) for name in BACKBONES]
+
+
+def _multi_pairs() -> list[tuple[Network, Network]]:
+    return [(Network(name), Network(name, training="multi")) for name in BACKBONES]
+
+
+def _gains(errors: Errors, pairs: list[tuple[Network, Network]]) -> list[float]:
+    """How much lower the second network's top-1 error is, for each pair and seed."""
+    return [
+        errors[first][seed][0] - errors[second][seed][0]
+        for first, second in pairs
+        for seed in errors[first]
+        if seed in errors[second]
+    ]
 
 
 if __name__ == "__main__":

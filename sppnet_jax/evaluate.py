@@ -4,7 +4,6 @@ python -m sppnet_jax.evaluate --workdir=runs/digits --protocol=single
 python -m sppnet_jax.evaluate --workdir=runs/a,runs/b --protocol=multi_view_full
 """
 
-import json
 import logging
 from collections.abc import Sequence
 from pathlib import Path
@@ -123,6 +122,7 @@ def evaluate_from_config(
         "split": source.split,
         "protocol": protocol_name,
         "workdirs": [str(workdir) for workdir in workdirs],
+        "checkpoint_steps": [from_config.checkpoint_step(w) for w in workdirs],
         "scales": [protocol.scales for protocol in protocols],
         "positions": [protocol.positions for protocol in protocols],
         "flip": [protocol.flip for protocol in protocols],
@@ -131,12 +131,9 @@ def evaluate_from_config(
     }
     if not parallel.is_first_process():
         return report
-    named = f"evaluate_{protocol_name}"
-    if len(workdirs) > 1:
-        named += f"_of_{len(workdirs)}"
-    if scales or positions or flip is not None:
-        named += "_custom"
-    (workdirs[0] / f"{named}.json").write_text(json.dumps(report, indent=2))
+    changed = bool(scales or positions or flip is not None)
+    named = result_name(protocol_name, len(workdirs), changed=changed)
+    run_folder.write_json(workdirs[0] / f"{named}.json", report)
     print(
         f"{protocol_name}: top-1 {_share(report, 'top1')}, top-5 "
         f"{_share(report, 'top5')} of {report['count']} images of {source.name}, split "
@@ -155,6 +152,16 @@ def evaluate_from_config(
     picture = plots.plot_predictions(predictions, workdirs[0] / f"{named}.png")
     print(f"examples: {picture}")
     return report
+
+
+def result_name(protocol_name: str, networks: int, *, changed: bool = False) -> str:
+    """What the files of a result are called, without .json and .png.
+
+    `networks`: how many were combined. `changed`: whether scales, views or flips were
+    others than the protocol's own.
+    """
+    combined = f"_of_{networks}" if networks > 1 else ""
+    return f"evaluate_{protocol_name}{combined}{'_custom' if changed else ''}"
 
 
 def _share(report: dict[str, Any], name: str) -> str:

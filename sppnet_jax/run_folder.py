@@ -39,7 +39,7 @@ def has_checkpoint(workdir: Path) -> bool:
 
 def save_config(workdir: Path, config: dict[str, Any]) -> None:
     """Writes the settings of the run."""
-    _write_json(workdir / CONFIG_FILE, config)
+    write_json(workdir / CONFIG_FILE, config)
 
 
 def load_config(workdir: Path) -> dict[str, Any]:
@@ -49,7 +49,7 @@ def load_config(workdir: Path) -> dict[str, Any]:
 
 def save_training_data(workdir: Path, data: TrainingData) -> None:
     """Writes what the run is trained on."""
-    _write_json(workdir / DATA_FILE, data._asdict())
+    write_json(workdir / DATA_FILE, data._asdict())
 
 
 def load_training_data(workdir: Path) -> TrainingData:
@@ -74,7 +74,8 @@ def load_statistics(workdir: Path) -> dict[str, np.ndarray] | None:
         return dict(arrays)
 
 
-def _write_json(path: Path, value: Any) -> None:
+def write_json(path: Path, value: Any) -> None:
+    """Writes a file that is whole or not there; makes its folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
     partial.write_text(json.dumps(value, indent=2) + "\n")

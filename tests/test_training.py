@@ -8,6 +8,7 @@ import signal
 import jax
 import jax.numpy as jnp
 import numpy as np
+import PIL.Image
 import pytest
 
 from sppnet_jax import parallel
@@ -16,6 +17,7 @@ from sppnet_jax.classification.evaluate import count_correct
 from sppnet_jax.classification.preprocess import Preprocessing
 from sppnet_jax.classification.progress import DivergedError
 from sppnet_jax.classification.schedule import Schedule
+from sppnet_jax.classification.sizes import epoch_size
 from sppnet_jax.classification.step import (
     Optimizer,
     create_state,
@@ -176,7 +178,12 @@ def losses(rows):
 
 
 def untimed(rows):
-    return [{k: v for k, v in row.items() if "second" not in k} for row in rows]
+    """What must be the same in every run: not its speed, nor when it compiled."""
+    return [
+        {name: value for name, value in row.items() if "second" not in name}
+        for row in rows
+        if row["split"] != "compile"
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -249,6 +256,51 @@ def test_training_learns_what_there_is_to_learn(uninterrupted):
     assert len(tests) == 2
     assert tests[-1]["count"] == 40
     assert tests[-1]["loss"] < tests[0]["loss"] < np.log(3) * 1.2
+
+
+def test_a_resumed_run_continues_the_sequence_of_sizes(tmp_path):
+    drawn = {"sizes": ("uniform", 29, 32), "size_multiple": 1, "epochs": 4}
+    whole = run_training(tmp_path / "whole", **drawn)
+    run_training(tmp_path / "parts", max_steps=7, **drawn)  # in the second epoch
+    parts = run_training(tmp_path / "parts", **drawn)
+    assert losses(parts) == losses(whole)
+    sizes = [row["size"] for row in whole if row["split"] == "train_epoch"]
+    expected = [
+        epoch_size(drawn["sizes"], epoch, seed=0, multiple=1) for epoch in range(4)
+    ]
+    assert sizes == expected
+    assert len(set(sizes)) > 1
+    compiled = [row["size"] for row in whole if row["split"] == "compile"]
+    assert sorted(compiled) == sorted(set(sizes))
+    assert all(row["seconds"] > 0 for row in whole if row["split"] == "compile")
+
+
+def test_a_smaller_size_is_the_same_crop_resized():
+    """Pillow's bilinear filter, widened where it shrinks, is the oracle."""
+    batch = random_batch(8, seed=5)
+    small = np.stack(
+        [
+            np.stack(
+                [
+                    PIL.Image.fromarray(image[..., c].astype(np.float32)).resize(
+                        (29, 29), PIL.Image.Resampling.BILINEAR
+                    )
+                    for c in range(3)
+                ],
+                axis=-1,
+            )
+            for image in batch["image"]
+        ]
+    )
+    optimizer = Optimizer()
+    step = make_train_step(MODEL, optimizer, PLAIN, size=29)
+    state = create_state(MODEL, optimizer, seed=0)
+    inputs = jnp.asarray((small - 128) / 64)
+    logits, _ = MODEL.apply({"params": first(state.params)}, inputs)
+    picked = jax.nn.log_softmax(logits)[np.arange(8), batch["label"]]
+    _, metrics = step(state, parallel.shard(batch), np.float32(0.1))
+    found = first(metrics)
+    assert found["loss"] / 8 == pytest.approx(float(-picked.mean()), rel=1e-5)
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(tmp_path):

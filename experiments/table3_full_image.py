@@ -1,0 +1,70 @@
+"""Table 3: is the whole image, at its own aspect ratio, better than its centre crop?
+
+    python -m experiments.table3_full_image --preset=digits
+
+Tests ZF-5 and Overfeat-7, trained at one size and at two, with a single view: the
+centre crop, then the full image at the same shorter side.
+"""
+
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+from experiments import setting
+from experiments.presets import Network
+from experiments.report import Claim, Row, write_report
+from experiments.runs import networks_of, tested
+
+NAME = "table3_full_image"
+COLUMNS = ("top-1 error, crop", "top-1 error, full image")
+
+# ImageNet 2012 validation, a single view.
+PAPER = {
+    Network("zf5"): (0.3801, 0.3755),
+    Network("zf5", training="multi"): (0.3757, 0.3707),
+    Network("overfeat7"): (0.3318, 0.3272),
+    Network("overfeat7", training="multi"): (0.3257, 0.3125),
+}
+
+Errors = dict[Network, dict[int, tuple[float, float]]]  # by seed: crop, full image
+
+
+def main(given: setting.Setting) -> None:
+    errors: Errors = defaultdict(dict)
+    for network, seed, workdir in networks_of(given, tuple(PAPER)):
+        crop, full = (tested([workdir], name) for name in ("single", "full_image"))
+        errors[network][seed] = 1 - crop["top1"], 1 - full["top1"]
+        folder = _report(given, errors, full)
+    print(f"\n{(folder / 'table.md').read_text()}\nin {folder}: table.md, plot.png")
+
+
+def _report(given: setting.Setting, errors: Errors, report: dict[str, Any]) -> Path:
+    rows = [
+        Row(
+            network.label,
+            {
+                column: [both[number] for both in errors[network].values()]
+                for number, column in enumerate(COLUMNS)
+            },
+            dict(zip(COLUMNS, paper, strict=True)),
+        )
+        for network, paper in PAPER.items()
+    ]
+    gains = [crop - full for seeds in errors.values() for crop, full in seeds.values()]
+    return write_report(
+        given,
+        NAME,
+        title="Centre crop or full image, single-view error",
+        columns=COLUMNS,
+        rows=rows,
+        claims=[Claim("The full image has a lower top-1 error than its crop", gains)],
+        notes=[
+            f"Tested on {report['count']} images of {report['data']}, split "
+            f"{report['split']}, shorter side {report['scales'][0][0]}; the paper on "
+            "ImageNet's validation set.",
+        ],
+    )
+
+
+if __name__ == "__main__":
+    setting.run(main, __doc__)
