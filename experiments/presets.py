@@ -70,9 +70,10 @@ class SVMData(NamedTuple):
     """Data that linear SVMs are tested on (tables 6 and 7).
 
     `classes`: a data set with one class an image and a split of it, for the protocol of
-    Caltech101; "" is the data set that the networks are trained on. No network has seen
-    the split. `multi_label`: a data set with several classes an image, with its
-    training and test splits; None where there is none.
+    Caltech101; "" is the data set that the networks are trained on, and all its splits
+    but "train". No network has seen them.
+    `multi_label`: a data set with several classes an image, with its training and test
+    splits; None where there is none.
     """
 
     classes: tuple[str, str]
@@ -129,7 +130,7 @@ SVM_DATA = {
     "digits": SVMData(
         classes=("", "test"), multi_label=("digit_scenes/detection", "train", "test")
     ),
-    "folder": SVMData(classes=("", "validation+test"), multi_label=None),
+    "folder": SVMData(classes=("", ""), multi_label=None),
     "imagenet": SVMData(
         classes=("caltech101", "train+test"),
         multi_label=("voc/2007", "train+validation", "test"),

@@ -21,6 +21,7 @@ from experiments.runs import networks_of
 from sppnet_jax import from_config, saved_config
 from sppnet_jax.classification.features import Features, default_side, load_features
 from sppnet_jax.classification.svm import caltech_protocol, multi_label_protocol
+from sppnet_jax.data.sources import available_splits
 from sppnet_jax.features import features_from_config, file_name
 
 NAME = "svm_features"
@@ -108,11 +109,20 @@ def main(given: setting.Setting) -> None:
         for view in PAPER:
             if view.network != network:
                 continue
-            results[view, ACCURACY][seed] = _accuracy(workdir, view, *data.classes)
+            name, split = data.classes
+            split = split or _unseen_splits(workdir)
+            results[view, ACCURACY][seed] = _accuracy(workdir, view, name, split)
             if data.multi_label:
                 results[view, MAP][seed] = _precision(workdir, view, *data.multi_label)
         folder = _report(given, results)
     print(f"\n{(folder / 'table.md').read_text()}\nin {folder}: table.md, plot.png")
+
+
+def _unseen_splits(workdir: Path) -> str:
+    """All splits of a network's own data set but the one it was trained on."""
+    data = saved_config.get_config(str(workdir)).data
+    splits = available_splits(data.name, root=data.root, data_dir=data.data_dir)
+    return "+".join(split for split in splits if split != "train")
 
 
 def _accuracy(workdir: Path, view: View, name: str, split: str) -> Measured:
