@@ -14,14 +14,19 @@ from tests.conftest import REPOSITORY
 README = (REPOSITORY / "README.md").read_text()
 
 
-def test_the_layer_s_example_runs_and_gives_the_shapes_it_states():
-    (code,) = [
-        x for x in re.findall(r"```python\n(.*?)```", README, re.S) if "sn." in x
-    ]
+def test_the_examples_run_one_after_the_other_and_give_the_shapes_they_state():
+    blocks = re.findall(r"```python\n(.*?)```", README, re.S)
     names: dict = {}
-    exec(code, names)
-    assert names["pooled"].shape == (8, 50, 256)
+    for code in blocks:
+        if "Backbone(" not in code:
+            exec(code, names)
+        if "window_pyramid_pool" in code:
+            assert names["pooled"].shape == (2, 50, 256)
+            assert names["windows"].shape == (2, 4)
     assert sn.backbone_geometry("zf5").map_size(224) == 13
+    assert len(names["buckets"]) == 3
+    assert len(names["logits"]) == 5
+    assert "3 of 3 buckets" in str(names["table"])
 
 
 def test_a_new_backbone_is_one_table_and_one_line(monkeypatch):
@@ -42,7 +47,7 @@ def test_files_that_the_readme_shows_are_there(path):
     assert (REPOSITORY / path).is_file()
 
 
-@pytest.mark.parametrize("name", ["train", "evaluate", "predict"])
+@pytest.mark.parametrize("name", ["train", "evaluate", "predict", "features"])
 def test_each_command_line_has_help(name, command_line):
     result = command_line(name, "--help", check=False)
     assert "--workdir: The folder of the run." in result.stdout

@@ -230,9 +230,7 @@ def _make_table(
             inputs = normalize(images, preprocessing, sizes)
             maps, _ = model.apply({"params": params}, inputs, sizes, method="features")
             pooled = jax.vmap(
-                lambda features, windows: window_pyramid_pool(
-                    features, windows, levels
-                )
+                lambda features, windows: window_pyramid_pool(features, windows, levels)
             )(maps, windows)
             flat = pooled.reshape(len(images) * windows.shape[1], -1)
             logits, _ = model.apply({"params": params}, flat, method="classify")
