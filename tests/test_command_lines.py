@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -62,11 +63,62 @@ def test_evaluate_counts_every_test_image_once_on_any_devices(
     report = json.loads((digits_run / "evaluate_single.json").read_text())
     assert report["count"] == 1077
     assert report["broken"] == 0
-    assert f"top-1 {report['top1']:.2%}, top-5 {report['top5']:.2%} of 1077" in (
-        result.stdout
-    )
+    assert f"top-1 {report['top1']:.2%} (95 %: " in result.stdout
+    assert "of 1077 images" in result.stdout
     picture = cv2.imread(str(digits_run / "evaluate_single.png"))
     assert picture.std() > 10
+
+
+def test_views_at_several_scales_average_over_networks_and_devices(
+    digits_run, command_line, tmp_path
+):
+    """The last of three runs averages what the first two say."""
+    shutil.copytree(digits_run, tmp_path / "a")
+    shutil.copytree(digits_run, tmp_path / "b")
+    reports = []
+    for workdirs, devices in ((("a",), 1), (("b",), 3), (("a", "b"), 2)):
+        result = command_line(
+            "evaluate",
+            "--workdir=" + ",".join(str(tmp_path / name) for name in workdirs),
+            "--protocol=multi_view_full",
+            "--scales=32,36",
+            "--views=center,left,right",
+            "--flip",
+            "--buckets=1",
+            "--config.data.test_split=test[:40]",
+            devices=devices,
+        )
+        assert "compiled: 1 of 1 buckets" in result.stderr
+        (path,) = (tmp_path / workdirs[0]).glob("evaluate_multi_view_full*.json")
+        reports.append(json.loads(path.read_text()))
+        path.unlink()
+    single, same, combined = reports
+    assert single["count"] == 40
+    assert single["top1_correct"] == single["top1"] * 40
+    low, high = single["top1_interval"]
+    assert low < single["top1"] < high
+    assert single["loss"] == pytest.approx(same["loss"], rel=1e-5)
+    assert combined["loss"] == pytest.approx(single["loss"], rel=1e-5)
+    assert combined["views"] == 2 * single["views"]
+    assert len(combined["workdirs"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--protocol=multi_view", "--scales=20,40"], "scales must be at least 32"),
+        (["--protocol=full_image", "--scales=big"], "takes whole numbers such as"),
+        (["--protocol=ten_view", "--views=middle"], "unknown view 'middle'"),
+        (["--protocol=eleven_view"], "multi_view_full"),
+        (["--buckets=0"], "--buckets must be at least 1"),
+    ],
+)
+def test_a_test_that_cannot_be_is_refused(arguments, message, digits_run, command_line):
+    result = command_line(
+        "evaluate", f"--workdir={digits_run}", *arguments, check=False
+    )
+    assert result.returncode == 1
+    assert message in result.stderr
 
 
 def test_a_trained_run_s_settings_can_be_overridden_without_its_config(
@@ -246,6 +298,21 @@ def fails(command_line, *arguments, command="train", **options):
         (
             ["--config=configs/digits.py", "--config.data.image_size=16"],
             "too small for this stack: it needs at least 29",
+        ),
+        (
+            ["--config=configs/digits.py", "--config.sizes=(64, 80)"],
+            "config.sizes has 80, more than config.data.image_size, 64",
+        ),
+        (
+            ["--config=configs/digits.py", "--config.sizes=('uniform', 53, 55)"],
+            "no multiple of 4 from 53 to 55",
+        ),
+        (
+            [
+                "--config=configs/imagenet.py:zf5,no_spp",
+                "--config.sizes=(224, 180)",
+            ],
+            "without a pyramid (model.levels=()) the network takes images of",
         ),
         (["--config=configs/digits.py"], "give the folder of the run: --workdir"),
         (["--config=configs/folder.py"], "--config.data.root=FOLDER"),
