@@ -21,6 +21,7 @@ from experiments.setting import Setting
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
 
 NOT_RUN = "not run"
 
@@ -162,37 +163,47 @@ def _line(cells: Sequence[str]) -> str:
 
 
 def _plot(path: Path, title: str, columns: Sequence[str], rows: Sequence[Row]) -> None:
-    """Each row's seeds and mean, and the paper's figure on an axis of its own."""
-    figure, panels = plt.subplots(
+    """Each row's seeds and mean; the paper's figures on axes of their own."""
+    panels = [
+        (column, ours)
+        for column in columns
+        for ours in (True, False)
+        if ours or any(column in row.paper for row in rows)
+    ]
+    figure, (all_axes,) = plt.subplots(
         1,
-        2 * len(columns),
-        figsize=(2.5 + 3.2 * 2 * len(columns), 1.6 + 0.32 * len(rows)),
+        len(panels),
+        figsize=(2.5 + 3.2 * len(panels), 1.6 + 0.32 * len(rows)),
         sharey=True,
         squeeze=False,
         layout="constrained",
     )
     figure.suptitle(title)
     heights = np.arange(len(rows))[::-1]
-    for number, column in enumerate(columns):
-        here, paper = panels[0, 2 * number : 2 * number + 2]
+    for axes, (column, ours) in zip(all_axes, panels, strict=True):
         for height, row in zip(heights, rows, strict=True):
-            values = [100 * value for value in row.measured.get(column, [])]
-            if values:
-                here.plot(values, [height] * len(values), "o", color="0.75", ms=5)
-                spread = np.std(values, ddof=1) if len(values) > 1 else 0.0
-                here.errorbar(
-                    np.mean(values), height, xerr=spread, fmt="o", color="C0", capsize=3
-                )
-            if column in row.paper:
-                paper.plot(100 * row.paper[column], height, "D", color="C1")
-        here.set_xlabel(f"{column} in %, here\n(mean ± sd; gray: seeds)")
-        paper.set_xlabel(f"{column} in %, paper")
-    panels[0, 0].set_yticks(heights, [row.label for row in rows])
-    for axes in panels.flat:
+            if ours:
+                _draw_seeds(axes, height, row.measured.get(column, []))
+            elif column in row.paper:
+                axes.plot(100 * row.paper[column], height, "D", color="C1")
+        of = "here\n(mean ± sd; gray: seeds)" if ours else "paper"
+        axes.set_xlabel(f"{column} in %, {of}")
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
+    all_axes[0].set_yticks(heights, [row.label for row in rows])
     figure.savefig(path, dpi=130)
     plt.close(figure)
+
+
+def _draw_seeds(axes: Axes, height: float, values: Sequence[float]) -> None:
+    if not values:
+        where = axes.get_yaxis_transform()
+        axes.text(0.03, height, NOT_RUN, transform=where, va="center", color="0.6")
+        return
+    seeds = [100 * value for value in values]
+    spread = np.std(seeds, ddof=1) if len(seeds) > 1 else 0.0
+    axes.errorbar(np.mean(seeds), height, xerr=spread, fmt="o", color="C0", capsize=3)
+    axes.plot(seeds, [height] * len(seeds), "o", color="0.6", ms=4)
 
 
 def _write(path: Path, text: str) -> None:

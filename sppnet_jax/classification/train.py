@@ -115,10 +115,10 @@ def train(
                 size = _epoch_size(run, step // epoch_steps)
                 arguments = (state, shard_batch(batch), np.float32(rate))
                 if size not in programs:
-                    seconds = time.monotonic()
+                    started = time.monotonic()
                     jitted = make_train_step(model, optimizer, preprocessing, size=size)
                     programs[size] = jitted.lower(*arguments).compile()
-                    progress.compiled(step, size, time.monotonic() - seconds)
+                    progress.compiled(step, size, time.monotonic() - started)
                 state, metrics = programs[size](*arguments)
                 step += 1
                 progress.add(step, rate, metrics)
