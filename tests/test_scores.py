@@ -11,9 +11,10 @@ from scipy.stats import binomtest
 from sppnet_jax.backbones import backbone_geometry
 from sppnet_jax.classification.evaluate import mean_scores, summarize, wilson_interval
 from sppnet_jax.classification.preprocess import Preprocessing, normalize
-from sppnet_jax.classification.scores import MAX_ASPECT, Scores, score_crops, score_maps
+from sppnet_jax.classification.scores import Scores, score_crops, score_maps
 from sppnet_jax.classification.step import init_params
 from sppnet_jax.classification.views import Protocol, named_protocol
+from sppnet_jax.classification.whole_images import MAX_ASPECT
 from sppnet_jax.data.images import (
     CENTER_AND_CORNERS,
     crop,

@@ -10,7 +10,6 @@ import sys
 import zipfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,18 +21,14 @@ from tqdm import tqdm
 
 from sppnet_jax import parallel
 from sppnet_jax.backbones import Conv, layers_geometry
-from sppnet_jax.buckets import Bucket, BucketTable, choose_buckets, padding_waste
 from sppnet_jax.classification.preprocess import Preprocessing, normalize
-from sppnet_jax.classification.scores import MAX_ASPECT
 from sppnet_jax.classification.step import shard_batch
-from sppnet_jax.data.broken import BrokenImages
-from sppnet_jax.data.pipeline import (
-    Batches,
-    eval_batches,
-    warped_batches,
-    whole_images,
-    whole_sizes,
+from sppnet_jax.classification.whole_images import (
+    fit_table,
+    map_whole_images,
 )
+from sppnet_jax.data.broken import BrokenImages
+from sppnet_jax.data.pipeline import Batches, eval_batches, warped_batches
 from sppnet_jax.data.sources import Source
 from sppnet_jax.model import SPPNet
 
@@ -115,9 +110,6 @@ def extract_features(
     length = _row_length(activations, params, pixels, whole=mode == "full")
     _check_memory(records, length, layer)
 
-    def fitting_batch(area: int) -> int:
-        return max(1, min(batch_size, batch_size * model.image_size**2 // area))
-
     values = np.zeros((records, length), np.float32)
     valid = np.zeros(records, bool)
     broken = BrokenImages(source)
@@ -128,26 +120,39 @@ def extract_features(
                 broken.add(index)
             bar.update(min(jax.process_count(), records - bar.n))
 
-        shared: dict[str, Any] = {
-            "threads": threads,
-            "strict": strict,
-            "process_index": jax.process_index(),
-            "process_count": jax.process_count(),
-        }
         if mode == "full":
-            sizes = whole_sizes(source, side, MAX_ASPECT, threads)
-            buckets = _choose_buckets(sizes, max_buckets)
-            batch = fitting_batch(max(height * width for height, width in buckets))
-            table = BucketTable(activations, params, buckets, batch)
-            examples = whole_images(
-                source, sides=(side,), max_aspect=MAX_ASPECT, **shared
+            table = fit_table(
+                activations,
+                model,
+                params,
+                source,
+                side,
+                batch_size=batch_size,
+                max_buckets=max_buckets,
+                threads=threads,
             )
-            rows = _rows_of_whole_images(table, examples, seen)
+            rows = map_whole_images(
+                table,
+                source,
+                side,
+                threads=threads,
+                strict=strict,
+                on_example=lambda example: seen(example["index"], example["mask"]),
+            )
         else:
-            shared["workers"] = workers
-            shared["batch_size"] = parallel.round_up_to_devices(
-                fitting_batch(pixels * pixels)
-            )
+            shared: dict[str, Any] = {
+                "batch_size": parallel.round_up_to_devices(
+                    max(
+                        1,
+                        min(batch_size, batch_size * model.image_size**2 // pixels**2),
+                    )
+                ),
+                "workers": workers,
+                "threads": threads,
+                "strict": strict,
+                "process_index": jax.process_index(),
+                "process_count": jax.process_count(),
+            }
             batches = (
                 eval_batches(source, image_size=pixels, resize_side=side, **shared)
                 if mode == "crop"
@@ -289,28 +294,6 @@ def _check_memory(records: int, length: int, layer: str) -> None:
 
 def _size_of(count: int) -> str:
     return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
-
-
-def _choose_buckets(sizes: np.ndarray, max_buckets: int) -> tuple[Bucket, ...]:
-    buckets = choose_buckets(sizes, max_buckets)
-    log.info(
-        "whole images in buckets %s, %.1f %% of them padding",
-        ", ".join(f"{height}×{width}" for height, width in buckets),
-        100 * padding_waste(sizes, buckets),
-    )
-    return buckets
-
-
-def _rows_of_whole_images(table: BucketTable, examples: Any, seen: _Seen) -> _Rows:
-    def valid_images() -> _Rows:
-        for example in examples:
-            index, mask = int(example["index"]), bool(example["mask"])
-            seen(index, mask)
-            if mask:
-                yield index, example["images"][0]
-
-    with closing(examples):
-        yield from table.map(valid_images())
 
 
 def _rows_of_squares(

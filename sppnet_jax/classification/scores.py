@@ -4,10 +4,8 @@
 buckets and pools the views from their maps.
 """
 
-import logging
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import closing
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -17,19 +15,17 @@ from tqdm import tqdm
 
 from sppnet_jax import parallel
 from sppnet_jax.backbones import layers_geometry
-from sppnet_jax.buckets import BucketTable, choose_buckets, padding_waste
+from sppnet_jax.buckets import BucketTable
 from sppnet_jax.classification.preprocess import Preprocessing, normalize
 from sppnet_jax.classification.step import shard_batch
 from sppnet_jax.classification.views import Protocol, view_windows
-from sppnet_jax.data.pipeline import Batches, whole_images, whole_sizes
+from sppnet_jax.classification.whole_images import fit_table, map_whole_images
+from sppnet_jax.data.pipeline import Batches, Example
 from sppnet_jax.data.sources import Source
 from sppnet_jax.model import SPPNet
 from sppnet_jax.windows import window_pyramid_pool
 
-MAX_ASPECT = 4.0
 OnExample = Callable[[int, bool, np.ndarray], None]  # index, mask, image
-
-log = logging.getLogger(__name__)
 
 
 class Scores(NamedTuple):
@@ -129,44 +125,32 @@ def score_maps(
         )
     records = len(source.records)
     found = _Collector(records, model.num_classes)
-    tables = []
+    tables: list[BucketTable] = []
     with _progress(records * len(protocol.scales)) as bar:
+
+        def seen(example: Example) -> None:
+            index, mask = int(example["index"]), bool(example["mask"])
+            found.record(index, int(example["label"]), mask)
+            if on_example is not None and len(tables) == 1:
+                on_example(index, mask, example["images"][0])
+            bar.update(min(jax.process_count(), bar.total - bar.n))
+
         for scale in protocol.scales:
-            table = _make_table(
+            table = fit_table(
+                _view_scores(model, preprocessing, protocol, scale),
                 model,
                 params,
-                preprocessing,
-                protocol,
+                source,
                 scale,
-                whole_sizes(source, scale, MAX_ASPECT, threads),
                 batch_size=batch_size,
                 max_buckets=max_buckets,
+                threads=threads,
             )
             tables.append(table)
-            examples = whole_images(
-                source,
-                sides=(scale,),
-                max_aspect=MAX_ASPECT,
-                threads=threads,
-                strict=strict,
-                process_index=jax.process_index(),
-                process_count=jax.process_count(),
-            )
-
-            def valid_images() -> Iterator[tuple[int, np.ndarray]]:
-                for example in examples:  # noqa: B023  used up before the next scale
-                    index, mask = int(example["index"]), bool(example["mask"])
-                    found.record(index, int(example["label"]), mask)
-                    (image,) = example["images"]
-                    if on_example is not None and not tables[1:]:
-                        on_example(index, mask, image)
-                    if mask:
-                        yield index, image
-                    bar.update(min(jax.process_count(), bar.total - bar.n))
-
-            with closing(examples):
-                for index, result in table.map(valid_images()):
-                    found.add(index, result["sum"], int(result["views"]))
+            for index, result in map_whole_images(
+                table, source, scale, threads=threads, strict=strict, on_example=seen
+            ):
+                found.add(index, result["sum"], int(result["views"]))
     return found.scores(), tables
 
 
@@ -193,29 +177,12 @@ class _Collector:
         return Scores(*parallel.sum_over_processes(tuple(own)))
 
 
-def _make_table(
-    model: SPPNet,
-    params: Any,
-    preprocessing: Preprocessing,
-    protocol: Protocol,
-    scale: int,
-    sizes: np.ndarray,
-    *,
-    batch_size: int,
-    max_buckets: int,
-) -> BucketTable:
-    """The programs of one scale, in buckets that fit the data set."""
-    buckets = choose_buckets(sizes, max_buckets)
+def _view_scores(
+    model: SPPNet, preprocessing: Preprocessing, protocol: Protocol, scale: int
+) -> Callable[..., dict[str, jax.Array]]:
+    """From whole images at a scale to the sums of their views' scores."""
     levels = model.levels or ()
     view, geometry = model.image_size, layers_geometry(model.backbone.layers)
-    pixels = view * view / max(height * width for height, width in buckets)
-    log.info(
-        "%d images at shorter side %d: buckets %s, %.1f %% of them padding",
-        len(sizes),
-        scale,
-        ", ".join(f"{height}×{width}" for height, width in buckets),
-        100 * padding_waste(sizes, buckets),
-    )
 
     def score(params: Any, images: jax.Array, sizes: jax.Array) -> dict[str, jax.Array]:
         windows, counts = view_windows(
@@ -242,9 +209,7 @@ def _make_table(
             total, views = total + score_images(_mirror(images, sizes)), 2 * views
         return {"sum": total, "views": views}
 
-    return BucketTable(
-        score, params, buckets, max(1, min(batch_size, int(batch_size * pixels)))
-    )
+    return score
 
 
 def _mirror(images: jax.Array, sizes: jax.Array) -> jax.Array:
