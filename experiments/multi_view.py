@@ -13,7 +13,7 @@ from typing import Any
 from experiments import setting
 from experiments.presets import Network
 from experiments.report import Claim, Row, write_report
-from experiments.runs import networks_of, tested
+from experiments.runs import diverged, networks_of, tested
 
 NAME = "multi_view"
 COLUMNS = ("top-1 error", "top-5 error")
@@ -95,6 +95,7 @@ def _report(
             f"Views of an image on average: {views}.",
             f"Tested on {report['count']} images of {report['data']}, split "
             f"{report['split']}; the paper on ImageNet's validation set.",
+            *diverged(given, (NETWORK,)),
         ],
     )
 

@@ -1,11 +1,14 @@
-"""Where an experiment runs: data, width, sizes, epochs and seeds; nothing else.
+"""Where an experiment runs: data, width, sizes, epochs and seeds.
 
-digits    the embedded digit scenes, for a machine without a GPU
-folder    a folder of class folders (--root), for a machine without a GPU
-imagenet  the paper's setting
+    digits    the embedded digit scenes, for a machine without a GPU
+    folder    a folder of class folders (--root), for a machine without a GPU
+    imagenet  the paper's setting
+
+Learning rates and all else are those of the recipe of that name in configs/.
 """
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import NamedTuple
 
 from ml_collections import ConfigDict
@@ -96,7 +99,7 @@ def network_config(
     config.seed = seed
     config.keep_checkpoints = 1
     if root:
-        config.data.root = root
+        config.data.root = str(Path(root).expanduser().absolute())
     if data_dir:
         config.data.data_dir = data_dir
     return config

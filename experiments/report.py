@@ -24,6 +24,11 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 
 NOT_RUN = "not run"
+_ABOUT_PAIRS = (
+    "Pairs are networks that differ in one thing, at one seed. All are tested on the "
+    "same images, so the intervals tell how it would go with other seeds, not with "
+    "other images."
+)
 
 
 class Row(NamedTuple):
@@ -153,6 +158,8 @@ def _markdown(
         ]
         lines.append(_line([row.label, *ours, *papers, row.source * bool(row.paper)]))
     lines += ["", "In percent; mean ± standard deviation over the seeds.", ""]
+    if claims:
+        lines.append(f"- {_ABOUT_PAIRS}")
     lines += [f"- {claim.text}: {claim.verdict()}." for claim in claims]
     lines += [f"- {note}" for note in notes]
     return "\n".join(lines) + "\n"

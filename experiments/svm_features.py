@@ -13,15 +13,16 @@ from typing import NamedTuple
 
 import jax
 import numpy as np
+from ml_collections import ConfigDict
 
 from experiments import setting
-from experiments.presets import SVM_DATA, Network
+from experiments.presets import SVM_DATA, Network, network_config
 from experiments.report import Claim, Row, write_report
-from experiments.runs import networks_of
+from experiments.runs import diverged, networks_of
 from sppnet_jax import from_config, saved_config
 from sppnet_jax.classification.features import Features, default_side, load_features
 from sppnet_jax.classification.svm import caltech_protocol, multi_label_protocol
-from sppnet_jax.data.sources import available_splits
+from sppnet_jax.data.sources import available_splits, open_source
 from sppnet_jax.features import features_from_config, file_name
 
 NAME = "svm_features"
@@ -104,13 +105,16 @@ Results = dict[tuple[View, str], dict[int, Measured]]  # by view and metric, by 
 def main(given: setting.Setting) -> None:
     data = SVM_DATA[given.preset_name]
     results: Results = defaultdict(dict)
-    networks = tuple(dict.fromkeys(view.network for view in PAPER))
-    for network, seed, workdir in networks_of(given, networks):
+    config = network_config(
+        given.preset, _networks()[0], 0, root=given.root, data_dir=given.data_dir
+    ).data
+    name, split = data.classes
+    split = split or _unseen_splits(config)
+    _check_classes(config, name, split)
+    for network, seed, workdir in networks_of(given, _networks()):
         for view in PAPER:
             if view.network != network:
                 continue
-            name, split = data.classes
-            split = split or _unseen_splits(workdir)
             results[view, ACCURACY][seed] = _accuracy(workdir, view, name, split)
             if data.multi_label:
                 results[view, MAP][seed] = _precision(workdir, view, *data.multi_label)
@@ -118,9 +122,30 @@ def main(given: setting.Setting) -> None:
     print(f"\n{(folder / 'table.md').read_text()}\nin {folder}: table.md, plot.png")
 
 
-def _unseen_splits(workdir: Path) -> str:
+def _networks() -> tuple[Network, ...]:
+    return tuple(dict.fromkeys(view.network for view in PAPER))
+
+
+def _check_classes(data: ConfigDict, name: str, split: str) -> None:
+    """Raises ValueError if a class has too few images to train on some, test on others.
+
+    Before any network is trained.
+    """
+    source = open_source(
+        name or data.name, split, root="" if name else data.root, data_dir=data.data_dir
+    )
+    labels = [source.records[index]["label"] for index in range(len(source.records))]
+    counts = np.bincount(labels, minlength=len(source.class_names))
+    if counts.min() < 2:
+        raise ValueError(
+            f"the class {source.class_names[counts.argmin()]!r} has {counts.min()} "
+            f"images in split {split!r} of {source.name!r}: SVMs need at least 2 of "
+            "each class, one to train on and one to test on"
+        )
+
+
+def _unseen_splits(data: ConfigDict) -> str:
     """All splits of a network's own data set but the one it was trained on."""
-    data = saved_config.get_config(str(workdir)).data
     splits = available_splits(data.name, root=data.root, data_dir=data.data_dir)
     return "+".join(split for split in splits if split != "train")
 
@@ -237,7 +262,7 @@ def _report(given: setting.Setting, results: Results) -> Path:
             for metric in metrics
             if measured[metric]
         ],
-        notes=notes,
+        notes=[*notes, *diverged(given, _networks())],
     )
 
 

@@ -14,7 +14,7 @@ from typing import Any
 from experiments import setting
 from experiments.presets import Network
 from experiments.report import Claim, Row, write_report
-from experiments.runs import networks_of, tested
+from experiments.runs import diverged, networks_of, tested
 
 NAME = "table2_pyramid_and_multi_size"
 COLUMNS = ("top-1 error", "top-5 error")
@@ -92,6 +92,9 @@ def _report(given: setting.Setting, errors: Errors, report: dict[str, Any]) -> P
         notes=[
             f"Tested on {report['count']} images of {report['data']}, split "
             f"{report['split']}, {views}; the paper on ImageNet's validation set.",
+            "Multi-size training begins at the larger size, which the test has, and "
+            "takes turns; with an even number of epochs it ends at the smaller.",
+            *diverged(given, NETWORKS),
         ],
     )
 

@@ -13,7 +13,7 @@ from typing import Any
 from experiments import setting
 from experiments.presets import Network
 from experiments.report import Claim, Row, write_report
-from experiments.runs import networks_of, tested
+from experiments.runs import diverged, networks_of, tested
 
 NAME = "table3_full_image"
 COLUMNS = ("top-1 error, crop", "top-1 error, full image")
@@ -62,6 +62,7 @@ def _report(given: setting.Setting, errors: Errors, report: dict[str, Any]) -> P
             f"Tested on {report['count']} images of {report['data']}, split "
             f"{report['split']}, shorter side {report['scales'][0][0]}; the paper on "
             "ImageNet's validation set.",
+            *diverged(given, tuple(PAPER)),
         ],
     )
 

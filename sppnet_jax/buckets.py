@@ -29,11 +29,11 @@ Sizes = Sequence[Bucket] | np.ndarray  # (height, width) of each image, int [N, 
 Key = TypeVar("Key", bound=Hashable)
 
 # What takes a few seconds at most; see `choose_buckets`.
-_MOST_STATES = 40_000
+_MOST_STATES = 100_000
 _MOST_IN_A_CHAIN = 3_000
 _MOST_SIZES_ANY = 200
-_MOST_PAIRS = 12_000
-_MOST_NODES = 200
+_MOST_PAIRS = 60_000
+_MOST_SECONDS = 20
 _MOST_SIZES_SEARCHED = 500
 _IN_FLIGHT = 2
 
@@ -47,8 +47,8 @@ def choose_buckets(
 
     Least is the sum, over the images, of the area of the smallest bucket that holds
     each. It is exact for the sizes that one shorter side, or one longer side, gives, up
-    to about 200 lengths in landscape and 200 in portrait, or 3,000 in one of the two;
-    and for any others, up to about 50 distinct sizes. Beyond, a search stands in, and
+    to about 300 lengths in landscape and 300 in portrait, or 3,000 in one of the two;
+    and for any others, up to about 80 distinct sizes. Beyond, a search stands in, and
     the log says so.
 
     `sizes`: (height, width) of every image, int [N, 2]; repeated sizes weigh more.
@@ -219,18 +219,24 @@ class BucketTable:
 
         Returns: (key, the image's own rows of the function's result, as NumPy), in the
         order in which batches finish.
-        Raises: ValueError naming the key of an image that doesn't fit, before anything
-        is computed for it.
+        Raises: ValueError naming the key of an image that doesn't fit, when the results
+        of all images before it are out.
         """
         running: deque[_Batch] = deque()
         # The watcher notes when a result is ready, whatever this thread is busy with.
         with ThreadPoolExecutor(1) as watcher:
-            for bucket, batch in self._batches(pairs):
-                running.append(self._start(watcher, bucket, batch))
-                if len(running) == _IN_FLIGHT:
-                    yield from self._finish(running.popleft())
+            refused = None
+            try:
+                for bucket, batch in self._batches(pairs):
+                    running.append(self._start(watcher, bucket, batch))
+                    if len(running) == _IN_FLIGHT:
+                        yield from self._finish(running.popleft())
+            except ValueError as error:
+                refused = error
             while running:
                 yield from self._finish(running.popleft())
+            if refused is not None:
+                raise refused
 
     def rows(self) -> list[BucketRow]:
         """One row for each bucket, smallest area first."""
@@ -270,12 +276,18 @@ class BucketTable:
     ) -> Iterator[tuple[Bucket, list[tuple[Key, np.ndarray]]]]:
         """Full batches of one bucket each, then what is left."""
         waiting: dict[Bucket, list[tuple[Key, np.ndarray]]] = defaultdict(list)
-        for key, image in pairs:
-            image, bucket = self._fit(key, image)
-            waiting[bucket].append((key, image))
-            if len(waiting[bucket]) == self.batch_size:
-                yield bucket, waiting.pop(bucket)
+        refused = None
+        try:
+            for key, image in pairs:
+                image, bucket = self._fit(key, image)
+                waiting[bucket].append((key, image))
+                if len(waiting[bucket]) == self.batch_size:
+                    yield bucket, waiting.pop(bucket)
+        except ValueError as error:
+            refused = error
         yield from waiting.items()
+        if refused is not None:
+            raise refused
 
     def _fit(self, key: Hashable, image: np.ndarray) -> tuple[np.ndarray, Bucket]:
         """The image, shrunk where that is needed and allowed, and its bucket."""
@@ -652,7 +664,7 @@ def _cover_any(sizes: np.ndarray, weights: np.ndarray, count: int) -> np.ndarray
             LinearConstraint(to_open_ones, -np.inf, 0),
             LinearConstraint(sparse.csr_array(is_bucket[None]), 0, count),
         ],
-        options={"mip_rel_gap": 0, "node_limit": _MOST_NODES},
+        options={"mip_rel_gap": 0, "time_limit": _MOST_SECONDS},
     )
     return buckets[solved.x[pairs:] > 0.5] if solved.status == 0 else None
 

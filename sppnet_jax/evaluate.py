@@ -82,24 +82,28 @@ def evaluate_from_config(
 
     trained_on = run_folder.load_training_data(workdirs[0])
     source = from_config.open_split(config, "test")
-    for workdir in workdirs:
+    several_views = protocol_name not in ("single", "full_image")
+    configs, protocols = [], []  # all are checked before anything is computed
+    for number, workdir in enumerate(workdirs):
+        own = config if number == 0 else saved_config.get_config(str(workdir))
         from_config.check_classes(source, workdir)
+        from_config.check_can_test(own, workdir, protocol_name)
+        configs.append(own)
+        protocols.append(
+            views.named_protocol(
+                protocol_name,
+                view=own.data.image_size,
+                resize_side=own.data.resize_side,
+                flip=own.data.flip and several_views if flip is None else flip,
+                scales=scales,
+                positions=positions,
+            )
+        )
     from_config.check_training_data_is_unchanged(config, trained_on)
     broken = BrokenImages(source)
     sample = plots.Sample(len(source.records), size=24)
-    networks, protocols = [], []
-    for number, workdir in enumerate(workdirs):
-        own = config if number == 0 else saved_config.get_config(str(workdir))
-        if flip is None:
-            flipped = config.data.flip and protocol_name not in ("single", "full_image")
-        protocol = views.named_protocol(
-            protocol_name,
-            view=own.data.image_size,
-            resize_side=own.data.resize_side,
-            flip=flipped if flip is None else flip,
-            scales=scales,
-            positions=positions,
-        )
+    networks = []
+    for workdir, own, protocol in zip(workdirs, configs, protocols, strict=True):
         scores, tables = from_config.score_split(
             own,
             workdir,
@@ -111,7 +115,6 @@ def evaluate_from_config(
                 sample.add(index, image) if valid else broken.add(index)
             ),
         )
-        protocols.append(protocol)
         networks.append(scores)
         for scale, table in zip(protocol.scales, tables, strict=False):
             log.info("shorter side %d\n%s", scale, table)

@@ -23,7 +23,7 @@ from sppnet_jax.classification.scores import (
 )
 from sppnet_jax.classification.step import Optimizer, init_params
 from sppnet_jax.classification.train import Run
-from sppnet_jax.classification.views import Protocol
+from sppnet_jax.classification.views import ON_CROPS, Protocol
 from sppnet_jax.data.pipeline import Batches, eval_batches, train_batches
 from sppnet_jax.data.sources import Source, available_splits, open_source
 from sppnet_jax.data.statistics import image_statistics
@@ -315,6 +315,18 @@ def extract_split(
         threads=config.data.threads,
         strict=config.data.strict,
     )
+
+
+def check_can_test(config: ConfigDict, workdir: Path, protocol_name: str) -> None:
+    """Raises ValueError or FileNotFoundError if a run can't be tested by a protocol."""
+    if not run_folder.has_checkpoint(workdir):
+        raise FileNotFoundError(f"{workdir} has no checkpoint yet: train first")
+    if not config.model.levels and protocol_name not in ON_CROPS:
+        raise ValueError(
+            f"the network in {workdir} has no spatial pyramid (levels=None), so it "
+            f"can't be tested with {protocol_name}, which pools from maps of any size: "
+            f"use --protocol={' or '.join(ON_CROPS)}"
+        )
 
 
 def check_classes(source: Source, workdir: Path) -> None:

@@ -79,9 +79,12 @@ def predict_files(
         max_buckets=MAX_BUCKETS,
     )
     shown, failed = [], 0
-    for path, scores in zip(paths, found.scores, strict=True):
+    for path, scores, valid in zip(paths, found.scores, found.valid, strict=True):
         try:
             image = decode_image(Path(path).expanduser().read_bytes())
+            if not valid:
+                size = f"{image.shape[1]}×{image.shape[0]}"
+                raise ValueError(f"it can't be resized and cropped at {size} pixels")
         except (OSError, ValueError) as error:
             print(f"{path}: can't be read: {error}")
             failed += 1

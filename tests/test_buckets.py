@@ -336,6 +336,15 @@ def test_results_arrive_while_images_are_still_being_read():
     assert len(read) == 8
 
 
+def test_the_results_before_a_refused_image_are_not_lost():
+    table = make_table()
+    pairs = [(key, noise(40, 50)) for key in range(7)]
+    run, keys = table.map([*pairs, ("large", noise(500, 500)), *pairs]), []
+    with pytest.raises(ValueError, match="'large' of 500×500 fits into no bucket"):
+        keys.extend(key for key, _ in run)
+    assert keys == list(range(7))
+
+
 @pytest.mark.parametrize("size", [(129, 20), (20, 129)])
 def test_an_image_that_fits_no_bucket_is_refused_before_it_is_computed(size):
     table = make_table()

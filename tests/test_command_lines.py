@@ -108,6 +108,9 @@ def test_views_at_several_scales_average_over_networks_and_devices(
     [
         (["--protocol=multi_view", "--scales=20,40"], "scales must be at least 32"),
         (["--protocol=full_image", "--scales=big"], "takes whole numbers such as"),
+        (["--protocol=full_image", "--scales=9"], "needs at least 29"),
+        (["--protocol=full_image", "--views=center"], "one view, the whole image"),
+        (["--protocol=full_image", "--config.model.levels=()"], "no spatial pyramid"),
         (["--protocol=ten_view", "--views=middle"], "unknown view 'middle'"),
         (["--protocol=eleven_view"], "multi_view_full"),
         (["--buckets=0"], "--buckets must be at least 1"),
@@ -397,9 +400,9 @@ def test_ctrl_c_with_worker_processes_saves_a_checkpoint(tmp_path, digit_scenes_
 
 
 def test_a_folder_that_was_never_trained_in_says_so(command_line, tmp_path):
-    for command in ("evaluate", "predict"):
-        error = fails(command_line, f"--workdir={tmp_path}", "a.jpg", command=command)
-        assert "holds no trained run" in error or "unexpected arguments" in error
+    for command, *paths in (["evaluate"], ["predict", "a.jpg"], ["features"]):
+        error = fails(command_line, f"--workdir={tmp_path}", *paths, command=command)
+        assert "holds no trained run" in error
 
 
 @pytest.mark.slow

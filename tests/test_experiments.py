@@ -8,6 +8,7 @@ import pytest
 from experiments import (
     multi_view,
     presets,
+    runs,
     setting,
     svm_features,
     table2_pyramid_and_multi_size,
@@ -15,7 +16,8 @@ from experiments import (
 )
 from experiments.presets import Network, Preset, network_config
 from experiments.report import Claim, Row, percent, write_report
-from experiments.runs import networks_of
+from experiments.runs import diverged, networks_of
+from sppnet_jax.classification.progress import DivergedError
 from sppnet_jax.config import check_config
 from tests.data_helpers import encode, picture
 
@@ -98,6 +100,14 @@ def test_an_interrupted_experiment_goes_on_without_training_again(given, monkeyp
         assert row["paper"]["top-1 error"] in (0.3599, 0.3498, 0.3460)
         assert row["paper_source"] == "as recalled"
     assert len(results["claims"][0]["differences"]) == 2
+    spp = results["rows"][1]["measured"]
+    for column, name in (("top-1 error", "top1"), ("top-5 error", "top5")):
+        tests = [
+            given.folder / f"networks/zf5-6321-single-seed{seed}/evaluate_ten_view.json"
+            for seed in (0, 1)
+        ]
+        right = [json.loads(path.read_text())[f"{name}_correct"] for path in tests]
+        assert spp[column]["values"] == [1 - correct / 8 for correct in right]
     assert (table.parent / "plot.png").stat().st_size > 10_000
     assert "not run" not in table.read_text()
 
@@ -135,6 +145,23 @@ def test_a_preset_that_was_changed_is_not_mixed_with_its_old_networks(given):
     longer = given.preset._replace(make_config=longer_config)
     with pytest.raises(ValueError, match="other settings than this preset has now"):
         list(networks_of(one._replace(preset=longer), ZF5[1:2]))
+    with pytest.raises(ValueError, match="other settings than this preset has now"):
+        list(networks_of(one._replace(root=str(given.folder)), ZF5[1:2]))
+
+
+def test_a_network_that_diverges_is_left_out_and_named(given, monkeypatch, tmp_path):
+    def diverge(config, workdir):
+        workdir.mkdir(parents=True)
+        raise DivergedError("the loss is nan at step 7")
+
+    monkeypatch.setattr(runs, "train_from_config", diverge)
+    elsewhere = given._replace(folder=tmp_path, seeds=(0,))
+    for _ in range(2):  # also when it is run again
+        with pytest.raises(DivergedError, match="every network diverged"):
+            list(networks_of(elsewhere, ZF5[:1]))
+        monkeypatch.setattr(runs, "train_from_config", None)
+    (note,) = diverged(elsewhere, ZF5)
+    assert note == "The training of ZF-5, no SPP, seed 0, diverged: it is left out."
 
 
 @pytest.mark.parametrize("name", presets.PRESETS)

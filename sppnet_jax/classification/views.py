@@ -25,6 +25,7 @@ NAMES = (
     "multi_view",
     "multi_view_full",
 )
+ON_CROPS = ("single", "ten_view")
 _PAPER_VIEW = 224
 _PAPER_SCALES = (224, 256, 300, 360, 448, 560)
 
@@ -76,6 +77,7 @@ def named_protocol(
         if multiple:
             scales = tuple(round(view * side / _PAPER_VIEW) for side in _PAPER_SCALES)
     scales = tuple(sorted(set(scales)))
+    own_positions = tuple(positions)
     if not positions:
         ten = CENTER_AND_CORNERS if name.startswith("ten_view") else ("center",)
         positions = POSITIONS if multiple else ten
@@ -84,13 +86,18 @@ def named_protocol(
         raise ValueError(
             f"unknown view {unknown[0]!r}: choose from {', '.join(POSITIONS)}"
         )
-    on_map = name not in ("single", "ten_view")
+    on_map = name not in ON_CROPS
     if not on_map and len(scales) > 1:
         raise ValueError(
             f"{name} cuts its views out at one scale, got {scales}: for several use "
             "multi_view, which pools them from maps"
         )
     if name == "full_image":
+        if own_positions:
+            raise ValueError(
+                "full_image has one view, the whole image, and takes no others: got "
+                f"{', '.join(own_positions)}"
+            )
         return Protocol(on_map, scales, (), flip, whole_at=scales)
     if min(scales) < view:
         raise ValueError(

@@ -36,7 +36,15 @@ def fit_table(
     `side`: the images' shorter side in pixels; images longer than 4:1 are squeezed.
     `batch_size`: of images of the training size; larger images come in smaller batches.
     `max_buckets`: programs at most.
+
+    Raises: ValueError for a side that is too small for the network.
     """
+    smallest = layers_geometry(model.backbone.layers).min_image_size
+    if side < smallest:
+        raise ValueError(
+            f"images at a shorter side of {side} pixels are too small for this "
+            f"network: it needs at least {smallest}"
+        )
     sizes = whole_sizes(source, side, MAX_ASPECT, threads)
     buckets = choose_buckets(sizes, max_buckets)
     log.info(
@@ -46,10 +54,12 @@ def fit_table(
         ", ".join(f"{height}×{width}" for height, width in buckets),
         100 * padding_waste(sizes, buckets),
     )
+    squeezed = int((sizes.max(axis=1) >= round(MAX_ASPECT * side)).sum())
+    if squeezed:
+        log.warning("%d images are longer than 4:1 and squeezed to it", squeezed)
     area = max(height * width for height, width in buckets)
     batch_size = fitting_batch(batch_size, model.image_size, area)
-    smallest = layers_geometry(model.backbone.layers).min_image_size
-    return BucketTable(function, params, buckets, batch_size, min_side=smallest)
+    return BucketTable(function, params, buckets, batch_size)
 
 
 def fitting_batch(batch_size: int, training_side: int, area: int) -> int:
