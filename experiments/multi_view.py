@@ -82,7 +82,7 @@ def _report(
         rows=rows,
         claims=[
             Claim(
-                f"{PROTOCOLS[more]} have a lower top-1 error than {PROTOCOLS[less]}",
+                f"Lower top-1 error: {PROTOCOLS[more]}, against {PROTOCOLS[less]}",
                 _gains(reports, less, more),
             )
             for less, more in (

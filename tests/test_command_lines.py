@@ -110,7 +110,15 @@ def test_views_at_several_scales_average_over_networks_and_devices(
         (["--protocol=full_image", "--scales=big"], "takes whole numbers such as"),
         (["--protocol=full_image", "--scales=9"], "needs at least 29"),
         (["--protocol=full_image", "--views=center"], "one view, the whole image"),
-        (["--protocol=full_image", "--config.model.levels=()"], "no spatial pyramid"),
+        (
+            [
+                "--protocol=full_image",
+                "--config.model.levels=()",
+                "--config.data.image_size=61",
+                "--config.data.resize_side=61",
+            ],
+            "has no spatial pyramid (levels=None), so it can't be tested with full",
+        ),
         (["--protocol=ten_view", "--views=middle"], "unknown view 'middle'"),
         (["--protocol=eleven_view"], "multi_view_full"),
         (["--buckets=0"], "--buckets must be at least 1"),
