@@ -113,13 +113,15 @@ def train(
                     validation_errors=memory["validation_errors"],
                 )
                 size = _epoch_size(run, step // epoch_steps)
-                arguments = (state, shard_batch(batch), np.float32(rate))
-                if size not in programs:
-                    started = time.monotonic()
-                    jitted = make_train_step(model, optimizer, preprocessing, size=size)
-                    programs[size] = jitted.lower(*arguments).compile()
+                known = size in programs
+                if not known:
+                    programs[size] = make_train_step(
+                        model, optimizer, preprocessing, size=size
+                    )
+                inputs, started = shard_batch(batch), time.monotonic()
+                state, metrics = programs[size](state, inputs, np.float32(rate))
+                if not known:  # the call returns when the program is compiled
                     progress.compiled(step, size, time.monotonic() - started)
-                state, metrics = programs[size](*arguments)
                 step += 1
                 progress.add(step, rate, metrics)
                 epoch_ends = step % epoch_steps == 0
