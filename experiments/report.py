@@ -8,7 +8,7 @@ import datetime
 import json
 import os
 import platform
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,6 +17,7 @@ import matplotlib
 import numpy as np
 from scipy import stats
 
+from experiments.presets import Network
 from experiments.setting import Setting
 
 matplotlib.use("Agg")
@@ -78,6 +79,30 @@ class Claim(NamedTuple):
             f"{found} ({100 * mean:+.1f} points, 95 % interval {between}, from "
             f"{len(self.differences)} pairs)"
         )
+
+
+def network_rows(
+    columns: Sequence[str],
+    measured: Mapping[Network, Mapping[int, Sequence[float]]],
+    paper: Mapping[Network, Sequence[float]],
+    in_text: Sequence[Network] = (),
+) -> list[Row]:
+    """A row for each network of the paper, its shares in the order of the columns.
+
+    `measured`: by network and seed. `in_text`: those whose figures are from the text.
+    """
+    return [
+        Row(
+            network.label,
+            {
+                column: [shares[number] for shares in measured[network].values()]
+                for number, column in enumerate(columns)
+            },
+            dict(zip(columns, figures, strict=True)),
+            "text" if network in in_text else "as recalled",
+        )
+        for network, figures in paper.items()
+    ]
 
 
 def write_report(

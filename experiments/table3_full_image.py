@@ -12,7 +12,7 @@ from typing import Any
 
 from experiments import setting
 from experiments.presets import Network
-from experiments.report import Claim, Row, write_report
+from experiments.report import Claim, network_rows, write_report
 from experiments.runs import diverged, networks_of, tested
 
 NAME = "table3_full_image"
@@ -39,24 +39,13 @@ def main(given: setting.Setting) -> None:
 
 
 def _report(given: setting.Setting, errors: Errors, report: dict[str, Any]) -> Path:
-    rows = [
-        Row(
-            network.label,
-            {
-                column: [both[number] for both in errors[network].values()]
-                for number, column in enumerate(COLUMNS)
-            },
-            dict(zip(COLUMNS, paper, strict=True)),
-        )
-        for network, paper in PAPER.items()
-    ]
     gains = [crop - full for seeds in errors.values() for crop, full in seeds.values()]
     return write_report(
         given,
         NAME,
         title="Centre crop or full image, single-view error",
         columns=COLUMNS,
-        rows=rows,
+        rows=network_rows(COLUMNS, errors, PAPER),
         claims=[Claim("The full image has a lower top-1 error than its crop", gains)],
         notes=[
             f"Tested on {report['count']} images of {report['data']}, split "

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 import sppnet_jax as sn
+from sppnet_jax import bucket_choice
 from sppnet_jax import buckets as buckets_module
 from sppnet_jax.backbones import BACKBONES, LRN, Conv
 from sppnet_jax.buckets import (
@@ -107,7 +108,7 @@ def test_both_exact_methods_agree_on_the_sizes_of_one_shorter_side(lengths):
     distinct, weights = np.unique(sizes, axis=0, return_counts=True)
     for count in (2, 4, 7):
         if count < len(distinct):
-            other = buckets_module._cover_any(distinct, weights, count)
+            other = bucket_choice._cover_any(distinct, weights, count)
             chosen = choose_buckets(sizes, count)
             assert padded_area(sizes, chosen) == padded_area(sizes, other.tolist())
 
@@ -164,7 +165,7 @@ def test_hundreds_of_lengths_in_both_orientations_come_close_to_the_best(
     sizes = fixed_side(np.random.default_rng(2), 50, (50, 171), 2000)
     best = padding_waste(sizes, choose_buckets(sizes, 6))
     assert not caplog.text
-    monkeypatch.setattr(buckets_module, "_MOST_STATES", 2000)
+    monkeypatch.setattr(bucket_choice, "_MOST_STATES", 2000)
     assert best <= padding_waste(sizes, choose_buckets(sizes, 6)) < best + 0.005
     assert "may miss the best ones" in caplog.text
 

@@ -6,7 +6,6 @@ ratio, in fitted buckets (section 3.2). Linear SVMs are trained on the result (`
 
 import json
 import logging
-import sys
 import zipfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -17,11 +16,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import psutil
-from tqdm import tqdm
 
 from sppnet_jax import parallel
 from sppnet_jax.backbones import Conv, layers_geometry
 from sppnet_jax.classification.preprocess import Preprocessing, normalize
+from sppnet_jax.classification.progress import progress_bar
 from sppnet_jax.classification.step import shard_batch
 from sppnet_jax.classification.whole_images import (
     fit_table,
@@ -113,7 +112,7 @@ def extract_features(
     values = np.zeros((records, length), np.float32)
     valid = np.zeros(records, bool)
     broken = BrokenImages(source)
-    with _progress(records, layer) as bar:
+    with progress_bar(layer, records) as bar:
 
         def seen(index: int, decoded: bool) -> None:
             if not decoded:
@@ -339,14 +338,4 @@ def _with_labels(
         names=tuple(name for name, _ in read_again),
         class_names=source.class_names,
         broken=int((~valid).sum()),
-    )
-
-
-def _progress(records: int, layer: str) -> tqdm:
-    return tqdm(
-        total=records,
-        unit="img",
-        desc=layer,
-        mininterval=0.5 if sys.stderr.isatty() else 20,
-        disable=not parallel.is_first_process(),
     )

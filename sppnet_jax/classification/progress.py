@@ -30,6 +30,19 @@ def fresh_memory() -> dict[str, Any]:
     }
 
 
+def progress_bar(name: str, images: int, *, done: int = 0) -> tqdm:
+    """A bar over so many images, shown by the first process; a context manager."""
+    return tqdm(
+        total=images,
+        initial=done,
+        unit="img",
+        desc=name,
+        # In a file each update is a line of its own.
+        mininterval=0.5 if sys.stderr.isatty() else 20,
+        disable=not parallel.is_first_process(),
+    )
+
+
 class Progress:
     """Turns the metrics of steps into log rows, the progress bar and epoch averages.
 
@@ -54,14 +67,8 @@ class Progress:
         self._pending: deque[tuple[int, float, dict[str, jax.Array]]] = deque()
         self._shown: dict[str, str] = {}
         self._timed_from = (step, time.monotonic())
-        self._bar = tqdm(
-            total=last_step * batch_size,
-            initial=step * batch_size,
-            unit="img",
-            desc="training",
-            # In a file each update is a line of its own.
-            mininterval=0.5 if sys.stderr.isatty() else 20,
-            disable=not parallel.is_first_process(),
+        self._bar = progress_bar(
+            "training", last_step * batch_size, done=step * batch_size
         )
 
     def __enter__(self) -> "Progress":

@@ -4,19 +4,18 @@
 buckets and pools the views from their maps.
 """
 
-import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from tqdm import tqdm
 
 from sppnet_jax import parallel
 from sppnet_jax.backbones import layers_geometry
 from sppnet_jax.buckets import BucketTable
 from sppnet_jax.classification.preprocess import Preprocessing, normalize
+from sppnet_jax.classification.progress import progress_bar
 from sppnet_jax.classification.step import shard_batch
 from sppnet_jax.classification.views import Protocol, view_windows
 from sppnet_jax.classification.whole_images import fit_table, map_whole_images
@@ -76,7 +75,7 @@ def score_crops(
     replicated = parallel.replicate(params)
     found = _Collector(records, model.num_classes)
     views = len(protocol.positions) * (2 if protocol.flip else 1)
-    with batches, _progress(records) as bar:
+    with batches, progress_bar("testing", records) as bar:
         for batch in batches:
             sums = np.asarray(program(replicated, shard_batch(batch)))
             for row, total in enumerate(sums.reshape(-1, model.num_classes)):
@@ -126,7 +125,7 @@ def score_maps(
     records = len(source.records)
     found = _Collector(records, model.num_classes)
     tables: list[BucketTable] = []
-    with _progress(records * len(protocol.scales)) as bar:
+    with progress_bar("testing", records * len(protocol.scales)) as bar:
 
         def seen(example: Example) -> None:
             index, mask = int(example["index"]), bool(example["mask"])
@@ -217,13 +216,3 @@ def _mirror(images: jax.Array, sizes: jax.Array) -> jax.Array:
     column = jnp.arange(images.shape[2])
     source = jnp.maximum(sizes[:, 1:] - 1 - column, 0)
     return jnp.take_along_axis(images, source[:, None, :, None], axis=2)
-
-
-def _progress(records: int) -> tqdm:
-    return tqdm(
-        total=records,
-        unit="img",
-        desc="testing",
-        mininterval=0.5 if sys.stderr.isatty() else 20,
-        disable=not parallel.is_first_process(),
-    )
