@@ -30,10 +30,16 @@ _PROCESS_COUNT = flags.DEFINE_integer("process_count", 1, "How many processes ru
 _TRACEBACK = flags.DEFINE_bool("traceback", False, "Show where an error came from.")
 
 
-def run(main: Callable[[Sequence[str]], None], *, saved_config: bool = False) -> None:
+def run(
+    main: Callable[[Sequence[str]], None],
+    *,
+    saved_config: bool = False,
+    base: Callable[[], ConfigDict] = base_config,
+) -> None:
     """Runs a command line; user errors print their message and exit with 1.
 
     `saved_config`: without a --config, the one that --workdir was trained with.
+    `base`: makes a config that has all the fields there are.
     """
 
     def guarded(argv: Sequence[str]) -> None:
@@ -51,19 +57,19 @@ def run(main: Callable[[Sequence[str]], None], *, saved_config: bool = False) ->
     app.run(
         guarded,
         flags_parser=lambda argv: _parse_flags(
-            _with_saved_config(argv) if saved_config else argv
+            _with_saved_config(argv) if saved_config else argv, base
         ),
     )
 
 
-def given_config() -> ConfigDict:
+def given_config(check: Callable[[ConfigDict], None] = check_config) -> ConfigDict:
     """The config of the command line, checked."""
     config = CONFIG.value
     if config is None:
         raise ValueError("give a config: --config=configs/digits.py")
     if not isinstance(config, ConfigDict):
         raise ValueError(_why_unreadable(config))
-    check_config(config)
+    check(config)
     return config
 
 
@@ -120,7 +126,7 @@ def _with_saved_config(argv: list[str]) -> list[str]:
     return [argv[0], f"--config={file}:{first}", *argv[1:]]
 
 
-def _parse_flags(argv: list[str]) -> list[str]:
+def _parse_flags(argv: list[str], base: Callable[[], ConfigDict]) -> list[str]:
     try:
         return flags.FLAGS(argv)
     except flags.Error as error:
@@ -128,18 +134,18 @@ def _parse_flags(argv: list[str]) -> list[str]:
     except FileNotFoundError as error:
         sys.exit(f"error: {error}")
     except (AttributeError, KeyError):
-        unknown = _first_unknown_field(argv)
+        unknown = _first_unknown_field(argv, base())
         if unknown is None:
             raise
         sys.exit(f"error: {unknown}")
 
 
-def _first_unknown_field(argv: list[str]) -> str | None:
+def _first_unknown_field(argv: list[str], base: ConfigDict) -> str | None:
     for argument in argv:
         name = argument.split("=", 1)[0].lstrip("-")
         if not name.startswith("config."):
             continue
-        group: Any = base_config()
+        group: Any = base
         path = name.removeprefix("config.").split(".")
         for depth, part in enumerate(path):
             if not isinstance(group, ConfigDict) or part not in group:

@@ -79,7 +79,7 @@ def check_config(config: ConfigDict) -> None:
 
     It needs no data and no device: mistakes are found before anything is loaded.
     """
-    _check_fields(config, base_config(), "config")
+    check_fields(config, base_config(), "config")
     create_model(
         config.model.backbone,
         tuple(config.model.levels) or None,
@@ -88,10 +88,10 @@ def check_config(config: ConfigDict) -> None:
         dropout=config.model.dropout,
         weight_init=config.model.weight_init,
     )
-    _one_of(config, "data.crop", CROPS)
-    _one_of(config, "schedule", KINDS)
+    one_of(config, "data.crop", CROPS)
+    one_of(config, "schedule", KINDS)
     for name in ("epochs", "batch_size", "scale"):
-        _at_least(config, name, 0, strictly=True)
+        at_least(config, name, 0, strictly=True)
     for name in (
         "seed",
         "data.workers",
@@ -105,7 +105,7 @@ def check_config(config: ConfigDict) -> None:
         "plateau_improvement",
         "plateau_drops",
     ):
-        _at_least(config, name, 0)
+        at_least(config, name, 0)
     for name in (
         "data.threads",
         "keep_checkpoints",
@@ -113,7 +113,7 @@ def check_config(config: ConfigDict) -> None:
         "plateau_epochs",
         "drop_factor",
     ):
-        _at_least(config, name, 1)
+        at_least(config, name, 1)
     if config.seed >= 2**32:
         raise ValueError(f"config.seed must be below 2**32, got {config.seed}")
     if not 0 < config.data.min_area <= 1:
@@ -157,7 +157,8 @@ def _check_training_sizes(config: ConfigDict) -> None:
     backbone_geometry(config.model.backbone).map_size(sides[0])
 
 
-def _check_fields(config: ConfigDict, base: ConfigDict, where: str) -> None:
+def check_fields(config: ConfigDict, base: ConfigDict, where: str) -> None:
+    """Raises ValueError unless a config has the fields of another, and no more."""
     for name in config:
         if name not in base:
             raise ValueError(
@@ -169,7 +170,7 @@ def _check_fields(config: ConfigDict, base: ConfigDict, where: str) -> None:
                 f"{where} lacks the field {name!r}: begin with base_config()"
             )
         if isinstance(base[name], ConfigDict):
-            _check_fields(config[name], base[name], f"{where}.{name}")
+            check_fields(config[name], base[name], f"{where}.{name}")
 
 
 def _get(config: ConfigDict, name: str) -> Any:
@@ -178,15 +179,17 @@ def _get(config: ConfigDict, name: str) -> Any:
     return config
 
 
-def _one_of(config: ConfigDict, name: str, values: tuple[str, ...]) -> None:
+def one_of(config: ConfigDict, name: str, values: tuple[str, ...]) -> None:
+    """Raises ValueError unless a setting such as "data.crop" has one of the values."""
     value = _get(config, name)
     if value not in values:
         raise ValueError(f"config.{name} is {value!r}: choose from {', '.join(values)}")
 
 
-def _at_least(
+def at_least(
     config: ConfigDict, name: str, low: float, *, strictly: bool = False
 ) -> None:
+    """Raises ValueError for a setting below `low`; if `strictly`, also at it."""
     value = _get(config, name)
     if value < low or (strictly and value == low):
         bound = "more than" if strictly else "at least"

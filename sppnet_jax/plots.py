@@ -64,7 +64,7 @@ def plot_training(workdir: Path) -> Path:
         axes.spines[["top", "right"]].set_visible(False)
         if axes.get_legend_handles_labels()[0]:
             axes.legend(frameon=False)
-    return _save(figure, workdir / "training.png")
+    return save_figure(figure, workdir / "training.png")
 
 
 def plot_predictions(predictions: Sequence[Prediction], path: Path) -> Path:
@@ -88,16 +88,17 @@ def plot_predictions(predictions: Sequence[Prediction], path: Path) -> Path:
             color = RIGHT if right else WRONG
             title += "" if right else f"\nnot {shown.label}"
         axes.set_title(title, color=color, fontsize=9, parse_math=False)
-    return _save(figure, path)
+    return save_figure(figure, path)
+
+
+def save_figure(figure: Figure, path: Path) -> Path:
+    """Writes a figure and closes it; returns its path."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+    return path
 
 
 def _line(axes: Axes, rows: list[dict], name: str, **style: Any) -> None:
     if rows:
         axes.plot([r["epoch"] for r in rows], [r[name] for r in rows], **style)
-
-
-def _save(figure: Figure, path: Path) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
-    return path

@@ -44,7 +44,7 @@ def save_config(workdir: Path, config: dict[str, Any]) -> None:
 
 def load_config(workdir: Path) -> dict[str, Any]:
     """The settings that a run was trained with; FileNotFoundError if there are none."""
-    return _read_json(workdir / CONFIG_FILE)
+    return read_json(workdir / CONFIG_FILE)
 
 
 def save_training_data(workdir: Path, data: TrainingData) -> None:
@@ -54,7 +54,7 @@ def save_training_data(workdir: Path, data: TrainingData) -> None:
 
 def load_training_data(workdir: Path) -> TrainingData:
     """What a run was trained on; FileNotFoundError if there is none."""
-    stored = _read_json(workdir / DATA_FILE)
+    stored = read_json(workdir / DATA_FILE)
     return TrainingData(**{**stored, "class_names": tuple(stored["class_names"])})
 
 
@@ -82,7 +82,8 @@ def write_json(path: Path, value: Any) -> None:
     partial.rename(path)
 
 
-def _read_json(path: Path) -> Any:
+def read_json(path: Path) -> Any:
+    """The value of a file in a run's folder; FileNotFoundError if it isn't there."""
     if not path.exists():
         raise FileNotFoundError(
             f"{path.parent} holds no trained run ({path.name} is missing): train with "

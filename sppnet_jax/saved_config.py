@@ -9,10 +9,12 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from sppnet_jax.config import base_config
+from sppnet_jax.detection_config import detection_base_config
 from sppnet_jax.run_folder import load_config
 
 
 def get_config(workdir: str) -> ConfigDict:
-    config = base_config()
-    config.update(load_config(Path(workdir).expanduser()))
+    saved = load_config(Path(workdir).expanduser())
+    config = detection_base_config() if "proposals" in saved else base_config()
+    config.update(saved)
     return config

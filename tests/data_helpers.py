@@ -1,5 +1,6 @@
 """Small images, folders and sources for the tests of the data package."""
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import cv2
@@ -45,3 +46,58 @@ def make_source(
         label = labels[i] if labels else i % 3
         records.append({"image": image, "label": label, "name": f"picture_{i}.png"})
     return Source(records, ("red", "green", "blue"), "memory", "train")
+
+
+def voc_object(
+    box: Sequence[object] = (5, 3, 14, 9), name: str = "cat", **tags: str | None
+) -> str:
+    """The XML of an object; `box` is VOC's xmin, ymin, xmax, ymax, None to leave out.
+
+    `tags`: the text of pose, truncated, difficult or any other tag; None leaves it out.
+    """
+    texts = {"pose": "Left", "truncated": "1", "difficult": "0"} | tags
+    sides = zip(("xmin", "ymin", "xmax", "ymax"), box, strict=True)
+    coordinates = "".join(f"<{k}>{v}</{k}>" for k, v in sides if v is not None)
+    named = f"<name>{name}</name>" if name else ""
+    rest = "".join(f"<{k}>{v}</{k}>" for k, v in texts.items() if v is not None)
+    return f"<object>{named}{rest}<bndbox>{coordinates}</bndbox></object>"
+
+
+def voc_xml(*objects: str, size: tuple[object, object] | None = (24, 32)) -> str:
+    """The XML of an image, with its (height, width) unless it is None."""
+    told = ""
+    if size:
+        told = f"<size><width>{size[1]}</width><height>{size[0]}</height></size>"
+    return (
+        f"<annotation><filename>x.jpg</filename>{told}{''.join(objects)}</annotation>"
+    )
+
+
+def write_voc_folder(
+    root: Path,
+    annotations: Mapping[str, str | bytes | None],
+    lists: Mapping[str, str | bytes] | None = None,
+    *,
+    size: tuple[int, int] = (24, 32),
+    suffix: str = ".png",
+) -> Path:
+    """Writes a folder in Pascal VOC layout with a different picture for each id.
+
+    `annotations`: for each id the text of its XML, or None for an image without.
+    `lists`: the texts of the lists in ImageSets/Main, by their file names.
+
+    Returns: the root.
+    """
+    for folder in ("JPEGImages", "Annotations"):
+        (root / folder).mkdir(parents=True, exist_ok=True)
+    for seed, (key, xml) in enumerate(annotations.items()):
+        image = encode(picture(*size, seed=seed), suffix)
+        (root / f"JPEGImages/{key}{suffix}").write_bytes(image)
+        if xml is not None:
+            data = xml if isinstance(xml, bytes) else xml.encode()
+            (root / f"Annotations/{key}.xml").write_bytes(data)
+    for name, text in (lists or {}).items():
+        path = root / "ImageSets/Main" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    return root

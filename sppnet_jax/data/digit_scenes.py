@@ -17,6 +17,8 @@ import numpy as np
 import sklearn.datasets
 import tensorflow_datasets as tfds
 
+from sppnet_jax.data.voc_folder import detection_features
+
 CLASS_NAMES = tuple("0123456789")
 SHORTER_SIDE = (48, 112)
 # The centred square, relative to the shorter side, that holds a classification digit.
@@ -29,7 +31,6 @@ _SCENES_PER_DIGIT = {"train": 8, "test": 3}
 _DETECTION_SCENES = {"train": 1500, "test": 400}
 _LEAST_CONTRAST = 80.0
 _JPEG_QUALITY = 95
-_POSES = ("frontal", "rear", "left", "right", "unspecified")
 
 
 class DigitScenes(tfds.core.GeneratorBasedBuilder):
@@ -58,7 +59,11 @@ class DigitScenes(tfds.core.GeneratorBasedBuilder):
         return tfds.core.DatasetInfo(
             builder=self,
             description="Handwritten digits on crops of photographs.",
-            features=_detection_features() if detection else _classification_features(),
+            features=(
+                detection_features(CLASS_NAMES, encoding_format="jpeg")
+                if detection
+                else _classification_features()
+            ),
             supervised_keys=None if detection else ("image", "label"),
             homepage="https://scikit-learn.org/stable/datasets/toy_dataset.html",
         )
@@ -278,26 +283,5 @@ def _classification_features() -> tfds.features.FeaturesDict:
             "image": tfds.features.Image(shape=(None, None, 3), encoding_format="jpeg"),
             "label": tfds.features.ClassLabel(names=CLASS_NAMES),
             "digit_index": tfds.features.Scalar(np.int32),
-        }
-    )
-
-
-def _detection_features() -> tfds.features.FeaturesDict:
-    label = tfds.features.ClassLabel(names=CLASS_NAMES)
-    return tfds.features.FeaturesDict(
-        {
-            "image": tfds.features.Image(shape=(None, None, 3), encoding_format="jpeg"),
-            "image/filename": tfds.features.Text(),
-            "objects": tfds.features.Sequence(
-                {
-                    "label": label,
-                    "bbox": tfds.features.BBoxFeature(),
-                    "pose": tfds.features.ClassLabel(names=_POSES),
-                    "is_truncated": np.bool_,
-                    "is_difficult": np.bool_,
-                }
-            ),
-            "labels": tfds.features.Sequence(label),
-            "labels_no_difficult": tfds.features.Sequence(label),
         }
     )

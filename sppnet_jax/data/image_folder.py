@@ -11,7 +11,7 @@ import hashlib
 import io
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -51,8 +51,7 @@ class FolderScan(NamedTuple):
     @property
     def config_name(self) -> str:
         """Names the folder and the state it is in."""
-        folder = re.sub(r"[^A-Za-z0-9_-]+", "_", self.root.name) or "root"
-        return f"{folder}-{self.fingerprint}"
+        return name_config(self.root, self.fingerprint)
 
 
 class ImageFolder(
@@ -100,7 +99,7 @@ class ImageFolder(
 
     def _generate_examples(self, split: str) -> Iterator[tuple[str, dict[str, Any]]]:
         for class_name, path in self._scan.splits[split]:
-            name = _printable(path)
+            name = printable(path)
             yield (
                 name,
                 {
@@ -124,7 +123,7 @@ def scan_folder(root: str | os.PathLike[str]) -> FolderScan:
     has no class folders or only one, lacks a train split, or has a class folder or a
     split without images, or a class that train lacks.
     """
-    folder = _existing_folder(root)
+    folder = existing_folder(root, "image folder", _LAYOUT)
     split_folders = _split_folders(folder)
     classes: dict[str, dict[str, list[str]]] = {}
     ignored: list[str] = []
@@ -152,28 +151,93 @@ def scan_folder(root: str | os.PathLike[str]) -> FolderScan:
         split: [(name, path) for name in sorted(found) for path in found[name]]
         for split, found in classes.items()
     }
-    fingerprint = _fingerprint(folder, splits)
-    return FolderScan(folder, class_names, splits, fingerprint, tuple(notes))
+    files = ((split, path) for split in splits for _, path in splits[split])
+    state = fingerprint(folder, files)
+    return FolderScan(folder, class_names, splits, state, tuple(notes))
 
 
-def _existing_folder(root: str | os.PathLike[str]) -> Path:
+def existing_folder(root: str | os.PathLike[str], kind: str, layout: str) -> Path:
+    """The folder's absolute path, links resolved.
+
+    `kind`: what to call it in an error. `layout`: a sentence on what it should hold.
+
+    Raises: FileNotFoundError if there is no such folder; ValueError if it is a file.
+    """
     folder = Path(root).expanduser()
     if not folder.exists():
-        raise FileNotFoundError(f"there is no image folder {str(folder)!r}. {_LAYOUT}")
+        raise FileNotFoundError(f"there is no {kind} {str(folder)!r}. {layout}")
     if not folder.is_dir():
         raise ValueError(
-            f"the image folder {str(folder)!r} is a file. If it is an archive, unpack "
-            f"it first. {_LAYOUT}"
+            f"the {kind} {str(folder)!r} is a file. If it is an archive, unpack it "
+            f"first. {layout}"
         )
     return folder.resolve()
 
 
+def name_config(root: Path, state: str) -> str:
+    """Names a folder and the state it is in, which is its `fingerprint`."""
+    folder = re.sub(r"[^A-Za-z0-9_-]+", "_", root.name) or "root"
+    return f"{folder}-{state}"
+
+
+def fingerprint(folder: Path, files: Iterable[tuple[str, str]]) -> str:
+    """A hash of files' uses, paths, sizes and times of change.
+
+    `files`: for each file what it is for, such as its split, and its path in `folder`.
+
+    Returns: 12 hexadecimal digits.
+    """
+    digest = hashlib.sha256()
+    for use, path in files:
+        stat = os.stat(folder / path)
+        line = f"{use}\0{printable(path)}\0{stat.st_size}\0{stat.st_mtime_ns}\n"
+        digest.update(line.encode())
+    return digest.hexdigest()[:12]
+
+
+def hold_out(paths: Iterable[str]) -> set[str]:
+    """Every fifth of the paths, in the order of a hash of each."""
+    # By a hash, because neighbouring names are often shots of one scene.
+    order = sorted(paths, key=_hash)
+    return set(order[HOLD_OUT_EVERY - 1 :: HOLD_OUT_EVERY])
+
+
+def walk_files(folder: Path, above: tuple[str, ...] = ()) -> Iterator[Path]:
+    """Yields every visible file at any depth, following links, but not in circles."""
+    real = os.path.realpath(folder)
+    if real in above:
+        return
+    folders, files = list_folder(folder)
+    yield from (folder / name for name in files)
+    for name in folders:
+        yield from walk_files(folder / name, (*above, real))
+
+
+def list_folder(folder: Path) -> tuple[list[str], list[str]]:
+    """The names of a folder's visible folders and files, sorted."""
+    with os.scandir(folder) as entries:
+        visible = [entry for entry in entries if not _is_hidden(entry.name)]
+    folders = sorted(entry.name for entry in visible if entry.is_dir())
+    return folders, sorted(entry.name for entry in visible if not entry.is_dir())
+
+
+def is_image(path: Path) -> bool:
+    """Whether there is a file of this path with the suffix of an image."""
+    # A broken link or a pipe is no image, whatever its name.
+    return path.name.lower().endswith(IMAGE_SUFFIXES) and path.is_file()
+
+
+def printable(path: str) -> str:
+    """A path as text: file names are bytes, and TFDS stores text."""
+    return os.fsencode(path).decode("utf-8", "backslashreplace")
+
+
 def _split_folders(folder: Path) -> dict[str, Path]:
     """Maps splits to folders; {"train": folder} where there are no split folders."""
-    subfolders, files = _list(folder)
+    subfolders, files = list_folder(folder)
     if not subfolders:
         found = f"{len(files)} files" if files else "nothing"
-        images = sum(_is_image(folder / name) for name in files)
+        images = sum(is_image(folder / name) for name in files)
         if images:
             found = f"{images} images that are in no class folder"
         raise ValueError(f"no class folders in {str(folder)!r}, but {found}. {_LAYOUT}")
@@ -203,7 +267,7 @@ def _split_folders(folder: Path) -> dict[str, Path]:
         )
     for name in sorted(set(subfolders) - set(splits)):
         # Annotations and the like may lie there, but images must not be overlooked.
-        if any(_is_image(path) for path in _walk(folder / name)):
+        if any(is_image(path) for path in walk_files(folder / name)):
             raise ValueError(
                 f"{str(folder)!r} has split folders {sorted(splits)}, but beside them "
                 f"{name!r} holds images that are in no class folder of a split; move "
@@ -220,7 +284,7 @@ def _scan_classes(
     split_folder: Path, root: Path
 ) -> tuple[dict[str, list[str]], list[str]]:
     """The images of each class folder, and the other files, as paths."""
-    subfolders, files = _list(split_folder)
+    subfolders, files = list_folder(split_folder)
     if not subfolders:
         raise ValueError(
             f"the split folder {str(split_folder)!r} is empty: it holds no class "
@@ -231,15 +295,15 @@ def _scan_classes(
     for name in subfolders:
         images: list[str] = []
         others: list[str] = []
-        for path in _walk(split_folder / name):
-            (images if _is_image(path) else others).append(os.path.relpath(path, root))
+        for path in walk_files(split_folder / name):
+            (images if is_image(path) else others).append(os.path.relpath(path, root))
         if not images:
             raise ValueError(
                 f"the class folder {str(split_folder / name)!r} holds no images "
                 f"({len(others)} other files). Remove it, or add images named "
                 f"{', '.join('*' + suffix for suffix in IMAGE_SUFFIXES)}"
             )
-        classes[_printable(name)] = sorted(images)
+        classes[printable(name)] = sorted(images)
         ignored += others
     return classes, ignored
 
@@ -248,7 +312,7 @@ def _check_classes(folder: Path, classes: dict[str, dict[str, list[str]]]) -> No
     train = classes["train"]
     if len(train) == 1:
         (name,) = train
-        nested = (folder / name).is_dir() and _list(folder / name)[0]
+        nested = (folder / name).is_dir() and list_folder(folder / name)[0]
         hint = f"Did you mean {str(folder / name)!r}? " if nested else ""
         raise ValueError(
             f"{str(folder)!r} has only one class, {name!r}; a classifier needs at "
@@ -269,9 +333,7 @@ def _hold_out(
     kept: dict[str, list[str]] = {}
     held_out: dict[str, list[str]] = {}
     for name, paths in train.items():
-        # By a hash, because neighbouring names are often shots of one scene.
-        order = sorted(paths, key=lambda path: _hash(path))
-        test = set(order[HOLD_OUT_EVERY - 1 :: HOLD_OUT_EVERY])
+        test = hold_out(paths)
         kept[name] = [path for path in paths if path not in test]
         if test:
             held_out[name] = sorted(test)
@@ -284,53 +346,14 @@ def _hold_out(
     return {"train": kept, "test": held_out}
 
 
-def _fingerprint(folder: Path, splits: dict[str, list[tuple[str, str]]]) -> str:
-    digest = hashlib.sha256()
-    for split, images in splits.items():
-        for _, path in images:
-            stat = os.stat(folder / path)
-            line = f"{split}\0{_printable(path)}\0{stat.st_size}\0{stat.st_mtime_ns}\n"
-            digest.update(line.encode())
-    return digest.hexdigest()[:12]
-
-
-def _list(folder: Path) -> tuple[list[str], list[str]]:
-    """The names of a folder's visible folders and files, sorted."""
-    with os.scandir(folder) as entries:
-        visible = [entry for entry in entries if not _is_hidden(entry.name)]
-    folders = sorted(entry.name for entry in visible if entry.is_dir())
-    return folders, sorted(entry.name for entry in visible if not entry.is_dir())
-
-
-def _walk(folder: Path, above: tuple[str, ...] = ()) -> Iterator[Path]:
-    """Yields every visible file at any depth, following links, but not in circles."""
-    real = os.path.realpath(folder)
-    if real in above:
-        return
-    folders, files = _list(folder)
-    yield from (folder / name for name in files)
-    for name in folders:
-        yield from _walk(folder / name, (*above, real))
-
-
 def _holds_only_images(folder: Path) -> bool:
-    folders, files = _list(folder)
-    return not folders and any(_is_image(folder / name) for name in files)
+    folders, files = list_folder(folder)
+    return not folders and any(is_image(folder / name) for name in files)
 
 
 def _is_hidden(name: str) -> bool:
     return name.startswith(".") or name == "__MACOSX"
 
 
-def _is_image(path: Path) -> bool:
-    # A broken link or a pipe is no image, whatever its name.
-    return path.name.lower().endswith(IMAGE_SUFFIXES) and path.is_file()
-
-
 def _hash(text: str) -> bytes:
-    return hashlib.sha256(_printable(text).encode()).digest()
-
-
-def _printable(path: str) -> str:
-    # File names are bytes; TFDS stores text.
-    return os.fsencode(path).decode("utf-8", "backslashreplace")
+    return hashlib.sha256(printable(text).encode()).digest()

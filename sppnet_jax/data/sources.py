@@ -2,6 +2,7 @@
 
     open_source("digit_scenes/classification", "train")
     open_source("image_folder", "test", root="~/flowers")
+    open_source("voc_folder", "trainval", root="~/VOCdevkit", multi_label=True)
     open_source("imagenet2012", "validation", data_dir="/data/tfds")
     open_source("voc/2007", "test", multi_label=True)
 
@@ -23,9 +24,19 @@ from typing import Any, NamedTuple, NotRequired, Protocol, TypedDict
 import numpy as np
 import tensorflow_datasets as tfds
 
-from sppnet_jax.data import image_folder
+from sppnet_jax.data import image_folder, voc_folder
 
 log = logging.getLogger(__name__)
+
+_OWN = ("digit_scenes", "image_folder", "voc_folder")
+
+
+class Objects(NamedTuple):
+    """The objects of an image: where they are, and of which classes."""
+
+    boxes: np.ndarray  # float64 [N, 4], half-open, 0-based pixels of the image
+    labels: np.ndarray  # int32 [N]
+    difficult: np.ndarray  # bool [N]
 
 
 class Record(TypedDict):
@@ -33,11 +44,13 @@ class Record(TypedDict):
 
     It has `label`, or in a multi-label source `labels`, int8 [classes]: 1 for a class
     that is present, 0 where all its instances are difficult ones, -1 if it is absent.
+    In a detection source it has `objects` too.
     """
 
     image: bytes
     label: NotRequired[int]
     labels: NotRequired[np.ndarray]
+    objects: NotRequired[Objects]
     name: str
 
 
@@ -59,9 +72,11 @@ class Source(NamedTuple):
     multi_label: bool = False
 
 
-class _TfdsRecords:
+class TfdsRecords:
+    """The records of a split, as the features named by `keys` have them."""
+
     def __init__(
-        self, builder: tfds.core.DatasetBuilder, split: str, keys: "_Keys"
+        self, builder: tfds.core.DatasetBuilder, split: str, keys: "Keys"
     ) -> None:
         images = {
             key: tfds.decode.SkipDecoding()
@@ -72,7 +87,7 @@ class _TfdsRecords:
         self._full_name = builder.info.full_name
         self._split = split
         self._keys = keys
-        self._num_classes = len(_class_label(builder, keys).names)
+        self._num_classes = len(class_label(builder, keys).names)
 
     def __len__(self) -> int:
         return len(self._examples)
@@ -80,8 +95,9 @@ class _TfdsRecords:
     def __getitem__(self, index: int) -> Record:
         if not 0 <= index < len(self):
             raise IndexError(f"no record {index} in {len(self)} of {self._split!r}")
-        example = self._examples[index]
-        name = f"{self._split}[{index}]"
+        return self._to_record(self._examples[index], f"{self._split}[{index}]")
+
+    def _to_record(self, example: dict[str, Any], name: str) -> Record:
         if self._keys.name:
             name = bytes(example[self._keys.name]).decode("utf-8", "replace")
         record: Record = {"image": bytes(example[self._keys.image]), "name": name}
@@ -112,7 +128,9 @@ class _TfdsRecords:
         return labels
 
 
-class _Keys(NamedTuple):
+class Keys(NamedTuple):
+    """Which features of a data set are the image, its label or labels and its name."""
+
     image: str
     label: str
     name: str  # "" where the data set names no files
@@ -133,11 +151,12 @@ def open_source(
     first use, or the name of a TFDS data set ("name", "name/config", "name:1.2.3")
     already prepared as ArrayRecord.
     `split`: "train", "test", …, or a TFDS slice such as "train[:80%]".
-    `root`: the folder of an "image_folder".
+    `root`: the folder of an "image_folder" or a "voc_folder".
     `data_dir`: where TFDS data sets lie; if empty, TFDS's default (environment variable
     TFDS_DATA_DIR, else ~/tensorflow_datasets).
     `multi_label`: opens a data set of images with several classes each, laid out as
-    TFDS's voc is: "voc/2007", or "digit_scenes/detection", prepared on first use.
+    TFDS's voc is: "voc/2007", or "digit_scenes/detection" or "voc_folder", prepared on
+    first use.
 
     Returns: the source; `check_labels` has passed for data sets of others' making.
     Raises: ValueError for an unknown data set or split, an empty split, a data set that
@@ -145,13 +164,13 @@ def open_source(
     has labels outside the range of its classes; FileNotFoundError for a data set that
     isn't prepared, saying what to run.
     """
-    builder = _open_builder(dataset, root, data_dir)
-    _check_split(builder, split)
-    keys = _find_multi_label_keys(builder) if multi_label else _find_keys(builder)
-    records = _TfdsRecords(builder, split, keys)
-    class_names = tuple(_class_label(builder, keys).names)
+    builder = open_builder(dataset, root, data_dir)
+    check_split(builder, split)
+    keys = find_multi_label_keys(builder) if multi_label else _find_keys(builder)
+    records = TfdsRecords(builder, split, keys)
+    class_names = tuple(class_label(builder, keys).names)
     source = Source(records, class_names, dataset, split, multi_label)
-    if not _is_own(dataset):
+    if not is_own(dataset):
         check_labels(source)
     return source
 
@@ -160,7 +179,7 @@ def available_splits(
     dataset: str, *, root: str = "", data_dir: str = ""
 ) -> tuple[str, ...]:
     """The names of a data set's splits; arguments as for `open_source`."""
-    return tuple(_open_builder(dataset, root, data_dir).info.splits)
+    return tuple(open_builder(dataset, root, data_dir).info.splits)
 
 
 def check_labels(
@@ -221,26 +240,30 @@ def _check_multi_label(source: Source, record: Record) -> None:
         )
 
 
-def _is_own(dataset: str) -> bool:
-    return dataset.split("/")[0] in ("digit_scenes", "image_folder")
+def is_own(dataset: str) -> bool:
+    """Whether the project itself makes a data set, so that its labels are in order."""
+    return dataset.split("/")[0] in _OWN
 
 
-def _open_builder(dataset: str, root: str, data_dir: str) -> tfds.core.DatasetBuilder:
+def open_builder(dataset: str, root: str, data_dir: str) -> tfds.core.DatasetBuilder:
+    """The prepared TFDS builder of a data set; arguments as for `open_source`."""
     data_dir = data_dir or os.environ.get("TFDS_DATA_DIR", "")
     directory = Path(data_dir or tfds.core.constants.DATA_DIR).expanduser()
-    if dataset == "image_folder":
+    if dataset in ("image_folder", "voc_folder"):
         if not root:
             raise ValueError(
-                "the data set 'image_folder' needs its folder: set root (on the "
-                "command line, --config.data.root=FOLDER)"
+                f"the data set {dataset!r} needs its folder: set root (on the command "
+                "line, --config.data.root=FOLDER)"
             )
-        return _prepare_folder(root, directory)
+        if dataset == "voc_folder":
+            return _prepare_voc_folder(root, directory)
+        return _prepare_image_folder(root, directory)
     if dataset.split("/")[0] == "digit_scenes":
         return _prepare_digit_scenes(dataset, directory)
     return _open_prepared(dataset, directory)
 
 
-def _prepare_folder(root: str, directory: Path) -> tfds.core.DatasetBuilder:
+def _prepare_image_folder(root: str, directory: Path) -> tfds.core.DatasetBuilder:
     scan = image_folder.scan_folder(root)
     version = str(image_folder.ImageFolder.VERSION)
 
@@ -250,6 +273,20 @@ def _prepare_folder(root: str, directory: Path) -> tfds.core.DatasetBuilder:
         return image_folder.ImageFolder(scan, data_dir=str(directory))
 
     path = directory / image_folder.ImageFolder.name / scan.config_name / version
+    return _prepare(path, make_builder)
+
+
+def _prepare_voc_folder(root: str, directory: Path) -> tfds.core.DatasetBuilder:
+    scan = voc_folder.scan_folder(root)
+    version = str(voc_folder.VocFolder.VERSION)
+
+    def make_builder() -> tfds.core.DatasetBuilder:
+        annotations = voc_folder.read_annotations(scan)
+        for note in scan.notes + annotations.notes:
+            log.warning("%s", note)
+        return voc_folder.VocFolder(scan, annotations, data_dir=str(directory))
+
+    path = directory / voc_folder.VocFolder.name / scan.config_name / version
     return _prepare(path, make_builder)
 
 
@@ -341,18 +378,18 @@ def _name_and_arguments(dataset: str) -> tuple[str, dict[str, Any]]:
 
 
 def _check_known(dataset: str) -> None:
-    own = ["digit_scenes", "image_folder"]
-    known = own + tfds.list_builders(with_community_datasets=False)
+    known = [*_OWN, *tfds.list_builders(with_community_datasets=False)]
     name = _name_and_arguments(dataset)[0]
     if name not in known:
         close = difflib.get_close_matches(name, known, n=5, cutoff=0.5)
-        close = ["digit_scenes/classification" if c == own[0] else c for c in close]
+        close = ["digit_scenes/classification" if c == _OWN[0] else c for c in close]
         hint = f"Did you mean {' or '.join(close)}? " if close else ""
         raise ValueError(
             f"unknown data set {dataset!r}. {hint}There are "
             "'digit_scenes/classification', 'image_folder' (for your own images), and "
             "the classification data sets of tensorflow_datasets, such as "
-            "'imagenet2012', 'imagenette', 'caltech101'"
+            "'imagenet2012', 'imagenette', 'caltech101'; with boxes, "
+            "'digit_scenes/detection', 'voc_folder' (for your own) and 'voc/2007'"
         )
 
 
@@ -374,7 +411,8 @@ def _manual_instructions(name: str) -> str:
     return " ".join((instructions or "").split())
 
 
-def _check_split(builder: tfds.core.DatasetBuilder, split: str) -> None:
+def check_split(builder: tfds.core.DatasetBuilder, split: str) -> None:
+    """Raises a ValueError if a data set lacks a split, or it is empty."""
     splits = tuple(builder.info.splits)
     for part in split.split("+"):
         name = re.sub(r"\[.*\]$", "", part.strip())
@@ -394,7 +432,7 @@ def _check_split(builder: tfds.core.DatasetBuilder, split: str) -> None:
         raise ValueError(f"the split {split!r} of {builder.info.full_name!r} is empty")
 
 
-def _find_keys(builder: tfds.core.DatasetBuilder) -> _Keys:
+def _find_keys(builder: tfds.core.DatasetBuilder) -> Keys:
     """Finds which features are the image, its class, and the name of its file."""
     features = builder.info.features
     kinds = (tfds.features.Image, tfds.features.ClassLabel, tfds.features.Text)
@@ -419,10 +457,14 @@ def _find_keys(builder: tfds.core.DatasetBuilder) -> _Keys:
             f"each: of its features {list(features)}, images are {images}, class "
             f"labels {labels}; there must be one of each{hint}"
         )
-    return _Keys(images[0], labels[0], _name_key(texts))
+    return Keys(images[0], labels[0], _name_key(texts))
 
 
-def _find_multi_label_keys(builder: tfds.core.DatasetBuilder) -> _Keys:
+def find_multi_label_keys(builder: tfds.core.DatasetBuilder) -> Keys:
+    """Finds which features are the image, its classes, and the name of its file.
+
+    Raises: ValueError if the images don't have several classes each.
+    """
     features = builder.info.features
     images, texts = (
         [key for key, feature in features.items() if isinstance(feature, kind)]
@@ -438,7 +480,7 @@ def _find_multi_label_keys(builder: tfds.core.DatasetBuilder) -> _Keys:
             "and a sequence of class labels named 'labels', or of 'objects' with a "
             f"'label' each, as in TFDS's voc{hint}"
         )
-    return _Keys(images[0], label, _name_key(texts), multi_label=True)
+    return Keys(images[0], label, _name_key(texts), multi_label=True)
 
 
 def _multi_label_key(builder: tfds.core.DatasetBuilder) -> str:
@@ -465,9 +507,10 @@ def _multi_label_key(builder: tfds.core.DatasetBuilder) -> str:
     return found[0] if found else ""
 
 
-def _class_label(
-    builder: tfds.core.DatasetBuilder, keys: _Keys
+def class_label(
+    builder: tfds.core.DatasetBuilder, keys: Keys
 ) -> tfds.features.ClassLabel:
+    """The feature that names the classes."""
     feature = builder.info.features[keys.label]
     if not keys.multi_label:
         return feature

@@ -1,0 +1,522 @@
+"""Any folder in Pascal VOC layout as a TFDS data set of images and boxes.
+
+    root/JPEGImages/000005.jpg   root/Annotations/000005.xml   …
+    root/ImageSets/Main/trainval.txt   root/ImageSets/Main/test.txt   …
+
+The files' own bytes are copied into ArrayRecord, undecoded, once for each split that
+lists them. The prepared data set is named after the folder's contents, so a changed
+folder is prepared anew. VOC's boxes are 1-based pixels that include both ends; the data
+set's are half-open and 0-based, (ymin - 1, xmin - 1, ymax, xmax), over (height, width).
+
+What its annotations may hold, and what becomes of it: `voc_annotations`.
+"""
+
+import codecs
+import io
+import os
+import re
+import sys
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import tensorflow_datasets as tfds
+from tqdm import tqdm
+
+from sppnet_jax.data.image_folder import (
+    HOLD_OUT_EVERY,
+    IMAGE_SUFFIXES,
+    existing_folder,
+    fingerprint,
+    hold_out,
+    is_image,
+    list_folder,
+    name_config,
+    printable,
+    walk_files,
+)
+from sppnet_jax.data.voc_annotations import (
+    EVENTS,
+    POSES,
+    AnnotatedImage,
+    AnnotatedObject,
+    read_image,
+)
+
+_LAYOUT = (
+    "Expected JPEGImages/ID.jpg and Annotations/ID.xml in it, and in ImageSets/Main "
+    "lists of IDs, such as trainval.txt and test.txt."
+)
+
+
+class ImageFiles(NamedTuple):
+    """An image and its annotation, as paths relative to the folder's root."""
+
+    image: str
+    annotation: str
+
+
+class FolderScan(NamedTuple):
+    """Which images a folder in VOC layout has, and in which splits."""
+
+    root: Path  # the folder of JPEGImages and Annotations
+    splits: dict[str, list[ImageFiles]]
+    fingerprint: str  # of every image's, annotation's and list's path, size and time
+    notes: tuple[str, ...]  # what the user should know: absent files, ignored lists
+
+    @property
+    def config_name(self) -> str:
+        """Names the folder and the state it is in."""
+        return name_config(self.root, self.fingerprint)
+
+
+class FolderAnnotations(NamedTuple):
+    """What the annotations of a folder hold."""
+
+    class_names: tuple[str, ...]
+    splits: dict[str, dict[str, AnnotatedImage]]  # split → path in the root → image
+    notes: tuple[str, ...]  # what was put right, dropped or left out, with counts
+
+
+class VocFolder(
+    tfds.core.GeneratorBasedBuilder,
+    skip_registration=True,  # type: ignore[call-arg]
+):
+    """TFDS builder `voc_folder` for a folder that was scanned and read.
+
+    Features: those of TFDS's `voc`; `image/filename` is relative to JPEGImages, and
+    `bbox` half-open.
+    """
+
+    name = "voc_folder"
+    VERSION = tfds.core.Version("1.0.0")
+    # Nothing is downloaded: without a path, TFDS doesn't look for checksums beside it.
+    code_path = None
+
+    def __init__(
+        self,
+        scan: FolderScan,
+        annotations: FolderAnnotations,
+        data_dir: str | None = None,
+    ) -> None:
+        self._root, self._annotations = scan.root, annotations
+        config = tfds.core.BuilderConfig(
+            name=scan.config_name,
+            version=self.VERSION,
+            description=f"Images and boxes of {scan.root}",
+        )
+        super().__init__(data_dir=data_dir, config=config)
+
+    def _info(self) -> tfds.core.DatasetInfo:
+        return tfds.core.DatasetInfo(
+            builder=self,
+            description="A folder in Pascal VOC layout.",
+            features=detection_features(self._annotations.class_names),
+        )
+
+    def _split_generators(
+        self, dl_manager: tfds.download.DownloadManager
+    ) -> dict[str, Iterator[tuple[str, dict[str, Any]]]]:
+        del dl_manager  # nothing to download
+        return {
+            split: self._generate_examples(split) for split in self._annotations.splits
+        }
+
+    def _generate_examples(self, split: str) -> Iterator[tuple[str, dict[str, Any]]]:
+        for path, image in self._annotations.splits[split].items():
+            name = printable(path.partition(os.sep)[2])
+            certain = {one.name for one in image.objects if not one.is_difficult}
+            yield (
+                name,
+                {
+                    "image": io.BytesIO((self._root / path).read_bytes()),
+                    "image/filename": name,
+                    "objects": [_to_example(one, image.size) for one in image.objects],
+                    "labels": sorted({one.name for one in image.objects}),
+                    "labels_no_difficult": sorted(certain),
+                },
+            )
+
+
+def detection_features(
+    class_names: Sequence[str], encoding_format: str | None = None
+) -> tfds.features.FeaturesDict:
+    """The features of TFDS's `voc`, for other classes.
+
+    `encoding_format`: "jpeg" or "png" where all images are so encoded.
+    """
+    image = tfds.features.Image(shape=(None, None, 3), encoding_format=encoding_format)
+    label = tfds.features.ClassLabel(names=class_names)
+    return tfds.features.FeaturesDict(
+        {
+            "image": image,
+            "image/filename": tfds.features.Text(),
+            "objects": tfds.features.Sequence(
+                {
+                    "label": label,
+                    "bbox": tfds.features.BBoxFeature(),
+                    "pose": tfds.features.ClassLabel(names=POSES),
+                    "is_truncated": np.bool_,
+                    "is_difficult": np.bool_,
+                }
+            ),
+            "labels": tfds.features.Sequence(label),
+            "labels_no_difficult": tfds.features.Sequence(label),
+        }
+    )
+
+
+def scan_folder(root: str | os.PathLike[str]) -> FolderScan:
+    """Finds the splits and images of a folder in VOC layout, without opening an image.
+
+    `root`: the folder of JPEGImages and Annotations, or one that has a single such
+    folder in it, as VOCdevkit has VOC2007.
+
+    Splits are the lists in ImageSets/Main (or ImageSets), by their names; VOC's lists
+    of one class (`ID 1`, `ID -1`, or named CLASS_SPLIT) aren't splits. An id may have a
+    suffix or a path before it. Without lists, every fifth image in the order of a hash
+    of its name is "test", and the others "trainval".
+
+    Returns: the scan. Listed images that are absent, or whose annotations are, are left
+    out and counted in its notes.
+    Raises: FileNotFoundError if there is no such folder; ValueError if it is a file,
+    isn't in VOC layout or holds several such folders, if most images of a list, but not
+    all, or their annotations, are absent, and if no split has an image.
+    """
+    folder = _find_layout(existing_folder(root, "VOC folder", _LAYOUT))
+    images, notes = _index(folder, "JPEGImages", is_image)
+    annotations, _ = _index(
+        folder, "Annotations", lambda path: path.name.lower().endswith(".xml")
+    )
+    lists, list_notes = _read_lists(folder, images, annotations)
+    notes += list_notes
+    used = [*images.values(), *annotations.values()]
+    used += [os.path.relpath(path, folder) for path in lists]
+    state = fingerprint(folder, (("", path) for path in used))
+    splits: dict[str, list[ImageFiles]] = {}
+    for path, ids in lists.items():
+        found, split_notes = _find_files(folder, path.name, ids, images, annotations)
+        notes += split_notes
+        if found:
+            name = _split_name(path, splits)
+            splits[name] = found
+            if name != path.stem:
+                notes.append(f"{folder}: the list {path.name} is split {name!r}")
+    if lists and splits:
+        notes += _compare_splits(folder, splits, len(images))
+    if not lists:
+        splits, split_notes = _split_by_hash(folder, images, annotations)
+        notes += split_notes
+    if not splits:
+        raise ValueError(
+            f"{str(folder)!r} has no image with an annotation. {'; '.join(notes)}. "
+            f"{_LAYOUT}"
+        )
+    return FolderScan(folder, splits, state, tuple(notes))
+
+
+def read_annotations(scan: FolderScan, threads: int = 8) -> FolderAnnotations:
+    """Reads every annotation and every image's size, putting right what can be.
+
+    `threads`: threads that read files.
+
+    Returns: the classes, sorted; each split's images in the order of its list, with
+    boxes inside the image; notes on all that isn't as it was in the files.
+    Raises: ValueError if most annotations or images of a split can't be read, or no
+    object is left.
+    """
+    files = sorted({files for split in scan.splits.values() for files in split})
+
+    def read(one: ImageFiles) -> tuple[AnnotatedImage | None, list[str]]:
+        return read_image(scan.root / one.image, scan.root / one.annotation)
+
+    found = {}
+    bar = progress_bar("reading annotations", len(files))
+    with bar, ThreadPoolExecutor(threads) as pool:
+        for one, result in zip(files, pool.map(read, files), strict=True):
+            found[one] = result
+            bar.update()
+    notes = _describe_events(scan.root, found)
+    splits = {}
+    for split, listed in scan.splits.items():
+        kept = {one.image: image for one in listed if (image := found[one][0])}
+        what = f"split {split!r}"
+        _check_most(scan.root, what, len(kept), len(listed), "; ".join(notes))
+        splits[split] = kept
+    images = [image for kept in splits.values() for image in kept.values()]
+    names = {one.name for image in images for one in image.objects}
+    if not names:
+        raise ValueError(
+            f"the {len(files)} annotations in {str(scan.root)!r} hold no object with a "
+            f"name and a box. {'; '.join(notes)}"
+        )
+    notes += _similar_names(scan.root, names)
+    return FolderAnnotations(tuple(sorted(names)), splits, tuple(notes))
+
+
+def progress_bar(name: str, images: int) -> tqdm:
+    """A bar over so many images that only shows where they take some time."""
+    # In a file each update is a line of its own.
+    interval = 0.5 if sys.stderr.isatty() else 20
+    return tqdm(total=images, unit="img", desc=name, delay=2, mininterval=interval)
+
+
+def _to_example(one: AnnotatedObject, size: tuple[int, int]) -> dict[str, Any]:
+    return {
+        "label": one.name,
+        "bbox": tfds.features.BBox(*(np.array(one.box) / [*size, *size])),
+        "pose": one.pose,
+        "is_truncated": one.is_truncated,
+        "is_difficult": one.is_difficult,
+    }
+
+
+def _find_layout(folder: Path) -> Path:
+    """The one folder of JPEGImages and Annotations at or a little below a folder."""
+    if _subfolder(folder, "JPEGImages"):
+        if _subfolder(folder, "Annotations"):
+            return folder
+        raise ValueError(
+            f"{str(folder)!r} has JPEGImages but no folder Annotations. {_LAYOUT}"
+        )
+    below = [folder / name for name in list_folder(folder)[0]]
+    below += [path / name for path in below for name in list_folder(path)[0]]
+    found = [path for path in below if _subfolder(path, "JPEGImages")]
+    if len(found) > 1:
+        names = ", ".join(repr(str(path)) for path in found)
+        raise ValueError(
+            f"{str(folder)!r} holds {len(found)} folders in VOC layout: give one of "
+            f"{names}"
+        )
+    if found:
+        return _find_layout(found[0])
+    above = folder.parent
+    hint = f"Did you mean {str(above)!r}? " if _subfolder(above, "JPEGImages") else ""
+    raise ValueError(f"{str(folder)!r} has no folder JPEGImages. {hint}{_LAYOUT}")
+
+
+def _subfolder(folder: Path, name: str) -> Path | None:
+    """A folder by its name, in any case."""
+    found = [n for n in list_folder(folder)[0] if n.lower() == name.lower()]
+    return folder / found[0] if found else None
+
+
+def _index(folder: Path, name: str, wanted: Any) -> tuple[dict[str, str], list[str]]:
+    """Files below a subfolder, by id: {"000005": "JPEGImages/000005.jpg"}; notes."""
+    subfolder = _subfolder(folder, name)
+    assert subfolder is not None
+    index: dict[str, str] = {}
+    ignored, doubled = [], []
+    for path in walk_files(subfolder):
+        relative = os.path.relpath(path, folder)
+        key = os.path.splitext(os.path.relpath(path, subfolder))[0]
+        if not wanted(path):
+            ignored.append(relative)
+        elif key in index:
+            doubled.append(relative)
+        else:
+            index[key] = relative
+    notes = []
+    if ignored:
+        notes.append(_note(folder, ignored, f"files in {name} are not images: ignored"))
+    if doubled:
+        what = f"files in {name} have the id of another: ignored"
+        notes.append(_note(folder, doubled, what))
+    return dict(sorted(index.items())), notes
+
+
+def _read_lists(
+    folder: Path, images: dict[str, str], annotations: dict[str, str]
+) -> tuple[dict[Path, list[str]], list[str]]:
+    """Each list of images with its ids as they stand there, doubled ones too; notes."""
+    sets = _subfolder(folder, "ImageSets")
+    place = sets and (_subfolder(sets, "Main") or sets)
+    names = list_folder(place)[1] if place else []
+    lists: dict[Path, list[str]] = {}
+    of_a_class, empty = [], []
+    for path in [place / name for name in names if place]:
+        if path.suffix.lower() != ".txt":
+            continue
+        ids = [line.strip() for line in _read_text(path).splitlines() if line.strip()]
+        if not ids:
+            empty.append(path.name)
+        elif _has_flags(ids, images) or _names_a_class(
+            path, names, folder, annotations
+        ):
+            of_a_class.append(path.name)
+        else:
+            lists[path] = ids
+    notes = []
+    if of_a_class:
+        what = "lists in ImageSets are of one class each: no splits"
+        notes.append(_note(folder, of_a_class, what))
+    if empty:
+        notes.append(_note(folder, empty, "lists in ImageSets are empty: no splits"))
+    return lists, notes
+
+
+def _read_text(path: Path) -> str:
+    data = path.read_bytes()
+    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        return data.decode("utf-16", "replace")
+    return os.fsdecode(data.removeprefix(codecs.BOM_UTF8))
+
+
+def _has_flags(ids: list[str], images: dict[str, str]) -> bool:
+    """Whether a list's lines are "ID 1", "ID 0" or "ID -1", as are those of a class."""
+    # A file name may hold a space and end in a number.
+    return all(
+        re.search(r"\s[+-]?[01]$", line) and _find(line, images) is None for line in ids
+    )
+
+
+def _names_a_class(
+    path: Path, names: list[str], folder: Path, annotations: dict[str, str]
+) -> bool:
+    """Whether a list is named CLASS_SPLIT, for a list SPLIT and a class of objects."""
+    for split in (os.path.splitext(name)[0] for name in names):
+        if path.stem.endswith(f"_{split}"):
+            name = re.escape(path.stem.removesuffix(f"_{split}").encode())
+            named = re.compile(rb"<name>\s*" + name + rb"\s*</name>")
+            found = (folder / annotation for annotation in annotations.values())
+            return any(named.search(path.read_bytes()) for path in found)
+    return False
+
+
+def _find(listed: str, files: dict[str, str]) -> str | None:
+    """The id that a line of a list means: with a suffix or not, with a path or not."""
+    for name in (listed, re.split(r"[/\\]", listed)[-1]):
+        stem, suffix = os.path.splitext(name)
+        if name in files:
+            return name
+        if suffix.lower() in (*IMAGE_SUFFIXES, ".xml") and stem in files:
+            return stem
+    return None
+
+
+def _find_files(
+    folder: Path,
+    name: str,
+    listed: list[str],
+    images: dict[str, str],
+    annotations: dict[str, str],
+) -> tuple[list[ImageFiles], list[str]]:
+    """The files that a list names; notes on those it names twice or that are absent."""
+    found: dict[str, ImageFiles] = {}
+    doubled, no_image, no_annotation = [], [], []
+    for line in listed:
+        key = _find(line, images)
+        if key is None:
+            no_image.append(line)
+        elif key in found:
+            doubled.append(line)
+        elif (annotation := _find(key, annotations)) is None:
+            no_annotation.append(images[key])
+        else:
+            found[key] = ImageFiles(images[key], annotations[annotation])
+    events = {
+        f"images that {name} lists are not in JPEGImages: left out": no_image,
+        f"images that {name} lists have no XML in Annotations: left out": no_annotation,
+        f"images are in {name} more than once: taken once": doubled,
+    }
+    notes = [_note(folder, who, what) for what, who in events.items() if who]
+    absent = len(no_image) + len(no_annotation)
+    if found:
+        # A list of which nothing is there was most likely not downloaded.
+        _check_most(folder, name, len(found), len(found) + absent, "; ".join(notes))
+    else:
+        notes.append(f"{folder}: none of the images in {name} can be used: no split")
+    return list(found.values()), notes
+
+
+def _check_most(folder: Path, what: str, kept: int, total: int, notes: str) -> None:
+    if 2 * kept < total:
+        raise ValueError(
+            f"only {kept} of the {total} images of {what} in {str(folder)!r} can be "
+            f"used; complete the folder, or take the others out of the list. {notes}"
+        )
+
+
+def _split_name(path: Path, taken: Iterable[str]) -> str:
+    """A list's name as TFDS takes it: letters, digits, "_", "-", and not just "all"."""
+    name = re.sub(r"[^\w-]+", "_", printable(path.stem))
+    while name in taken or name.lower() == "all":
+        name += "_"
+    return name
+
+
+def _compare_splits(
+    folder: Path, splits: dict[str, list[ImageFiles]], total: int
+) -> list[str]:
+    """Notes on images to test on that are in other splits too, or in no split."""
+    notes = []
+    for split in splits:
+        both = sorted(set(splits[split]) & set(splits.get("test", [])))
+        if both and split != "test":
+            what = f"images are both in {split!r} and 'test'"
+            notes.append(_note(folder, [files.image for files in both], what))
+    used = len({files for listed in splits.values() for files in listed})
+    if used < total:
+        notes.append(
+            f"{folder}: {total - used} of {total} images in JPEGImages are in no split"
+        )
+    return notes
+
+
+def _split_by_hash(
+    folder: Path, images: dict[str, str], annotations: dict[str, str]
+) -> tuple[dict[str, list[ImageFiles]], list[str]]:
+    found, missing = {}, []
+    for key, image in images.items():
+        annotation = _find(key, annotations)
+        if annotation is None:
+            missing.append(image)
+        else:
+            found[key] = ImageFiles(image, annotations[annotation])
+    test = hold_out(found)
+    splits = {
+        "trainval": [files for key, files in found.items() if key not in test],
+        "test": [files for key, files in found.items() if key in test],
+    }
+    notes = [
+        f"{folder} has no lists of images in ImageSets/Main: every {HOLD_OUT_EVERY}th "
+        f"image, {len(test)} of {len(found)}, is held out as split 'test'"
+    ]
+    if missing:
+        what = "images have no XML in Annotations: left out"
+        notes.append(_note(folder, missing, what))
+    used = {files.annotation for files in found.values()}
+    alone = [path for path in annotations.values() if path not in used]
+    if alone:
+        what = "annotations have no image in JPEGImages: left out"
+        notes.append(_note(folder, alone, what))
+    return {split: files for split, files in splits.items() if files}, notes
+
+
+def _note(folder: Path, who: Sequence[str], what: str) -> str:
+    examples = ", ".join(map(printable, list(dict.fromkeys(who))[:3]))
+    return f"{folder}: {len(who)} {what} (such as {examples})"
+
+
+def _describe_events(
+    folder: Path, found: dict[ImageFiles, tuple[AnnotatedImage | None, list[str]]]
+) -> list[str]:
+    happened: dict[str, list[str]] = {event: [] for event in EVENTS}
+    for files, (_, events) in found.items():
+        for event in events:
+            name = files.image if event == "broken image" else files.annotation
+            happened[event].append(name)
+    return [_note(folder, who, EVENTS[what]) for what, who in happened.items() if who]
+
+
+def _similar_names(folder: Path, names: Iterable[str]) -> list[str]:
+    counts = Counter(name.lower() for name in names)
+    return [
+        f"{folder}: {sorted(n for n in names if n.lower() == lower)} differ only by "
+        "case, and are different classes"
+        for lower, count in counts.items()
+        if count > 1
+    ]

@@ -1,0 +1,314 @@
+r"""Trains a detector, tests it, or finds objects in images.
+
+python -m sppnet_jax.detect train --config=configs/detect_digits.py \
+    --workdir=runs/detect
+python -m sppnet_jax.detect test --workdir=runs/detect
+python -m sppnet_jax.detect image --workdir=runs/detect photo.jpg …
+
+Training goes in stages, each done once: the same command goes on where it was
+interrupted, and redoes only what a changed setting makes different.
+`--workdir=runs/a,runs/b` tests several detectors together.
+"""
+
+import logging
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from absl import flags
+from ml_collections import ConfigDict
+
+from sppnet_jax import cli, saved_config
+from sppnet_jax.data.sources import Source
+from sppnet_jax.detection_config import check_detection_config, detection_base_config
+
+log = logging.getLogger(__name__)
+
+COMMANDS = ("train", "test", "image")
+EXAMPLES = 12  # test images in the picture
+
+_SCORE = flags.DEFINE_float(
+    "score",
+    None,
+    "The least score of a box that is drawn and printed; by default 0 of an SVM, 0.5 "
+    "of a softmax.",
+)
+_PICTURES = flags.DEFINE_string(
+    "pictures", "", "The folder for annotated images; by default WORKDIR/images."
+)
+
+
+def main(argv: Sequence[str]) -> None:
+    if not argv or argv[0] not in COMMANDS:
+        given = f", not {argv[0]!r}" if argv else ""
+        raise ValueError(
+            f"say what to do: python -m sppnet_jax.detect {'|'.join(COMMANDS)} "
+            f"--workdir=…{given}"
+        )
+    command, *files = argv
+    config = cli.given_config(check_detection_config)
+    if command == "image":
+        if not files:
+            raise ValueError(
+                "give images: python -m sppnet_jax.detect image --workdir=… photo.jpg"
+            )
+        pictures = Path(_PICTURES.value).expanduser() if _PICTURES.value else None
+        failed = detect_in_files(
+            config, cli.given_workdirs(), files, score=_SCORE.value, pictures=pictures
+        )
+        if failed:
+            raise ValueError(f"{failed} of {len(files)} files could not be read")
+        return
+    if files:
+        raise ValueError(f"unexpected arguments: {' '.join(files)}")
+    if command == "train":
+        train_from_config(config, cli.given_workdir())
+    else:
+        evaluate_from_config(config, cli.given_workdirs(), score=_SCORE.value)
+
+
+def train_from_config(config: ConfigDict, workdir: Path) -> None:
+    """Trains the detector that a config describes, stage by stage."""
+    from sppnet_jax import from_detection_config, run_folder
+
+    for name in ("network", "cache"):  # found again from any folder
+        if config[name]:
+            config[name] = str(Path(config[name]).expanduser().absolute())
+    if config.data.root:
+        config.data.root = str(Path(config.data.root).expanduser().absolute())
+    run_folder.save_config(workdir, config.to_dict())
+    from_detection_config.train_detector(config, workdir)
+    log.info("the detector is in %s", workdir)
+
+
+def evaluate_from_config(
+    config: ConfigDict, workdirs: Sequence[Path], *, score: float | None = None
+) -> dict[str, Any]:
+    """Tests one detector, or several together, on the test split of the first's data.
+
+    Writes precisions, detections and pictures into WORKDIR/test; prints a table.
+    """
+    from sppnet_jax import detection_plots, from_detection_config, run_folder
+    from sppnet_jax.detection import result_files
+    from sppnet_jax.detection.average_precision import evaluate_detections
+    from sppnet_jax.detection.detection_table import join_detections
+    from sppnet_jax.detection.proposals import proposal_recall
+
+    configs = _configs_of(config, workdirs)
+    detectors = _load_all(configs, workdirs)
+    class_names = detectors[0].class_names
+    split = from_detection_config.open_split(config, "test", workdirs[0])
+    source = split.source
+    if source.class_names != class_names:
+        raise ValueError(
+            f"{source.name!r} has the classes {', '.join(source.class_names)}; the "
+            f"detector in {workdirs[0]} was trained on {', '.join(class_names)}"
+        )
+    started = time.perf_counter()
+    found = from_detection_config.detect_split(configs, workdirs, detectors, split)
+    seconds = time.perf_counter() - started
+    table = join_detections(found)
+    result = evaluate_detections(table, split.objects, class_names)
+    recall = proposal_recall(split.proposals, split.objects, len(class_names))
+    report = {
+        "data": source.name,
+        "split": source.split,
+        "images": len(source.records),
+        "workdirs": [str(workdir) for workdir in workdirs],
+        "map_11_point": result.map_11_point,
+        "map_area": result.map_area,
+        "classes": [
+            {"name": name, **_numbers_of(one)}
+            for name, one in zip(class_names, result.classes, strict=True)
+        ],
+        "left_out": result.left_out,
+        "proposals": recall,
+        "seconds": round(seconds, 2),
+    }
+    name = "test" if len(workdirs) == 1 else f"test_of_{len(workdirs)}"
+    folder = workdirs[0] / name
+    run_folder.write_json(folder / "results.json", report)
+    text = _table(report)
+    (folder / "table.md").write_text(text)
+    names = [source.records[index]["name"] for index in range(len(source.records))]
+    result_files.write_voc_results(
+        folder / "voc",
+        table,
+        [Path(name).stem for name in names],
+        class_names,
+        split=source.split,
+    )
+    result_files.write_coco_results(folder / "coco_results.json", table)
+    result_files.write_coco_ground_truth(
+        folder / "coco_ground_truth.json",
+        names,
+        split.sizes,
+        split.objects,
+        class_names,
+    )
+    curves = [
+        detection_plots.Curve(name, one.recall, one.precision, one.ap_11_point)
+        for name, one in zip(class_names, result.classes, strict=True)
+        if one.ap_11_point is not None
+    ]
+    print(text)
+    if curves:
+        picture = folder / "precision_recall.png"
+        print(f"curves: {detection_plots.plot_precision_recall(curves, picture)}")
+    picture = _draw_examples(
+        split, found, class_names, _least_score(score, config), folder / "examples.png"
+    )
+    print(f"examples: {picture}")
+    return report
+
+
+def detect_in_files(
+    config: ConfigDict,
+    workdirs: Sequence[Path],
+    paths: Sequence[str],
+    *,
+    score: float | None = None,
+    pictures: Path | None = None,
+) -> int:
+    """Prints and draws what is found in each image; returns how many are unreadable."""
+    from sppnet_jax import detection_plots, from_detection_config
+    from sppnet_jax.data.images import decode_image
+    from sppnet_jax.predict import Files
+
+    if config.proposals.method == "file":
+        raise ValueError(
+            "this detector was trained on proposals from a file, which has none for "
+            "new images: give --config.proposals.method=selective_search"
+        )
+    configs = _configs_of(config, workdirs)
+    detectors = _load_all(configs, workdirs)
+    class_names = detectors[0].class_names
+    readable, failed = [], 0
+    for path in paths:
+        try:
+            decode_image(Path(path).expanduser().read_bytes())
+            readable.append(path)
+        except (OSError, ValueError) as error:
+            print(f"{path}: can't be read: {error}")
+            failed += 1
+    if not readable:
+        return failed
+    source = Source(Files(readable), class_names, "files", "given")
+    with tempfile.TemporaryDirectory() as cache:
+        for own in configs:
+            own.cache = cache
+        split = from_detection_config.split_of(config, source, "test", workdirs[0])
+        found = from_detection_config.detect_split(configs, workdirs, detectors, split)
+    least = _least_score(score, config)
+    folder = pictures or workdirs[0] / "images"
+    for path, image_found in zip(readable, found, strict=True):
+        image = decode_image(Path(path).expanduser().read_bytes())
+        kept = image_found.above(least)
+        print(f"{path} ({image.shape[1]}×{image.shape[0]} pixels)")
+        for box, label, value in zip(*kept, strict=True):
+            ymin, xmin, ymax, xmax = box
+            print(
+                f"  {value:7.3f}  {class_names[label]}  x {xmin:.0f} to {xmax:.0f}, "
+                f"y {ymin:.0f} to {ymax:.0f}"
+            )
+        if not len(kept.scores):
+            best = f"{image_found.scores[0]:.3f}" if len(image_found.scores) else "none"
+            print(f"  nothing of a score of {least:g} or more; the best: {best}")
+        drawn = detection_plots.draw_detections(image, *kept, class_names)
+        name = f"{Path(path).stem}_detections.jpg"
+        print(f"  picture: {detection_plots.save_image(drawn, folder / name)}")
+    return failed
+
+
+def _least_score(score: float | None, config: ConfigDict) -> float:
+    if score is not None:
+        return score
+    return 0.5 if config.scorer == "softmax" else 0.0
+
+
+def _numbers_of(one: Any) -> dict[str, Any]:
+    numbers = one._asdict()
+    return {k: v for k, v in numbers.items() if k not in ("recall", "precision")}
+
+
+def _table(report: dict[str, Any]) -> str:
+    lines = [
+        f"{report['data']}, split {report['split']}, {report['images']} images",
+        "",
+        "| class | AP, 11 points | AP, area | objects | difficult | detections |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in report["classes"]:
+        precisions = [
+            "–" if row[name] is None else f"{100 * row[name]:.1f}"
+            for name in ("ap_11_point", "ap_area")
+        ]
+        counts = [f"{row[n]:,}" for n in ("ground_truths", "difficult", "detections")]
+        lines.append(f"| {' | '.join([row['name'], *precisions, *counts])} |")
+    lines.append(
+        f"| mean | {100 * report['map_11_point']:.1f} | {100 * report['map_area']:.1f} "
+        "| | | |"
+    )
+    proposals = report["proposals"]
+    lines += [
+        "",
+        f"proposals: {proposals['mean_proposals']:.0f} an image, recall at IoU 0.5 "
+        f"{proposals['recall']:.1%}",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _draw_examples(
+    split: Any, found: Any, class_names: Sequence[str], least: float, path: Path
+) -> Path:
+    import numpy as np
+
+    from sppnet_jax import detection_plots
+    from sppnet_jax.data.images import decode_image
+
+    spaced = np.linspace(0, len(found) - 1, min(EXAMPLES, len(found))).astype(int)
+    shown = []
+    for index in spaced:
+        try:
+            image = decode_image(split.source.records[int(index)]["image"])
+        except ValueError:
+            continue
+        kept, truth = found[index].above(least), split.objects[index]
+        shown.append(
+            detection_plots.Shown(
+                image,
+                kept.boxes,
+                kept.labels,
+                kept.scores,
+                truth.boxes,
+                truth.labels,
+                truth.difficult,
+            )
+        )
+    return detection_plots.plot_detections(shown, class_names, path)
+
+
+def _configs_of(config: ConfigDict, workdirs: Sequence[Path]) -> list[ConfigDict]:
+    others = [saved_config.get_config(str(workdir)) for workdir in workdirs[1:]]
+    return [config, *others]
+
+
+def _load_all(configs: Sequence[ConfigDict], workdirs: Sequence[Path]) -> list[Any]:
+    from sppnet_jax import from_detection_config
+
+    detectors = []
+    for config, workdir in zip(configs, workdirs, strict=True):
+        from_detection_config.check_trained_as(config, workdir)
+        detectors.append(from_detection_config.load_detector(config, workdir))
+        if detectors[-1].class_names != detectors[0].class_names:
+            raise ValueError(
+                f"the detectors in {workdirs[0]} and {workdir} know other classes"
+            )
+    return detectors
+
+
+if __name__ == "__main__":
+    cli.run(main, saved_config=True, base=detection_base_config)

@@ -1,0 +1,164 @@
+"""From pooled features to detections: scores, regressed boxes, suppression (4.2, 4.3).
+
+    head, weights = scoring_head(...)
+    scored = score_boxes(features, program, weights, image, image_size)
+    found = suppress([scored], threshold=0.3, max_per_class=100)
+
+Several detectors are combined by suppressing the union of their scored boxes (4.4).
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sppnet_jax.boxes import nms_per_class
+from sppnet_jax.classification.svm import LinearSVMs
+from sppnet_jax.detection.box_regression import BoxRegressors, regress_boxes
+from sppnet_jax.detection.low_rank import fc_layers
+from sppnet_jax.detection.window_features import CHUNK, Head, WindowFeatures, rows_of
+from sppnet_jax.model import SPPNet
+
+
+class Scored(NamedTuple):
+    """An image's boxes for every class, before suppression.
+
+    `boxes`: float32 [N, classes, 4] in the image's pixels. `scores`: float32
+    [N, classes].
+    """
+
+    boxes: np.ndarray
+    scores: np.ndarray
+
+
+class Detections(NamedTuple):
+    """What was found in an image, best first.
+
+    `boxes`: float32 [D, 4], (ymin, xmin, ymax, xmax) in the image's pixels. `labels`:
+    int [D]. `scores`: float32 [D].
+    """
+
+    boxes: np.ndarray
+    labels: np.ndarray
+    scores: np.ndarray
+
+    def above(self, least: float) -> "Detections":
+        """Those of at least a score."""
+        return Detections(*(part[self.scores >= least] for part in self))
+
+
+def layer_head(layer: str, dtype: Any) -> Head:
+    """The head that gives a layer's activations: "pyramid", "fc6" or "fc7".
+
+    Its params are those of the fc layers, whole or truncated (low_rank.py).
+    """
+
+    def head(params: Any, pooled: jax.Array) -> jax.Array:
+        if layer == "pyramid":
+            return pooled
+        return fc_layers(params, pooled, dtype)[layer].astype(jnp.float32)
+
+    return head
+
+
+def scoring_head(
+    model: SPPNet,
+    fc: Any,
+    *,
+    layer: str = "fc7",
+    svms: LinearSVMs | None = None,
+    regressors: BoxRegressors | None = None,
+) -> tuple[Head, Any]:
+    """The head that gives the scores of all classes and how boxes should move.
+
+    `fc`: the fc layers, whole or truncated. `layer`: that the SVMs see. `svms`: with
+    the features' scale in their weights; None scores by the softmax of fc8, whose last
+    class is background.
+
+    Returns: the head, (weights, pooled) → (scores [n, classes], deltas [n, classes, 4]
+    or None), and the weights.
+    """
+    weights = {"fc": fc, "svms": svms, "regressors": regressors}
+
+    def head(weights: Any, pooled: jax.Array) -> tuple[jax.Array, jax.Array | None]:
+        svms, regressors = weights["svms"], weights["regressors"]
+        if svms is None:
+            logits = fc_layers(weights["fc"], pooled, model.dtype)["fc8"]
+            scores = jax.nn.softmax(logits.astype(jnp.float32))[:, :-1]
+        else:
+            seen = layer_head(layer, model.dtype)(weights["fc"], pooled)
+            scores = seen.astype(jnp.float32) @ svms.weights.T + svms.biases
+        if regressors is None:
+            return scores, None
+        deltas = jnp.einsum("nd,cdk->nck", pooled, regressors.weights)
+        return scores, deltas + regressors.biases
+
+    return head, weights
+
+
+def score_boxes(
+    features: WindowFeatures,
+    program: Callable[..., Any],
+    weights: Any,
+    image: int,
+    image_size: tuple[int, int],
+    num_classes: int,
+) -> Scored:
+    """The scores of all boxes of an image, and where each class would move them.
+
+    `program`: `make_program` of a `scoring_head`, whose weights come with it.
+    """
+    boxes = np.asarray(features.boxes[image], np.float32)
+    if not len(boxes):
+        return Scored(
+            np.zeros((0, num_classes, 4), np.float32),
+            np.zeros((0, num_classes), np.float32),
+        )
+    chosen = np.arange(len(boxes))
+    scores, deltas = rows_of(features, program, weights, image, chosen)
+    if deltas is None:
+        moved = np.broadcast_to(boxes[:, None], (*scores.shape, 4))
+    else:
+        moved = np.asarray(regress_boxes(boxes, deltas, *image_size))
+    return Scored(moved, scores)
+
+
+def suppress(
+    scored: Sequence[Scored], *, threshold: float, max_per_class: int
+) -> Detections:
+    """Greedy non-maximum suppression for each class over the union of scored boxes.
+
+    `scored`: of one image, by one detector or several.
+    `threshold`: a box that overlaps a better one by more goes.
+    `max_per_class`: the best so many of each class stay.
+    """
+    boxes = np.concatenate([part.boxes for part in scored])
+    scores = np.concatenate([part.scores for part in scored])
+    count, classes = scores.shape
+    if not count:
+        none = np.zeros(0, np.float32)
+        return Detections(np.zeros((0, 4), np.float32), none.astype(np.int64), none)
+    # Few sizes, few programs.
+    padded = -(-count // CHUNK) * CHUNK
+    all_boxes = np.zeros((padded, classes, 4), np.float32)
+    all_scores = np.zeros((padded, classes), np.float32)
+    all_boxes[:count], all_scores[:count] = boxes, scores
+    kept = _suppress(all_boxes, all_scores, threshold, np.arange(padded) < count)
+    rows, labels = np.nonzero(np.asarray(kept)[:count])
+    order = np.argsort(-scores[rows, labels], kind="stable")
+    rank_in_class = np.zeros(len(order), np.int64)
+    for label in range(classes):
+        mine = labels[order] == label
+        rank_in_class[mine] = np.arange(mine.sum())
+    order = order[rank_in_class < max_per_class]
+    rows, labels = rows[order], labels[order]
+    return Detections(boxes[rows, labels], labels, scores[rows, labels])
+
+
+@jax.jit
+def _suppress(
+    boxes: jax.Array, scores: jax.Array, threshold: float, valid: jax.Array
+) -> jax.Array:
+    return nms_per_class(boxes, scores, threshold, valid)

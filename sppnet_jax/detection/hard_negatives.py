@@ -1,0 +1,499 @@
+"""Linear SVMs trained against the windows that they get wrong: hard-negative mining.
+
+Nearly all windows of an image are negatives, far too many to train on. So the SVMs are
+trained on a random few (round 0); then, round by round, all windows are scored, those
+of high score that a class has not seen are added to its negatives, and the SVMs are
+trained again. Where the features come from is the caller's business: a function gives
+those of one image at a time, once a round, for all classes.
+
+It terminates, on any data. A window enters the negatives of a class once and never
+leaves: nothing is evicted. There are finitely many windows, and every round but the
+last adds at least one. How exactly the SVMs were solved does not matter for that.
+
+It ends where training on everything would. A window that no round adds any more scores
+at most `hard_score` < −1, so its hinge loss is zero: it can be added to the training
+set without a change of the optimum. What is thinned out, for overlapping a negative of
+its class by more than `thinning`, is no candidate. Easy negatives that stay in the set
+cost memory but change nothing either, for the same reason.
+"""
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from sppnet_jax.boxes import iou
+from sppnet_jax.classification.progress import progress_bar
+from sppnet_jax.classification.svm import LinearSVMs
+from sppnet_jax.data.detection_sources import Objects
+from sppnet_jax.detection.svm_solver import solve_svms
+
+log = logging.getLogger(__name__)
+
+# The score of a class that has no positives: finite, and below every threshold.
+NEVER = -1e9
+
+
+class Mining(NamedTuple):
+    """How negatives are found and SVMs trained; the defaults are the R-CNN release's.
+
+    `overlap`: a negative of a class overlaps none of its objects by more (IoU).
+    `thinning`: negatives of a class overlap each other by no more (IoU); 1 thins none.
+    `initial_per_image`: random negatives of a class in each image, at most.
+    `hard_per_image`: those that a round adds for a class in each image, at most.
+    `hard_score`: negatives that score more are hard; below −1.
+    `max_rounds`: after round 0; the paper has one.
+    `max_rows`: windows kept in memory for all classes together, at most; training
+    takes a few times the memory of their float32 features.
+    `C`, `positive_weight`, `bias_multiplier`, `tolerance`: see `solve_svms`.
+    """
+
+    overlap: float = 0.3
+    thinning: float = 0.7
+    initial_per_image: int = 5
+    hard_per_image: int = 20
+    hard_score: float = -1.0001
+    max_rounds: int = 1
+    max_rows: int = 100_000
+    C: float = 1e-3
+    positive_weight: float = 2.0
+    bias_multiplier: float = 10.0
+    tolerance: float = 1e-3
+    seed: int = 0
+
+
+class MiningState(NamedTuple):
+    """All that the next round needs: `np.savez(path, **state._asdict())` keeps it, and
+    `MiningState(**np.load(path))` brings it back.
+
+    One row for each negative, shared by all classes that it is a negative of; one
+    record for each round so far, round 0 first.
+    """
+
+    features: np.ndarray  # float32 [rows, D]
+    images: np.ndarray  # int32 [rows]
+    windows: np.ndarray  # int32 [rows], among the boxes of the image
+    members: np.ndarray  # bool [rows, classes]
+    duals: np.ndarray  # float32 [positives + rows, classes]
+    weights: np.ndarray  # float32 [classes, D]
+    biases: np.ndarray  # float32 [classes]
+    added: np.ndarray  # int32 [rounds, classes]
+    objectives: np.ndarray  # float64 [rounds, classes]
+    seconds: np.ndarray  # float64 [rounds]
+    converged: np.ndarray  # bool []: no hard negatives were left
+    full: np.ndarray  # bool []: some were left out, for `max_rows`
+
+
+def feature_scale(features: np.ndarray, target: float = 20.0) -> float:
+    """The factor that gives features the mean Euclidean length `target`.
+
+    `features`: float [N, D], a sample.
+
+    Raises: ValueError for no features, or none but zeros.
+    """
+    lengths = np.linalg.norm(np.asarray(features, np.float64), axis=-1)
+    mean = float(lengths.mean()) if lengths.size else 0.0
+    if not (np.isfinite(mean) and mean > 0):
+        raise ValueError(
+            f"features {np.shape(features)} have a mean length of {mean}; no factor "
+            f"makes that {target:g}"
+        )
+    return target / mean
+
+
+def mine_hard_negatives(
+    features_of: Callable[[int], np.ndarray],
+    boxes: Sequence[np.ndarray],
+    objects: Sequence[Objects],
+    positive_features: np.ndarray,
+    positive_labels: np.ndarray,
+    num_classes: int,
+    settings: Mining = Mining(),  # noqa: B008, it can't be changed
+    *,
+    state: MiningState | None = None,
+    on_round: Callable[[MiningState], None] | None = None,
+) -> tuple[LinearSVMs, MiningState]:
+    """Trains an SVM for each class, in rounds; section 4 of the paper.
+
+    `features_of`: from the number of an image to float [N, D], a row for each of its
+    boxes, scaled (`feature_scale`); called for one image after the other, each round.
+    `boxes`: float [N, 4] for each image, (ymin, xmin, ymax, xmax) in pixels.
+    `objects`: of each image; difficult ones keep windows out of the negatives as well.
+    `positive_features`, `positive_labels`: float [P, D], scaled alike, and int [P], 0
+    to `num_classes` − 1: the objects' own windows. A class without any is named in the
+    log; its score is always NEVER.
+    `state`: of an earlier call with the same arguments, to go on from there.
+    `on_round`: called with the state after each round, such as to save it.
+
+    Returns: the SVMs and the last state, see `mining_report`. Equal arguments give
+    equal results, resumed or not.
+    Raises: ValueError for arguments that do not fit, naming the image.
+    """
+    labels = np.asarray(positive_labels)
+    positives = np.asarray(positive_features, np.float32)
+    _check(boxes, objects, positives, labels, num_classes, settings)
+    trained = np.bincount(labels, minlength=num_classes) > 0
+    if not trained.all():
+        log.warning(
+            "classes %s have no objects to train on: they will never be detected",
+            np.flatnonzero(~trained).tolist(),
+        )
+    if state is None:
+        state = _no_rows(len(positives), positives.shape[1], num_classes)
+    _check_state(state, positives, num_classes, boxes)
+
+    while not _ended(state, settings.max_rounds):
+        started = time.monotonic()
+        found = _find(features_of, boxes, objects, trained, state, settings)
+        state = _train(state, found, positives, labels, trained, settings)
+        seconds = np.append(state.seconds, time.monotonic() - started)
+        state = state._replace(seconds=seconds)
+        _log_round(state)
+        if on_round is not None:
+            on_round(state)
+    return LinearSVMs(state.weights, state.biases), state
+
+
+def mining_report(state: MiningState) -> dict[str, Any]:
+    """What happened in the rounds, as plain values for JSON.
+
+    Returns: "ended": "converged" where no hard negatives were left, "max_rows" where
+    memory ran out, else "max_rounds"; "windows": the negatives in memory; "rounds": for
+    each, round 0 first, "added" and "negatives" (so far) of every class, "objectives"
+    of the trained SVMs, and "seconds".
+    """
+    ended = "max_rounds"
+    if state.converged or state.full:
+        ended = "converged" if state.converged else "max_rows"
+    sizes = np.cumsum(state.added, axis=0)
+    rounds = [
+        {
+            "added": state.added[number].tolist(),
+            "negatives": sizes[number].tolist(),
+            "objectives": state.objectives[number].tolist(),
+            "seconds": round(float(state.seconds[number]), 3),
+        }
+        for number in range(len(state.seconds))
+    ]
+    return {"ended": ended, "windows": len(state.features), "rounds": rounds}
+
+
+class _Found(NamedTuple):
+    """The rows of a state after a pass over the images, and how many had no room."""
+
+    features: np.ndarray
+    images: np.ndarray
+    windows: np.ndarray
+    members: np.ndarray
+    left_out: int
+
+
+def _ended(state: MiningState, max_rounds: int) -> bool:
+    return bool(state.converged or state.full) or len(state.seconds) > max_rounds
+
+
+def _no_rows(positives: int, dimensions: int, classes: int) -> MiningState:
+    return MiningState(
+        features=np.zeros((0, dimensions), np.float32),
+        images=np.zeros(0, np.int32),
+        windows=np.zeros(0, np.int32),
+        members=np.zeros((0, classes), bool),
+        duals=np.zeros((positives, classes), np.float32),
+        weights=np.zeros((classes, dimensions), np.float32),
+        biases=np.zeros(classes, np.float32),
+        added=np.zeros((0, classes), np.int32),
+        objectives=np.zeros((0, classes)),
+        seconds=np.zeros(0),
+        converged=np.array(False),
+        full=np.array(False),
+    )
+
+
+def _find(
+    features_of: Callable[[int], np.ndarray],
+    boxes: Sequence[np.ndarray],
+    objects: Sequence[Objects],
+    trained: np.ndarray,
+    state: MiningState,
+    settings: Mining,
+) -> _Found:
+    """One pass over the images: random negatives in round 0, hard ones afterwards."""
+    round_number = len(state.seconds)
+    rows, images, windows = [state.features], [state.images], [state.windows]
+    joined: np.ndarray = state.members.copy()
+    members = [joined]
+    held, left_out = len(state.features), 0
+    in_image = _rows_of_images(state.images, len(boxes))
+    name = f"hard negatives, round {round_number}" if round_number else "negatives"
+    with progress_bar(name, len(boxes)) as bar:
+        for image, (own, seen) in enumerate(zip(boxes, in_image, strict=True)):
+            bar.update()
+            candidates = _candidates(own, objects[image], trained, settings.overlap)
+            if not candidates.any():
+                continue
+            features = _checked(
+                features_of(image), image, len(own), state.features.shape[1]
+            )
+            if round_number:
+                taken = np.zeros_like(candidates)
+                taken[state.windows[seen]] = state.members[seen]
+                scores = features @ state.weights.T + state.biases
+                hard = candidates & ~taken & (scores > settings.hard_score)
+                chosen = _hardest(own, scores, hard, taken, settings)
+            else:
+                rng = np.random.default_rng((settings.seed, image))
+                chosen = _first(own, rng.permutation(len(own)), candidates, settings)
+            joined[seen] |= chosen[state.windows[seen]]
+            new = np.flatnonzero(chosen.any(axis=1))
+            new = new[~np.isin(new, state.windows[seen])]
+            room = settings.max_rows - held
+            left_out += max(len(new) - room, 0)
+            new = new[: max(room, 0)]
+            held += len(new)
+            rows.append(features[new])
+            images.append(np.full(len(new), image, np.int32))
+            windows.append(new.astype(np.int32))
+            members.append(chosen[new])
+    return _Found(
+        np.concatenate(rows),
+        np.concatenate(images),
+        np.concatenate(windows),
+        np.concatenate(members),
+        left_out,
+    )
+
+
+def _candidates(
+    boxes: np.ndarray, objects: Objects, trained: np.ndarray, overlap: float
+) -> np.ndarray:
+    """Which boxes may be negatives of which classes: bool [N, classes]."""
+    allowed = np.tile(trained, (len(boxes), 1))
+    overlaps = _iou(boxes, objects.boxes.reshape(-1, 4))
+    for number in np.unique(objects.labels):
+        own = overlaps[:, objects.labels == number]
+        allowed[:, number] &= (own <= overlap).all(axis=1)
+    return allowed
+
+
+def _first(
+    boxes: np.ndarray, order: np.ndarray, candidates: np.ndarray, settings: Mining
+) -> np.ndarray:
+    """Thinned candidates of each class, the first in one order: so classes share."""
+    chosen = np.zeros_like(candidates)
+    # Most classes have no objects in an image, so the same candidates.
+    kinds, kind_of = np.unique(candidates, axis=1, return_inverse=True)
+    for kind, allowed in enumerate(kinds.T):
+        picks = _thinned(
+            boxes,
+            order[allowed[order]],
+            np.zeros(0, np.int64),
+            settings.thinning,
+            settings.initial_per_image,
+        )
+        chosen[np.ix_(picks, kind_of.reshape(-1) == kind)] = True
+    return chosen
+
+
+def _hardest(
+    boxes: np.ndarray,
+    scores: np.ndarray,
+    hard: np.ndarray,
+    taken: np.ndarray,
+    settings: Mining,
+) -> np.ndarray:
+    """Hard negatives of each class, thinned from the highest score on."""
+    chosen = np.zeros_like(hard)
+    for number in np.flatnonzero(hard.any(axis=0)):
+        ranked = np.argsort(-scores[:, number], kind="stable")
+        picks = _thinned(
+            boxes,
+            ranked[hard[ranked, number]],
+            np.flatnonzero(taken[:, number]),
+            settings.thinning,
+            settings.hard_per_image,
+        )
+        chosen[picks, number] = True
+    return chosen
+
+
+def _thinned(
+    boxes: np.ndarray, ranked: np.ndarray, kept: np.ndarray, most: float, limit: int
+) -> np.ndarray:
+    """The first `limit` of `ranked` that overlap none of `kept`, nor each other."""
+    picks: list[int] = []
+    if len(kept):
+        ranked = ranked[(_iou(boxes[ranked], boxes[kept]) <= most).all(axis=1)]
+    while len(ranked) and len(picks) < limit:
+        picks.append(int(ranked[0]))
+        rest = ranked[1:]
+        ranked = rest[_iou(boxes[rest], boxes[ranked[:1]])[:, 0] <= most]
+    return np.array(picks, np.int64)
+
+
+def _iou(boxes: np.ndarray, others: np.ndarray) -> np.ndarray:
+    """Overlaps in float64, on the host whatever the arrays are."""
+    return np.asarray(iou(np.asarray(boxes), np.asarray(others)))
+
+
+def _train(
+    state: MiningState,
+    found: _Found,
+    positives: np.ndarray,
+    labels: np.ndarray,
+    trained: np.ndarray,
+    settings: Mining,
+) -> MiningState:
+    """The state after training on what was found, but for the round's seconds."""
+    classes = len(trained)
+    added = found.members.sum(axis=0) - state.members.sum(axis=0)
+    round_number = len(state.seconds)
+    full = found.left_out > 0
+    if full:
+        log.warning(
+            "%d negatives found no room among max_rows = %d, so mining ends early: "
+            "lower hard_per_image or initial_per_image, or raise max_rows",
+            found.left_out,
+            settings.max_rows,
+        )
+    record: dict[str, Any] = {
+        "added": np.concatenate([state.added, added[None].astype(np.int32)]),
+        "full": np.array(full),
+    }
+    if not added.any() and round_number:
+        return state._replace(
+            objectives=np.concatenate([state.objectives, state.objectives[-1:]]),
+            converged=np.array(not full),
+            **record,
+        )
+    without = trained & ~found.members.any(axis=0)
+    if without.any():
+        log.warning(
+            "classes %s have no negatives: every window may be taken for one of them",
+            np.flatnonzero(without).tolist(),
+        )
+    own = np.where(labels[:, None] == np.arange(classes), 1, 0)
+    signs = np.concatenate([own, -found.members.astype(int)]).astype(np.int8)
+    new = np.zeros((len(signs) - len(state.duals), classes), np.float32)
+    log.info("training %d SVMs on %d windows", trained.sum(), len(signs))
+    solved = solve_svms(
+        np.concatenate([positives, found.features]),
+        signs,
+        C=settings.C,
+        positive_weight=settings.positive_weight,
+        bias_multiplier=settings.bias_multiplier,
+        tolerance=settings.tolerance,
+        start=np.concatenate([state.duals, new]),
+        seed=settings.seed + round_number,
+    )
+    return state._replace(
+        features=found.features,
+        images=found.images,
+        windows=found.windows,
+        members=found.members,
+        duals=solved.duals,
+        weights=solved.svms.weights,
+        biases=np.where(trained, solved.svms.biases, np.float32(NEVER)),
+        objectives=np.concatenate([state.objectives, solved.objectives[None]]),
+        **record,
+    )
+
+
+def _rows_of_images(images: np.ndarray, count: int) -> list[np.ndarray]:
+    order = np.argsort(images, kind="stable")
+    return np.split(order, np.searchsorted(images[order], np.arange(1, count)))
+
+
+def _log_round(state: MiningState) -> None:
+    log.info(
+        "round %d: %d negatives added, %d windows in all, %.1f s%s",
+        len(state.seconds) - 1,
+        state.added[-1].sum(),
+        len(state.features),
+        state.seconds[-1],
+        "; none are left" if state.converged else "",
+    )
+
+
+def _checked(
+    features: np.ndarray, image: int, count: int, dimensions: int
+) -> np.ndarray:
+    features = np.asarray(features, np.float32)
+    if features.shape != (count, dimensions):
+        raise ValueError(
+            f"image {image} has {count} boxes and the positives {dimensions} numbers "
+            f"each, but its features are {features.shape}"
+        )
+    if not np.isfinite(features).all():
+        raise ValueError(f"the features of image {image} aren't all finite")
+    return features
+
+
+def _check(
+    boxes: Sequence[np.ndarray],
+    objects: Sequence[Objects],
+    positives: np.ndarray,
+    labels: np.ndarray,
+    classes: int,
+    settings: Mining,
+) -> None:
+    if len(boxes) != len(objects) or not len(boxes):
+        raise ValueError(
+            f"boxes of {len(boxes)} images and objects of {len(objects)}: give both of "
+            "the same images, at least one"
+        )
+    if positives.ndim != 2 or labels.shape != positives.shape[:1]:
+        raise ValueError(
+            f"positive features {positives.shape} must be [P, D], and their labels "
+            f"{labels.shape} [P]"
+        )
+    if not len(labels):
+        raise ValueError("there are no positives: no class can be trained")
+    known = np.issubdtype(labels.dtype, np.integer)
+    if not known or labels.min() < 0 or labels.max() >= classes:
+        raise ValueError(
+            f"positive labels must be whole numbers from 0 to {classes - 1}, not "
+            f"{labels.dtype} from {labels.min()} to {labels.max()}"
+        )
+    for image, (own, truth) in enumerate(zip(boxes, objects, strict=True)):
+        if np.ndim(own) != 2 or np.shape(own)[1] != 4:
+            raise ValueError(
+                f"the boxes of image {image} must be [N, 4], not {np.shape(own)}"
+            )
+        if len(truth.labels) and not 0 <= truth.labels.min() <= truth.labels.max() < (
+            classes
+        ):
+            raise ValueError(
+                f"image {image} has objects of the classes {truth.labels.tolist()}, "
+                f"but there are only {classes}"
+            )
+    if not any(len(own) for own in boxes):
+        raise ValueError(f"none of the {len(boxes)} images has a box: no negatives")
+    if not settings.hard_score < -1:
+        raise ValueError(
+            f"hard_score must be below -1, not {settings.hard_score}: negatives above "
+            "-1 have a loss, and would be missed"
+        )
+    limits = (settings.initial_per_image, settings.hard_per_image, settings.max_rows)
+    if min(limits) < 1 or settings.max_rounds < 0:
+        raise ValueError(
+            f"initial_per_image, hard_per_image and max_rows {limits} must be at least "
+            f"1, and max_rounds {settings.max_rounds} not negative"
+        )
+
+
+def _check_state(
+    state: MiningState,
+    positives: np.ndarray,
+    classes: int,
+    boxes: Sequence[np.ndarray],
+) -> None:
+    duals = (len(positives) + len(state.features), classes)
+    fits = state.duals.shape == duals and state.weights.shape[1:] == positives.shape[1:]
+    if not fits or state.images.max(initial=0) >= len(boxes):
+        raise ValueError(
+            f"the state is not one of {len(positives)} positives {positives.shape}, "
+            f"{classes} classes and {len(boxes)} images: it has duals "
+            f"{state.duals.shape} and weights {state.weights.shape}; start afresh"
+        )

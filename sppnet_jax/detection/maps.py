@@ -1,0 +1,217 @@
+"""The feature maps of every image of a split, computed once and kept on disk.
+
+Each image is convolved whole, once for each scale, in buckets. What is kept are maps,
+not pooled vectors: an image's maps have some thousand cells, its 2,000 windows 50 bins
+each. Fine-tuning, SVMs, box regression and tests pool their windows from these files
+and never run a convolution again.
+
+A file a scale and image, FOLDER/SIDE/INDEX.npy, float [rows, columns, channels], is
+written whole or not at all, so an interrupted run goes on where it stopped.
+"""
+
+import logging
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sppnet_jax.backbones import layers_geometry
+from sppnet_jax.classification.preprocess import Preprocessing, normalize
+from sppnet_jax.classification.progress import progress_bar
+from sppnet_jax.classification.whole_images import (
+    MAX_ASPECT,
+    fit_table,
+    map_whole_images,
+)
+from sppnet_jax.data.broken import BrokenImages
+from sppnet_jax.data.images import decode_image, image_size, whole_size
+from sppnet_jax.data.sources import Record, Source
+from sppnet_jax.detection.scales import Size, map_size_of
+from sppnet_jax.model import SPPNet
+
+DTYPES = ("float32", "float16")
+
+log = logging.getLogger(__name__)
+
+
+def convolve_split(
+    model: SPPNet,
+    params: Any,
+    preprocessing: Preprocessing,
+    source: Source,
+    folder: Path,
+    *,
+    sides: Sequence[int],
+    batch_size: int,
+    max_buckets: int = 4,
+    threads: int = 8,
+    dtype: str = "float32",
+) -> dict[str, Any]:
+    """Writes the last map of every image at every scale, those that are not there yet.
+
+    `sides`: the image's shorter side at each scale, in pixels.
+    `batch_size`: of images of the training size; larger images come in smaller batches.
+    `max_buckets`: compiled programs for each scale.
+    `dtype`: of the files; "float16" halves them, at the cost of some exactness.
+
+    Returns: a report of plain values: images, broken, and for each scale the compiled
+    programs and the seconds an image took on the device.
+    Raises: ValueError for a network without a pyramid, or a scale that is too small.
+    """
+    if model.levels is None:
+        raise ValueError(
+            "this network has no spatial pyramid (levels=None): it can't pool windows "
+            "from the map of a whole image. Train one with levels such as (6, 3, 2, 1)"
+        )
+    function = map_function(model, preprocessing)
+    geometry = layers_geometry(model.backbone.layers)
+    broken = BrokenImages(source)
+    report: dict[str, Any] = {"images": len(source.records), "scales": {}}
+    for side in sides:
+        (folder / str(side)).mkdir(parents=True, exist_ok=True)
+        missing = [
+            index
+            for index in range(len(source.records))
+            if not map_file(folder, side, index).exists()
+        ]
+        if not missing:
+            continue
+        part = subset(source, missing)
+        table = fit_table(
+            function,
+            model,
+            params,
+            part,
+            side,
+            batch_size=batch_size,
+            max_buckets=max_buckets,
+            threads=threads,
+        )
+        sizes = scaled_sizes(image_sizes(part, threads), side)
+        done = len(source.records) - len(missing)
+        with progress_bar(f"maps at {side}", len(source.records), done=done) as bar:
+
+            def seen(example: Any, side: int = side, missing: Any = missing) -> None:
+                if not example["mask"]:
+                    index = missing[int(example["index"])]
+                    broken.add(index)
+                    save_array(map_file(folder, side, index), np.zeros((0, 0, 0)))
+
+            for index, found in map_whole_images(
+                table, part, side, threads=threads, strict=False, on_example=seen
+            ):
+                rows, columns = map_size_of(sizes[index], geometry)
+                path = map_file(folder, side, missing[index])
+                save_array(path, found[:rows, :columns].astype(dtype))
+                bar.update()
+        log.info("shorter side %d\n%s", side, table)
+        report["scales"][str(side)] = _report(table)
+    broken.summarize()
+    report["broken"] = len(broken)
+    return report
+
+
+def map_function(model: SPPNet, preprocessing: Preprocessing) -> Any:
+    """From (params, images uint8, valid sizes) to the last maps, as `BucketTable` runs.
+
+    The maps are float32, zero beyond each image's own map.
+    """
+
+    def maps(params: Any, images: jax.Array, sizes: jax.Array) -> jax.Array:
+        inputs = normalize(images, preprocessing, sizes)
+        found, _ = model.apply({"params": params}, inputs, sizes, method="features")
+        return found.astype(jnp.float32)
+
+    return maps
+
+
+def load_maps(folder: Path, sides: Sequence[int], index: int) -> list[np.ndarray]:
+    """The maps of one image at all scales, float [rows, columns, channels] each.
+
+    Those of a broken image are empty. Raises: FileNotFoundError where there are none.
+    """
+    return [np.load(map_file(folder, side, index)) for side in sides]
+
+
+def map_file(folder: Path, side: int, index: int) -> Path:
+    """Where the map of an image at a scale is kept."""
+    return folder / str(side) / f"{index:06d}.npy"
+
+
+def save_array(path: Path, array: np.ndarray) -> None:
+    """Writes an array to a file that is whole or not there."""
+    partial = path.with_suffix(".partial")
+    with partial.open("wb") as file:
+        np.save(file, array)
+    partial.rename(path)
+
+
+def image_sizes(source: Source, threads: int = 8) -> np.ndarray:
+    """The (height, width) of every image, int [N, 2]; (0, 0) if it can't be read."""
+
+    def measure(index: int) -> Size:
+        try:
+            return image_size(source.records[index]["image"])
+        except ValueError:
+            return 0, 0
+
+    with ThreadPoolExecutor(threads) as pool:
+        sizes = list(pool.map(measure, range(len(source.records))))
+    return np.array(sizes, np.int64).reshape(-1, 2)
+
+
+def decodable(source: Source, threads: int = 8) -> np.ndarray:
+    """Which images can be decoded, bool [N]; it takes decoding them."""
+
+    def try_one(index: int) -> bool:
+        try:
+            decode_image(source.records[index]["image"])
+        except ValueError:
+            return False
+        return True
+
+    with ThreadPoolExecutor(threads) as pool:
+        return np.array(list(pool.map(try_one, range(len(source.records)))), bool)
+
+
+def scaled_sizes(sizes: np.ndarray, side: int) -> np.ndarray:
+    """The (height, width) that images have at a scale, int [N, 2].
+
+    Images longer than 4:1 are squeezed to it; unreadable ones count as squares.
+    """
+    scaled = [
+        whole_size(int(height), int(width), side, MAX_ASPECT)
+        if height and width
+        else (side, side)
+        for height, width in sizes
+    ]
+    return np.array(scaled, np.int64).reshape(-1, 2)
+
+
+class _Subset:
+    def __init__(self, source: Source, indices: Sequence[int]) -> None:
+        self._records, self._indices = source.records, indices
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    def __getitem__(self, index: int) -> Record:
+        return self._records[self._indices[index]]
+
+
+def subset(source: Source, indices: Sequence[int]) -> Source:
+    """A source of some of another's records, in the order of `indices`."""
+    return source._replace(records=_Subset(source, indices))
+
+
+def _report(table: Any) -> dict[str, Any]:
+    rows = [row for row in table.rows() if row.calls]
+    seconds = sum(row.calls * row.seconds_per_call for row in rows)
+    return {
+        "programs": table.programs,
+        "seconds_per_image": seconds / max(1, sum(row.images for row in rows)),
+    }

@@ -1,0 +1,518 @@
+"""The proposals of a data set's images: found once, kept in a file, or read from one.
+
+`propose` finds them in parallel and keeps each in one SQLite file as soon as it is
+there, under the hash of the image's bytes and the settings. A killed run loses what was
+under way, several processes can use one file, and an image that two splits share is
+searched once. `load_proposals` reads boxes that others made; `proposal_recall` says how
+many objects some proposals find.
+
+The workers are threads: OpenCV releases Python's lock while it searches, so two threads
+are as fast as two processes, and start at once.
+
+Proposals are a list, one float32 [N, 4] for each record of a source: half-open boxes
+(ymin, xmin, ymax, xmax) in pixels of the decoded image, the most promising first.
+"""
+
+import hashlib
+import itertools
+import json
+import logging
+import os
+import sqlite3
+import zipfile
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import closing, contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import scipy.io
+from scipy.io.matlab import MatReadError
+
+from sppnet_jax.boxes import clip_boxes, iou
+from sppnet_jax.classification.progress import progress_bar
+from sppnet_jax.data.broken import BrokenImages
+from sppnet_jax.data.images import decode_image, image_size
+from sppnet_jax.data.sources import Objects, Source
+from sppnet_jax.detection.proposers import (
+    edge_boxes,
+    load_edge_model,
+    selective_search,
+)
+
+log = logging.getLogger(__name__)
+
+# Raise this when the same settings give other boxes than before.
+_VERSION = 1
+_IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff")
+_MAX_NAMED = 5
+_LOCK_SECONDS = 60
+
+
+class ProposalSettings(NamedTuple):
+    """How to find proposals; see `selective_search` and `edge_boxes`.
+
+    `method`: "selective_search", which reads `width`, `min_side` and `seed`, or
+    "edge_boxes", which reads `edge_model`, the path of its model.
+    """
+
+    method: str = "selective_search"
+    max_windows: int = 2000
+    width: int = 500
+    min_side: int = 20
+    seed: int = 0
+    edge_model: str = ""
+
+
+def propose(
+    source: Source,
+    settings: ProposalSettings,
+    cache: str | Path,
+    *,
+    workers: int | None = None,
+) -> list[np.ndarray]:
+    """The proposals of every record of a source, from the cache or found now.
+
+    An image that can't be decoded has none; it is named and counted in the log, and
+    tried again by the next run. An interrupted run goes on where it stopped.
+
+    `source`: its records have `image`, encoded, and `name`.
+    `cache`: an SQLite file, made if it is missing; it may hold those of other data
+    sets and settings too.
+    `workers`: threads that search; by default one for each core.
+
+    Returns: a list of read-only float32 [N, 4], one for each record.
+    Raises: ValueError for settings that don't fit; FileNotFoundError for a missing
+    model of EdgeBoxes; OSError for a cache that can't be used; RuntimeError naming the
+    image where searching fails.
+    """
+    if workers is None:
+        workers = os.cpu_count() or 1
+    if workers < 1:
+        raise ValueError(f"workers must be at least 1, got {workers}")
+    key = settings_key(settings)
+    digests = []
+    first: dict[bytes, int] = {}
+    for index in range(len(source.records)):
+        digest = hashlib.sha256(source.records[index]["image"]).digest()
+        digests.append(digest)
+        first.setdefault(digest, index)
+    with _opened(Path(cache)) as connection:
+        found = _read(connection, first, key)
+        missing = {d: index for d, index in first.items() if d not in found}
+        if missing:
+            found |= _find_missing(source, settings, connection, key, missing, workers)
+    broken = BrokenImages(source)
+    for index, digest in enumerate(digests):
+        if digest not in found:
+            broken.add(index)
+    broken.summarize()
+    return [found.get(digest, _to_array(b"")) for digest in digests]
+
+
+def settings_key(settings: ProposalSettings) -> str:
+    """The settings that decide about the boxes, as canonical JSON: the cache's key.
+
+    The model of EdgeBoxes is in it by the hash of its bytes.
+
+    Raises: ValueError for settings that don't fit, FileNotFoundError for a missing
+    model.
+    """
+    if settings.max_windows < 1:
+        raise ValueError(f"max_windows must be at least 1, got {settings.max_windows}")
+    chosen: dict[str, Any] = {
+        "method": settings.method,
+        "max_windows": int(settings.max_windows),
+        "version": _VERSION,
+    }
+    if settings.method == "selective_search":
+        if settings.width < 0 or settings.min_side < 1:
+            raise ValueError(
+                f"width {settings.width} must be at least 0, and min_side "
+                f"{settings.min_side} at least 1"
+            )
+        for name in ("width", "min_side", "seed"):
+            chosen[name] = int(getattr(settings, name))
+    elif settings.method == "edge_boxes":
+        load_edge_model(settings.edge_model)
+        content = Path(settings.edge_model).read_bytes()
+        chosen["edge_model"] = hashlib.sha256(content).hexdigest()
+    else:
+        raise ValueError(
+            f"unknown method {settings.method!r}: use 'selective_search' or "
+            "'edge_boxes'"
+        )
+    return json.dumps(chosen, sort_keys=True)
+
+
+def save_proposals(
+    path: str | Path, names: Sequence[str], proposals: Sequence[np.ndarray]
+) -> None:
+    """Writes proposals to an `.npz` file that `load_proposals` reads.
+
+    It holds `names`, str [images], the images' file names, with or without their
+    suffix; `counts`, int [images], the number of boxes of each; and `boxes`, float32
+    [sum of counts, 4], those of the first image first, half-open (ymin, xmin, ymax,
+    xmax) in pixels, 0-based.
+
+    Raises: ValueError for arrays that don't fit together, and for names that repeat.
+    """
+    path = Path(path)
+    if path.suffix != ".npz":
+        raise ValueError(f"proposals are written to .npz files, not to {str(path)!r}")
+    if len(names) != len(proposals):
+        raise ValueError(
+            f"{len(names)} names, but proposals of {len(proposals)} images"
+        )
+    _check_distinct(names, "the names")
+    for name, boxes in zip(names, proposals, strict=True):
+        _check_boxes(boxes, f"the proposals of {name!r}")
+    arrays = [np.asarray(boxes, np.float32).reshape(-1, 4) for boxes in proposals]
+    part = path.with_name(path.name + ".part")
+    with part.open("wb") as file:
+        np.savez_compressed(
+            file,
+            names=np.array(names, str),
+            counts=np.array([len(boxes) for boxes in arrays], np.int64),
+            boxes=np.concatenate([np.zeros((0, 4), np.float32), *arrays]),
+        )
+    part.replace(path)
+
+
+def load_proposals(path: str | Path, source: Source) -> list[np.ndarray]:
+    """Reads proposals of a source's images from a file.
+
+    `path`: an `.npz` as `save_proposals` documents it; or a `.mat` of the R-CNN
+    releases, such as `selective_search_data/voc_2007_trainval.mat`: a cell `images` of
+    names, and a cell `boxes` of [N, 4], 1-based and inclusive (ymin, xmin, ymax, xmax).
+    `source`: its records are matched by name, with or without their suffix.
+
+    Boxes are clipped to their image; those wholly outside of it are left out, and the
+    log says how many. So are all boxes of an image that can't be opened.
+
+    Returns: a list of float32 [N, 4], one for each record, half-open.
+    Raises: FileNotFoundError if there is no file. ValueError for a file of another
+    kind, images without proposals (their number and the first few), arrays of wrong
+    shapes, numbers that aren't finite, boxes that end before they begin, and an image
+    all of whose boxes are outside.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no file of proposals {str(path)!r}")
+    readers = {".npz": _read_npz, ".mat": _read_mat}
+    if path.suffix not in readers:
+        raise ValueError(f"proposals are read from .npz and .mat, not {str(path)!r}")
+    names, boxes = readers[path.suffix](path)
+    _check_distinct(names, str(path))
+    rows = _match(source, names, path)
+    broken = BrokenImages(source)
+    proposals, outside = [], 0
+    for index, row in enumerate(rows):
+        record = source.records[index]
+        what = f"{str(path)!r}: the proposals of {record['name']!r}"
+        _check_boxes(boxes[row], what)
+        try:
+            height, width = image_size(record["image"])
+        except ValueError:
+            broken.add(index)
+            proposals.append(np.zeros((0, 4), np.float32))
+            continue
+        clipped = clip_boxes(np.asarray(boxes[row], np.float32), height, width)
+        inside = (clipped[:, :2] < clipped[:, 2:]).all(axis=1)
+        if len(clipped) and not inside.any():
+            raise ValueError(
+                f"{what} are all outside of its {height}×{width} pixels, first "
+                f"{boxes[row][0].tolist()}; they may be of another image, or in "
+                "another order of coordinates than (ymin, xmin, ymax, xmax)"
+            )
+        outside += int((~inside).sum())
+        proposals.append(np.asarray(clipped[inside], np.float32))
+    if outside:
+        log.warning("%s: left out %d boxes outside of their image", path, outside)
+    broken.summarize()
+    return proposals
+
+
+def proposal_recall(
+    proposals: Sequence[np.ndarray],
+    objects: Sequence[Objects],
+    num_classes: int,
+    *,
+    threshold: float = 0.5,
+) -> dict[str, Any]:
+    """The share of the objects that some proposal of their image overlaps well.
+
+    Difficult objects are not counted.
+
+    `proposals`: float [N, 4] for each image. `objects`: those of each image.
+    `threshold`: the IoU from which on an object is found, 0–1.
+
+    Returns: a dict of plain values, for JSON: "recall" (over all objects; None without
+    any), "class_recall" (a list; None for a class without objects), "objects" and
+    "found" (numbers), "class_objects" (a list of numbers), "mean_proposals" (of an
+    image) and "threshold".
+    Raises: ValueError for lists of different lengths, and labels out of range.
+    """
+    if len(proposals) != len(objects):
+        raise ValueError(
+            f"proposals of {len(proposals)} images, but objects of {len(objects)}"
+        )
+    counts, found = np.zeros(num_classes, int), np.zeros(num_classes, int)
+    for index, (boxes, those) in enumerate(zip(proposals, objects, strict=True)):
+        counted = ~np.asarray(those.difficult, bool)
+        labels = np.asarray(those.labels, int)[counted]
+        if ((labels < 0) | (labels >= num_classes)).any():
+            raise ValueError(
+                f"image {index} has labels {labels.tolist()}, outside of "
+                f"0…{num_classes - 1}"
+            )
+        counts += np.bincount(labels, minlength=num_classes)
+        if not len(labels) or not len(boxes):
+            continue
+        overlaps = np.asarray(iou(np.asarray(those.boxes)[counted], boxes))
+        hits = overlaps.max(axis=1) >= threshold
+        found += np.bincount(labels[hits], minlength=num_classes)
+    total = int(counts.sum())
+    return {
+        "recall": int(found.sum()) / total if total else None,
+        "class_recall": [
+            int(hits) / int(count) if count else None
+            for hits, count in zip(found, counts, strict=True)
+        ],
+        "objects": total,
+        "found": int(found.sum()),
+        "class_objects": counts.tolist(),
+        "mean_proposals": (
+            sum(map(len, proposals)) / len(proposals) if len(proposals) else 0.0
+        ),
+        "threshold": threshold,
+    }
+
+
+def _find_missing(
+    source: Source,
+    settings: ProposalSettings,
+    connection: sqlite3.Connection,
+    key: str,
+    missing: Mapping[bytes, int],
+    workers: int,
+) -> dict[bytes, np.ndarray]:
+    """Finds the proposals of these images and writes each to the cache at once."""
+    found: dict[bytes, np.ndarray] = {}
+    todo = iter(missing.items())
+    running: dict[Future[np.ndarray | None], tuple[bytes, int]] = {}
+    known = len(source.records) - len(missing)
+    with (
+        progress_bar("proposals", len(source.records), done=known) as bar,
+        ThreadPoolExecutor(workers) as pool,
+    ):
+        try:
+            while True:
+                # Two for each worker: none waits, and few images are in memory.
+                for digest, index in itertools.islice(todo, 2 * workers - len(running)):
+                    image = source.records[index]["image"]
+                    future = pool.submit(_find, image, settings)
+                    running[future] = digest, index
+                if not running:
+                    return found
+                for future in wait(running, return_when=FIRST_COMPLETED).done:
+                    digest, index = running.pop(future)
+                    boxes = _result(future, source, index)
+                    if boxes is not None:
+                        blob = boxes.astype("<f4").tobytes()
+                        _write(connection, digest, key, blob)
+                        found[digest] = _to_array(blob)
+                    bar.update()
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def _find(encoded: bytes, settings: ProposalSettings) -> np.ndarray | None:
+    """The proposals of an encoded image; None if it can't be decoded."""
+    try:
+        image = decode_image(encoded)
+    except ValueError:
+        return None
+    if settings.method == "edge_boxes":
+        return edge_boxes(image, settings.edge_model, max_windows=settings.max_windows)
+    return selective_search(
+        image,
+        width=settings.width,
+        min_side=settings.min_side,
+        max_windows=settings.max_windows,
+        seed=settings.seed,
+    )
+
+
+def _result(
+    future: Future[np.ndarray | None], source: Source, index: int
+) -> np.ndarray | None:
+    try:
+        return future.result()
+    except Exception as error:
+        raise RuntimeError(
+            f"no proposals could be found in {source.records[index]['name']!r}, record "
+            f"{index} of split {source.split!r} of {source.name}: {error!r}. What was "
+            "found in other images is kept"
+        ) from error
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[sqlite3.Connection]:
+    """The cache's connection; each statement is a transaction of its own."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        connection = sqlite3.connect(path, timeout=_LOCK_SECONDS, isolation_level=None)
+        with closing(connection):
+            connection.execute(
+                "CREATE TABLE IF NOT EXISTS proposals (image BLOB, settings TEXT, "
+                "boxes BLOB NOT NULL, PRIMARY KEY (image, settings))"
+            )
+            yield connection
+    except sqlite3.Error as error:
+        raise OSError(
+            f"can't keep proposals in {str(path)!r}: {error}. Choose another file, or "
+            "remove it if it is none of proposals"
+        ) from error
+
+
+def _read(
+    connection: sqlite3.Connection, digests: Mapping[bytes, int], key: str
+) -> dict[bytes, np.ndarray]:
+    query = "SELECT boxes FROM proposals WHERE image = ? AND settings = ?"
+    rows = {d: connection.execute(query, (d, key)).fetchone() for d in digests}
+    return {digest: _to_array(row[0]) for digest, row in rows.items() if row}
+
+
+def _write(
+    connection: sqlite3.Connection, digest: bytes, key: str, blob: bytes
+) -> None:
+    # Another process may have been faster; its boxes are the same.
+    query = "INSERT OR IGNORE INTO proposals VALUES (?, ?, ?)"
+    connection.execute(query, (digest, key, blob))
+
+
+def _to_array(blob: bytes) -> np.ndarray:
+    return np.frombuffer(blob, "<f4").reshape(-1, 4)
+
+
+def _read_npz(path: Path) -> tuple[list[str], list[np.ndarray]]:
+    wanted = {"names", "boxes", "counts"}
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            arrays = {name: file[name] for name in wanted & set(file.files)}
+    except (ValueError, TypeError, OSError, EOFError, zipfile.BadZipFile) as error:
+        raise ValueError(f"can't read proposals from {str(path)!r}: {error}") from error
+    _check_keys(path, arrays, wanted)
+    names, boxes, counts = (arrays[name] for name in ("names", "boxes", "counts"))
+    fits = (
+        names.ndim == 1
+        and names.dtype.kind == "U"
+        and counts.shape == names.shape
+        and counts.dtype.kind in "iu"
+        and (counts >= 0).all()
+        and boxes.shape == (counts.sum(), 4)
+        and boxes.dtype.kind in "fiu"
+    )
+    if not fits:
+        raise ValueError(
+            f"{str(path)!r} must hold names, str [images], counts, int [images], and "
+            f"boxes [sum of counts, 4], but names are {names.dtype} {names.shape}, "
+            f"counts {counts.dtype} {counts.shape} with sum {counts.sum()}, boxes "
+            f"{boxes.shape}"
+        )
+    return names.tolist(), np.split(boxes, np.cumsum(counts)[:-1])
+
+
+def _read_mat(path: Path) -> tuple[list[str], list[np.ndarray]]:
+    try:
+        content = scipy.io.loadmat(path, variable_names=("images", "boxes"))
+    except NotImplementedError as error:
+        raise ValueError(
+            f"{str(path)!r} is a MATLAB 7.3 file, which SciPy can't read; save it in "
+            "MATLAB with the option '-v7'"
+        ) from error
+    except (ValueError, TypeError, OSError, MatReadError) as error:
+        raise ValueError(f"can't read proposals from {str(path)!r}: {error}") from error
+    arrays = {name: content[name] for name in ("images", "boxes") if name in content}
+    _check_keys(path, arrays, {"images", "boxes"})
+    cells = [arrays["images"].ravel(), arrays["boxes"].ravel()]
+    if len(cells[0]) != len(cells[1]) or any(cell.dtype != object for cell in cells):
+        raise ValueError(
+            f"{str(path)!r} must hold cells `images` and `boxes` of the same length, "
+            f"but has {cells[0].dtype} {cells[0].shape} and {cells[1].dtype} "
+            f"{cells[1].shape}"
+        )
+    names = [str(np.squeeze(name)) for name in cells[0]]
+    boxes = []
+    for name, inclusive in zip(names, cells[1], strict=True):
+        inclusive = inclusive.astype(np.float64) if inclusive.size else np.zeros((0, 4))
+        if inclusive.ndim != 2 or inclusive.shape[1] != 4:
+            raise ValueError(
+                f"{str(path)!r}: the boxes of {name!r} must be [N, 4], got "
+                f"{list(inclusive.shape)}"
+            )
+        boxes.append(inclusive - [1, 1, 0, 0])
+    return names, boxes
+
+
+def _check_keys(path: Path, arrays: Mapping[str, Any], wanted: set[str]) -> None:
+    absent = sorted(wanted - set(arrays))
+    if absent:
+        raise ValueError(f"{str(path)!r} holds no proposals: it lacks {absent}")
+
+
+def _check_distinct(names: Sequence[str], where: str) -> None:
+    unique, counts = np.unique(np.array(names, str), return_counts=True)
+    if (counts > 1).any():
+        repeated = unique[counts > 1][:_MAX_NAMED].tolist()
+        raise ValueError(f"{where}: images come more than once, such as {repeated}")
+
+
+def _check_boxes(boxes: np.ndarray, what: str) -> None:
+    if boxes.ndim != 2 or boxes.shape[1] != 4:
+        raise ValueError(f"{what} must be [N, 4], got {list(boxes.shape)}")
+    for wrong, reason in (
+        (~np.isfinite(boxes).all(axis=1), "are not finite"),
+        ((boxes[:, :2] >= boxes[:, 2:]).any(axis=1), "end before they begin"),
+    ):
+        if wrong.any():
+            first = int(wrong.argmax())
+            raise ValueError(
+                f"{what} {reason}, first in row {first}: {boxes[first].tolist()} as "
+                "half-open (ymin, xmin, ymax, xmax)"
+            )
+
+
+def _match(source: Source, names: Sequence[str], path: Path) -> list[int]:
+    """For each record the row of its name; by the name without suffix if need be."""
+    exact = {name: row for row, name in enumerate(names)}
+    without: dict[str, list[int]] = {}
+    for row, name in enumerate(names):
+        without.setdefault(_without_suffix(name), []).append(row)
+    rows, missing = [], []
+    for index in range(len(source.records)):
+        name = source.records[index]["name"]
+        candidates = [exact[name]] if name in exact else []
+        candidates = candidates or without.get(_without_suffix(name), [])
+        if len(candidates) > 1:
+            several = [names[row] for row in candidates]
+            raise ValueError(f"{str(path)!r}: {name!r} may be any of {several}")
+        if not candidates:
+            missing.append(name)
+        rows += candidates
+    if missing:
+        raise ValueError(
+            f"{str(path)!r} has no proposals for {len(missing)} of the "
+            f"{len(source.records)} images in split {source.split!r} of {source.name}, "
+            f"such as {missing[:_MAX_NAMED]}; it has {len(names)} images, such as "
+            f"{list(names[:_MAX_NAMED])}"
+        )
+    return rows
+
+
+def _without_suffix(name: str) -> str:
+    stem, suffix = os.path.splitext(name)
+    return stem if suffix.lower() in _IMAGE_SUFFIXES else name

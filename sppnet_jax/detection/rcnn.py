@@ -1,0 +1,155 @@
+"""The R-CNN twin: each box is warped to the network's input and convolved by itself.
+
+The same network, proposals, SVMs and evaluation as SPP-net's (section 4.3 of the paper
+compares both so), but 2,000 passes through the convolutions for an image, not one.
+What they give is kept on disk for each image, FOLDER/INDEX.npy, whole or not at all:
+the map of each window, or its pooled vector where that is smaller.
+"""
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sppnet_jax import parallel
+from sppnet_jax.backbones import layers_geometry
+from sppnet_jax.classification.preprocess import Preprocessing, normalize
+from sppnet_jax.classification.progress import progress_bar
+from sppnet_jax.data.broken import BrokenImages
+from sppnet_jax.data.images import decode_image
+from sppnet_jax.data.sources import Source
+from sppnet_jax.detection.maps import save_array
+from sppnet_jax.detection.warp import warp_windows
+from sppnet_jax.model import SPPNet
+from sppnet_jax.spp import num_bins
+
+PAPER_CONTEXT = 16 / 227  # of the warped side, on each side of the window
+
+log = logging.getLogger(__name__)
+
+
+def convolve_windows(
+    model: SPPNet,
+    params: Any,
+    preprocessing: Preprocessing,
+    source: Source,
+    boxes: Sequence[np.ndarray],
+    folder: Path,
+    *,
+    context: int,
+    batch_size: int = 128,
+    threads: int = 8,
+    dtype: str = "float32",
+) -> dict[str, Any]:
+    """Writes what the convolutions give each box of each image, where it is not there.
+
+    `boxes`: float [N, 4] for each image, in its pixels.
+    `context`: pixels of the warped window that show the surroundings, on each side.
+    `batch_size`: warped windows that are convolved at a time.
+
+    Returns: a report of plain values: images, windows, broken, and the seconds that
+    warping and convolving took.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    missing = [i for i in range(len(boxes)) if not (folder / f"{i:06d}.npy").exists()]
+    run = windows_function(model, params, preprocessing, batch_size=batch_size)
+    fill = fill_color(preprocessing)
+    broken = BrokenImages(source)
+    seconds = {"warping": 0.0, "convolving": 0.0}
+
+    def load(index: int) -> tuple[np.ndarray | None, float]:
+        started = time.perf_counter()
+        try:
+            image = decode_image(source.records[index]["image"])
+        except ValueError:
+            return None, 0.0
+        warped = warp_windows(
+            image, boxes[index], model.image_size, context=context, fill=fill
+        )
+        return warped, time.perf_counter() - started
+
+    done = len(boxes) - len(missing)
+    with (
+        ThreadPoolExecutor(1) as ahead,
+        progress_bar("windows of R-CNN", len(boxes), done=done) as bar,
+    ):
+        waiting = ahead.submit(load, missing[0]) if missing else None
+        for number, index in enumerate(missing):
+            assert waiting is not None
+            warped, taken = waiting.result()
+            if number + 1 < len(missing):
+                waiting = ahead.submit(load, missing[number + 1])
+            seconds["warping"] += taken
+            path = folder / f"{index:06d}.npy"
+            if warped is None:
+                broken.add(index)
+                save_array(path, np.zeros((0, 0, 0, 0), dtype))
+            else:
+                started = time.perf_counter()
+                found = run(warped)
+                seconds["convolving"] += time.perf_counter() - started
+                save_array(path, found.astype(dtype))
+            bar.update()
+    broken.summarize()
+    return {
+        "images": len(boxes),
+        "windows": int(sum(len(boxes[i]) for i in missing)),
+        "broken": len(broken),
+        "seconds": {name: round(value, 2) for name, value in seconds.items()},
+        "stored": "pooled vectors" if stores_pooled(model) else "maps of the windows",
+    }
+
+
+def windows_function(
+    model: SPPNet, params: Any, preprocessing: Preprocessing, *, batch_size: int
+) -> Callable[[np.ndarray], np.ndarray]:
+    """From warped windows uint8 [N, side, side, 3] to what is kept of each, [N, …].
+
+    Runs in batches on all devices.
+    """
+    pooled = stores_pooled(model)
+
+    def convolve(params: Any, images: jax.Array) -> jax.Array:
+        inputs = normalize(images, preprocessing)
+        maps, _ = model.apply({"params": params}, inputs, method="features")
+        if pooled:
+            maps = model.apply({"params": params}, maps, method="pool")
+        return maps.astype(jnp.float32)
+
+    program = parallel.data_parallel(convolve)
+    replicated = parallel.replicate(params)
+    batch = parallel.round_up_to_devices(batch_size)
+
+    def run(warped: np.ndarray) -> np.ndarray:
+        found = []
+        for start in range(0, max(1, len(warped)), batch):
+            part = warped[start : start + batch]
+            padded = np.zeros((batch, *warped.shape[1:]), np.uint8)
+            padded[: len(part)] = part
+            result = program(replicated, parallel.shard(padded))
+            found.append((len(part), result))
+        return np.concatenate(
+            [np.asarray(rows).reshape(batch, *rows.shape[2:])[:n] for n, rows in found]
+        )
+
+    return run
+
+
+def stores_pooled(model: SPPNet) -> bool:
+    """Whether a window's pooled vector is smaller than its map, and so is kept."""
+    if model.levels is None:
+        return True
+    side = layers_geometry(model.backbone.layers).map_size(model.image_size)
+    return side * side > num_bins(model.levels)
+
+
+def fill_color(preprocessing: Preprocessing) -> np.ndarray:
+    """The colour of what lies outside an image, 3 values: the mean, so zero after."""
+    mean = np.asarray(preprocessing.mean, np.float32)
+    return np.broadcast_to(mean.mean(axis=(0, 1)) if mean.ndim == 3 else mean, (3,))

@@ -1,0 +1,276 @@
+"""Detections in the files of PASCAL VOC and of COCO, for evaluation by other tools.
+
+VOC has a text file for each class, comp4_det_SPLIT_CLASS.txt, and in it a line for each
+detection: `image_id score xmin ymin xmax ymax`, the pixels 1-based, the last ones
+included. Numbers have all the digits that it takes to rank and overlap the same when
+they are read. A space can't be in an image's id there, nor a slash in a class's file
+name: whitespace, control characters, / and \\ are written as in URLs, "a b" as "a%20b",
+and so is % itself. Other names stay as they are.
+
+COCO has JSON: boxes [x, y, width, height] are 0-based, and images and classes are
+numbers, here 1 for the first.
+"""
+
+import json
+import math
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote, unquote
+
+import numpy as np
+
+from sppnet_jax.detection.detection_table import (
+    DetectionTable,
+    GroundTruth,
+    check_detections,
+    check_ground_truth,
+)
+
+
+def write_voc_results(
+    folder: Path,
+    detections: DetectionTable,
+    image_ids: Sequence[str],
+    class_names: Sequence[str],
+    *,
+    split: str = "test",
+    competition: str = "comp4",
+) -> list[Path]:
+    """Writes VOC's results files, one for each class, also where nothing was found.
+
+    `folder`: is made if it is not there.
+    `detections`: of all images and classes.
+    `image_ids`: of each image; in VOC the file's name without its suffix.
+    `class_names`: in the order of the labels.
+    `split`, `competition`: parts of the files' names.
+
+    Returns: the files, in the order of the classes.
+    Raises: ValueError for ids or names that are empty or there twice, and for
+    detections that make no sense.
+    """
+    table = check_detections(detections, len(image_ids), len(class_names))
+    ids = _encode_names(image_ids, "image ids")
+    paths = _voc_paths(folder, class_names, split, competition)
+    folder.mkdir(parents=True, exist_ok=True)
+    # Sorted by class once; rows of a class stay in their order.
+    order = np.argsort(table.labels, kind="stable")
+    bounds = np.searchsorted(table.labels[order], np.arange(len(class_names) + 1))
+    for label, path in enumerate(paths):
+        rows = order[bounds[label] : bounds[label + 1]]
+        _write_lines(path, _voc_lines(table, rows, ids))
+    return paths
+
+
+def read_voc_results(
+    folder: Path,
+    image_ids: Sequence[str],
+    class_names: Sequence[str],
+    *,
+    split: str = "test",
+    competition: str = "comp4",
+) -> DetectionTable:
+    """Reads VOC's results files, by whichever program they were written.
+
+    Arguments as those of `write_voc_results`.
+
+    Returns: the detections class by class, each in the order of its file; scores and
+    boxes in float64.
+    Raises: FileNotFoundError for a class without a file; ValueError for a line that
+    isn't `image_id score xmin ymin xmax ymax`, naming the file and the line, and for
+    images that aren't among `image_ids`.
+    """
+    numbers = {id_: number for number, id_ in enumerate(image_ids)}
+    paths = _voc_paths(folder, class_names, split, competition)
+    missing = [path.name for path in paths if not path.exists()]
+    if missing:
+        raise FileNotFoundError(
+            f"{folder} holds no {missing[0]} ({len(missing)} of {len(paths)} classes "
+            "have no file): check the folder, split, competition and class names"
+        )
+    images: list[int] = []
+    labels: list[int] = []
+    values: list[list[float]] = []
+    for label, path in enumerate(paths):
+        for number, line in enumerate(
+            path.read_text("utf-8-sig").splitlines(), start=1
+        ):
+            fields = line.split()
+            if not fields:
+                continue
+            row = _floats(fields[1:])
+            if len(row) != 5 or not all(map(math.isfinite, row)):
+                raise ValueError(
+                    f"{path}, line {number}: {line!r} is not 'image_id score xmin ymin "
+                    "xmax ymax'"
+                )
+            # What other programs wrote may hold a % that means itself.
+            image = numbers.get(unquote(fields[0]), numbers.get(fields[0]))
+            if image is None:
+                raise ValueError(
+                    f"{path}, line {number}: {fields[0]!r} is none of the "
+                    f"{len(image_ids)} images; are these results of another split?"
+                )
+            images.append(image)
+            labels.append(label)
+            values.append(row)
+    columns = np.array(values, np.float64).reshape(-1, 5)
+    scores, xmin, ymin, xmax, ymax = columns.T
+    return DetectionTable(
+        np.array(images, np.int64),
+        np.array(labels, np.int64),
+        scores,
+        np.stack([ymin - 1, xmin - 1, ymax, xmax], axis=1),
+    )
+
+
+def write_coco_results(path: Path, detections: DetectionTable) -> None:
+    """Writes detections as a COCO results file.
+
+    `path`: of the JSON file; its folder is made if it is not there.
+    `detections`: of all images and classes; image i is COCO's i + 1, class c its c + 1.
+
+    Raises: ValueError for detections that make no sense.
+    """
+    # How many images and classes there are, the file doesn't say.
+    limits = (1 + int(np.max(c, initial=0)) for c in detections[:2])
+    table = check_detections(detections, *limits)
+
+    def records() -> Iterator[dict[str, Any]]:
+        boxes = _coco_boxes(table.boxes)
+        columns = (table.images.tolist(), table.labels.tolist(), table.scores.tolist())
+        for image, label, score, box in zip(*columns, boxes, strict=True):
+            yield {
+                "image_id": image + 1,
+                "category_id": label + 1,
+                "bbox": box,
+                "score": score,
+            }
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _write_lines(path, _json_list(records()))
+
+
+def write_coco_ground_truth(
+    path: Path,
+    file_names: Sequence[str],
+    sizes: np.ndarray,
+    ground_truth: Sequence[GroundTruth],
+    class_names: Sequence[str],
+) -> None:
+    """Writes the objects of all images as a COCO annotation file.
+
+    A difficult object has "ignore" 1 and "iscrowd" 0, as is the custom for VOC in this
+    format. pycocotools looks at "iscrowd" only, and so counts it as any other object.
+
+    `path`: of the JSON file; its folder is made if it is not there.
+    `file_names`, `sizes`: of each image; int [images, 2], height and width in pixels.
+    `ground_truth`: for each image its objects.
+    `class_names`: in the order of the labels.
+
+    Raises: ValueError for arrays that don't fit together.
+    """
+    sizes = np.asarray(sizes)
+    if sizes.shape != (len(ground_truth), 2) or len(file_names) != len(ground_truth):
+        raise ValueError(
+            f"for {len(ground_truth)} images sizes must be [images, 2] and file_names "
+            f"as many, got {sizes.shape} and {len(file_names)}"
+        )
+    check_ground_truth(ground_truth, len(class_names))
+    images = [
+        {"id": number, "file_name": name, "height": int(size[0]), "width": int(size[1])}
+        for number, (name, size) in enumerate(
+            zip(file_names, sizes, strict=True), start=1
+        )
+    ]
+    objects = [
+        {
+            "image_id": image,
+            "category_id": int(label) + 1,
+            "bbox": box,
+            "area": box[2] * box[3],
+            "iscrowd": 0,
+            "ignore": int(hard),
+        }
+        for image, truth in enumerate(ground_truth, start=1)
+        for label, box, hard in zip(
+            truth.labels, _coco_boxes(truth.boxes), truth.difficult, strict=True
+        )
+    ]
+    value = {
+        "info": {"description": "written by sppnet_jax"},
+        "licenses": [],
+        "images": images,
+        "annotations": [{"id": n, **one} for n, one in enumerate(objects, start=1)],
+        "categories": [{"id": n, "name": c} for n, c in enumerate(class_names, 1)],
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _write_lines(path, [json.dumps(value)])
+
+
+def _voc_paths(
+    folder: Path, class_names: Sequence[str], split: str, competition: str
+) -> list[Path]:
+    (start,) = _encode_names([f"{competition}_det_{split}"], "the split")
+    names = _encode_names(class_names, "class names")
+    return [folder / f"{start}_{name}.txt" for name in names]
+
+
+def _encode_names(names: Sequence[str], what: str) -> list[str]:
+    """The names as they can stand in a line or in a file's name."""
+    names = list(names)
+    bad = next((name for name in names if not isinstance(name, str) or not name), None)
+    if bad is not None:
+        raise ValueError(f"{what} must be strings that aren't empty, got {bad!r}")
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"{what} must be different, {twice!r} is there twice")
+    return [re.sub(r"[\s\x00-\x1f\x7f%/\\]", _quote, name) for name in names]
+
+
+def _quote(match: re.Match[str]) -> str:
+    return quote(match[0], safe="")
+
+
+def _voc_lines(
+    table: DetectionTable, rows: np.ndarray, ids: Sequence[str]
+) -> Iterator[str]:
+    boxes = table.boxes[rows].astype(np.float64)
+    corners = boxes[:, [1, 0, 3, 2]] + [1, 1, 0, 0]
+    # The fewest digits that say which number of the scores' own precision it is.
+    scores = table.scores[rows].astype(str)
+    images = table.images[rows].tolist()
+    for image, score, corner in zip(images, scores, corners.tolist(), strict=True):
+        pixels = " ".join(repr(value).removesuffix(".0") for value in corner)
+        yield f"{ids[image]} {score} {pixels}\n"
+
+
+def _floats(fields: Sequence[str]) -> list[float]:
+    try:
+        return [float(field) for field in fields]
+    except ValueError:
+        return []
+
+
+def _coco_boxes(boxes: np.ndarray) -> list[list[float]]:
+    corners = np.asarray(boxes, np.float64).reshape(-1, 4)
+    sides = corners[:, 2:] - corners[:, :2]
+    columns = np.stack([corners[:, 1], corners[:, 0], sides[:, 1], sides[:, 0]], axis=1)
+    return columns.tolist()
+
+
+def _json_list(records: Iterable[dict[str, Any]]) -> Iterator[str]:
+    """A list with a line for each record, without the whole in memory."""
+    yield "["
+    for number, record in enumerate(records):
+        yield (",\n" if number else "\n") + json.dumps(record)
+    yield "\n]\n"
+
+
+def _write_lines(path: Path, lines: Iterable[str]) -> None:
+    """Writes a file that is whole or not there."""
+    partial = path.with_name(path.name + ".partial")
+    with partial.open("w", encoding="utf-8") as file:
+        file.writelines(lines)
+    partial.replace(path)

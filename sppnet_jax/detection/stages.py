@@ -1,0 +1,100 @@
+"""Training in stages, each done once, redone when what goes into it has changed.
+
+A stage has a name, a folder of its own, and inputs: a dict of plain values that decide
+its result, the digests of the stages before it among them. A stage that was finished
+with the same inputs is not run again. One that was interrupted finds what it had left
+in its folder and goes on from there. One whose inputs have changed is redone from an
+empty folder, and the log says what has changed.
+"""
+
+import hashlib
+import json
+import logging
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from sppnet_jax.run_folder import write_json
+
+STAGE_FILE = "stage.json"
+
+log = logging.getLogger(__name__)
+
+
+def run_stage(
+    workdir: Path, name: str, inputs: dict[str, Any], compute: Callable[[Path], Any]
+) -> str:
+    """Runs a stage unless it is done; returns the digest of its inputs.
+
+    `inputs`: values that JSON can hold. `compute`: called with the stage's folder,
+    where it leaves its results and what it needs to go on after an interrupt. What it
+    returns is kept in stage.json for people to read.
+    """
+    folder = workdir / name
+    digest = digest_of(inputs)
+    inputs = json.loads(json.dumps(inputs))
+    known = _read(folder / STAGE_FILE)
+    if known and known["inputs"] != inputs:
+        what = "; ".join(_differences(known["inputs"], inputs))
+        log.info("stage %s is redone, for its inputs have changed: %s", name, what)
+        # The record goes first: a folder half removed is not taken for a stage begun.
+        (folder / STAGE_FILE).unlink()
+        known = None
+    if known is None and folder.exists():
+        shutil.rmtree(folder)
+    if known and known["done"]:
+        log.info("stage %s is done", name)
+        return digest
+    log.info("stage %s %s", name, "goes on" if known else "begins")
+    record = {"inputs": inputs, "digest": digest, "done": False}
+    write_json(folder / STAGE_FILE, record)
+    started = time.monotonic()
+    report = compute(folder)
+    seconds = round(time.monotonic() - started, 1)
+    log.info("stage %s took %.1f s", name, seconds)
+    done = {**record, "done": True, "seconds": seconds, "report": report}
+    write_json(folder / STAGE_FILE, done)
+    return digest
+
+
+def stage_report(workdir: Path, name: str) -> Any:
+    """What a finished stage reported; None if there is no such stage."""
+    known = _read(workdir / name / STAGE_FILE)
+    return known.get("report") if known else None
+
+
+def is_done(workdir: Path, name: str) -> bool:
+    """Whether a stage has been finished."""
+    known = _read(workdir / name / STAGE_FILE)
+    return bool(known and known["done"])
+
+
+def digest_of(inputs: dict[str, Any]) -> str:
+    """A short name for values, the same for the same values."""
+    text = json.dumps(inputs, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    if not path.exists():
+        return None
+    try:
+        known = json.loads(path.read_text())
+        return known if {"inputs", "done"} <= set(known) else None
+    except (ValueError, TypeError):
+        return None
+
+
+def _differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    return [
+        f"{name} was {_short(before.get(name))}, now {_short(now.get(name))}"
+        for name in sorted(before | now)
+        if before.get(name) != now.get(name)
+    ]
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 80 else text[:77] + "..."

@@ -1,0 +1,311 @@
+"""Linear SVMs of all classes at once, on the device: block dual coordinate descent.
+
+The SVM of a class is the minimum over (w, v) of
+
+    ½ ‖w‖² + ½ v² + C · Σᵢ cᵢ · max(0, 1 − yᵢ (w·xᵢ + B v)),   its bias being B v,
+
+where cᵢ is the positive weight for positives and 1 for negatives: the bias is the
+weight of one more feature of the constant value B, and is regularised as liblinear's
+is. Its dual has one variable for each example, between 0 and C·cᵢ, and nothing that
+ties them together, so one can be optimised at a time; w and v follow from them.
+
+liblinear does so one class at a time. But all classes share their examples, and differ
+only in signs and bounds: an example that a class leaves out has the bounds 0 and 0. So
+a block of examples is scored by all classes in one product of matrices, its variables
+are optimised one after the other on the block's own small Gram matrix, and a second
+product brings the weights up to date. Every step is liblinear's; the arithmetic is two
+large products. The dual never falls, and its limit is the optimum.
+
+What remains to be gained is bounded by the duality gap, the primal objective less the
+dual one: it is computed for every class, and decides when to stop.
+"""
+
+import functools
+import logging
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sppnet_jax.classification.svm import LinearSVMs
+
+log = logging.getLogger(__name__)
+
+# Examples of a block: the products are large, the Gram matrix stays in the cache.
+BLOCK = 128
+# Epochs between two looks at the duality gap, which costs half an epoch.
+EPOCHS_PER_LOOK = 4
+
+
+class SolvedSVMs(NamedTuple):
+    """SVMs with the proof of how good they are; dual variables to start others from."""
+
+    svms: LinearSVMs
+    duals: np.ndarray  # float32 [N, classes], 0 to C · the example's weight
+    objectives: np.ndarray  # float64 [classes], of the primal problem
+    gaps: np.ndarray  # float64 [classes], at most so far above the optimum
+    epochs: int
+
+
+def solve_svms(
+    features: np.ndarray,
+    labels: np.ndarray,
+    *,
+    C: float = 1e-3,
+    positive_weight: float = 2.0,
+    bias_multiplier: float = 10.0,
+    tolerance: float = 1e-3,
+    max_epochs: int = 1000,
+    start: np.ndarray | None = None,
+    seed: int = 0,
+) -> SolvedSVMs:
+    """Trains the linear SVM of every class, L1 hinge loss, to a known accuracy.
+
+    The defaults are those of the R-CNN release, whose features are scaled to a mean
+    length of 20 (see `hard_negatives.feature_scale`).
+
+    `features`: float [N, D], finite; computed with in float32.
+    `labels`: int8 [N, classes]: 1 for a positive of the class, -1 for a negative, 0
+    where the example is left out of the class. A class without any gets zeros.
+    `C`, `positive_weight`: the weight of a negative's loss, and how many times that of
+    a positive counts. `bias_multiplier`: B, not negative; 0 is an SVM without a bias.
+    `tolerance`: every class ends within so much of its optimum, relative to its
+    objective. float32 allows about 1e-5.
+    `max_epochs`: visits of all examples at most; where they do not suffice, the log
+    names the classes and their gaps.
+    `start`: float [N, classes], dual variables to start from, such as those of an
+    earlier solution with rows of zeros appended for new examples.
+    `seed`: of the order in which examples are visited; equal seeds, equal results.
+
+    Returns: the SVMs, their dual variables, objectives, gaps and the epochs it took.
+    Raises: ValueError for arguments that do not fit.
+    """
+    features, labels = np.asarray(features, np.float32), np.asarray(labels)
+    _check(features, labels, C, positive_weight, bias_multiplier, tolerance, max_epochs)
+    count, classes = labels.shape
+    rng = np.random.default_rng(seed)
+    order = rng.permutation(count)
+    blocks = -(-count // BLOCK)
+    signs = _fill(labels[order], blocks)
+    bounds = np.float32(C) * np.where(signs > 0, np.float32(positive_weight), signs**2)
+    duals = np.zeros_like(signs)
+    if start is not None:
+        duals = _fill(_checked_start(start, labels.shape)[order], blocks)
+        duals = np.clip(duals, 0, bounds)
+    examples = _prepare(
+        _shuffled(features, order, blocks), signs, bounds, bias_multiplier
+    )
+    # From here on a dual variable has the sign of its example.
+    signed = jnp.asarray(duals * signs).reshape(examples.signs.shape)
+    epochs = 0
+    while True:
+        look = _look(examples, signed)
+        objectives = np.asarray(look.objectives, np.float64)
+        gaps = np.asarray(look.gaps, np.float64)
+        open_classes = gaps > tolerance * objectives
+        if not open_classes.any() or epochs >= max_epochs:
+            break
+        some = min(EPOCHS_PER_LOOK, max_epochs - epochs)
+        visits = np.concatenate([rng.permutation(blocks) for _ in range(some)])
+        turns = rng.permuted(np.tile(np.arange(BLOCK), (len(visits), 1)), axis=1)
+        signed = _visit(
+            examples,
+            signed,
+            look.weights,
+            look.bias,
+            jnp.asarray(visits, jnp.int32),
+            jnp.asarray(turns, jnp.int32),
+        )
+        epochs += some
+    if open_classes.any():
+        _warn(open_classes, objectives, gaps, tolerance, epochs)
+    found = np.zeros((count, classes), np.float32)
+    found[order] = np.abs(np.asarray(signed).reshape(-1, classes)[:count])
+    svms = LinearSVMs(
+        np.asarray(look.weights), bias_multiplier * np.asarray(look.bias, np.float32)
+    )
+    return SolvedSVMs(svms, found, objectives, gaps, epochs)
+
+
+class _Examples(NamedTuple):
+    """Examples in blocks; the same for all epochs."""
+
+    x: jax.Array  # [blocks, BLOCK, D]
+    signs: jax.Array  # [blocks, BLOCK, classes]
+    bounds: jax.Array  # [blocks, BLOCK, classes]
+    grams: jax.Array  # [blocks, BLOCK, BLOCK], the constant feature included
+    bias_feature: jax.Array
+
+
+class _Look(NamedTuple):
+    weights: jax.Array  # [classes, D]
+    bias: jax.Array  # [classes], the weight of the constant feature
+    objectives: jax.Array
+    gaps: jax.Array
+
+
+# TensorFloat-32, which GPUs would use, is too coarse for a gap of 1e-3.
+_dot = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
+
+
+def _prepare(
+    x: np.ndarray, signs: np.ndarray, bounds: np.ndarray, bias_multiplier: float
+) -> _Examples:
+    def in_blocks(rows: np.ndarray) -> jax.Array:
+        return jnp.asarray(rows.reshape(-1, BLOCK, rows.shape[1]))
+
+    examples, constant = in_blocks(x), jnp.float32(bias_multiplier)
+    grams = _grams(examples, constant)
+    return _Examples(examples, in_blocks(signs), in_blocks(bounds), grams, constant)
+
+
+@jax.jit
+def _grams(x: jax.Array, constant: jax.Array) -> jax.Array:
+    return jax.lax.map(lambda block: _dot(block, block.T) + constant**2, x)
+
+
+@jax.jit
+def _visit(
+    examples: _Examples,
+    signed: jax.Array,
+    weights: jax.Array,
+    bias: jax.Array,
+    visits: jax.Array,
+    turns: jax.Array,
+) -> jax.Array:
+    """Optimises the blocks in the order `visits`, the examples of each in the order
+    `turns` [visits, BLOCK]; returns the new dual variables."""
+    lowest = jnp.minimum(0, examples.signs * examples.bounds)
+    highest = jnp.maximum(0, examples.signs * examples.bounds)
+
+    def visit(
+        state: tuple[jax.Array, jax.Array, jax.Array],
+        block_and_turns: tuple[jax.Array, jax.Array],
+    ) -> tuple[tuple[jax.Array, jax.Array, jax.Array], None]:
+        signed, weights, bias = state
+        k, turns = block_and_turns
+        x, gram = examples.x[k], examples.grams[k]
+        errors = _dot(x, weights.T) + examples.bias_feature * bias - examples.signs[k]
+        low, high = lowest[k], highest[k]
+
+        def step(
+            turn: jax.Array, state: tuple[jax.Array, jax.Array]
+        ) -> tuple[jax.Array, jax.Array]:
+            block, errors = state
+            i = turns[turn]
+            # An example of zeros without a bias has no say: its slope is never 0.
+            best = block[i] - errors[i] / jnp.maximum(gram[i, i], 1e-30)
+            change = jnp.clip(best, low[i], high[i]) - block[i]
+            return block.at[i].add(change), errors + gram[i][:, None] * change
+
+        block, _ = jax.lax.fori_loop(0, BLOCK, step, (signed[k], errors))
+        change = block - signed[k]
+        weights = weights + _dot(change.T, x)
+        bias = bias + examples.bias_feature * change.sum(axis=0)
+        return (signed.at[k].set(block), weights, bias), None
+
+    (signed, _, _), _ = jax.lax.scan(visit, (signed, weights, bias), (visits, turns))
+    return signed
+
+
+@jax.jit
+def _look(examples: _Examples, signed: jax.Array) -> _Look:
+    """The SVMs that dual variables stand for, with objectives and gaps."""
+    # Summed anew, so that rounding errors of many updates do not add up.
+    flat = signed.reshape(-1, signed.shape[-1])
+    x = examples.x.reshape(len(flat), -1)
+    weights = _dot(flat.T, x)
+    bias = examples.bias_feature * flat.sum(axis=0)
+    scores = _dot(x, weights.T) + examples.bias_feature * bias
+    signs = examples.signs.reshape(flat.shape)
+    losses = examples.bounds.reshape(flat.shape) * jnp.maximum(0, 1 - signs * scores)
+    length = (weights**2).sum(axis=1) + bias**2
+    loss, dual = losses.sum(axis=0), jnp.abs(flat).sum(axis=0)
+    return _Look(weights, bias, length / 2 + loss, length + loss - dual)
+
+
+def _shuffled(features: np.ndarray, order: np.ndarray, blocks: int) -> np.ndarray:
+    """Blocks that mix examples of all images; blank ones, bounded by 0, fill the last.
+
+    One copy and no more: features may take gigabytes.
+    """
+    x = np.empty((blocks * BLOCK, features.shape[1]), np.float32)
+    np.take(features, order, axis=0, out=x[: len(order)], mode="clip")
+    x[len(order) :] = 0
+    return x
+
+
+def _fill(rows: np.ndarray, blocks: int) -> np.ndarray:
+    filled = np.zeros((blocks * BLOCK, rows.shape[1]), np.float32)
+    filled[: len(rows)] = rows
+    return filled
+
+
+def _checked_start(start: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    start = np.asarray(start)
+    if start.shape != shape or not np.isfinite(start).all():
+        raise ValueError(
+            f"start must be finite dual variables [N, classes] = {shape}, got shape "
+            f"{start.shape}; append rows of zeros for new examples"
+        )
+    return start
+
+
+def _check(
+    features: np.ndarray,
+    labels: np.ndarray,
+    C: float,
+    positive_weight: float,
+    bias_multiplier: float,
+    tolerance: float,
+    max_epochs: int,
+) -> None:
+    if features.ndim != 2 or labels.ndim != 2 or len(features) != len(labels):
+        raise ValueError(
+            f"features {features.shape} must be [N, D], and labels {labels.shape} "
+            "[N, classes], of the same N"
+        )
+    if not labels.size or not features.size:
+        raise ValueError(
+            f"features {features.shape} and labels {labels.shape} hold nothing to "
+            "train on"
+        )
+    if not np.isin(labels, (-1, 0, 1)).all():
+        raise ValueError(
+            "labels must be 1 (positive), -1 (negative) or 0 (left out), but there are "
+            f"{np.unique(labels)[:10].tolist()}"
+        )
+    finite = np.isfinite(features).all(axis=1)
+    if not finite.all():
+        raise ValueError(
+            f"features {features.shape} have numbers that aren't finite, first in row "
+            f"{finite.argmin()}"
+        )
+    if not (C > 0 and positive_weight > 0 and tolerance > 0 and max_epochs > 0):
+        raise ValueError(
+            f"C {C}, positive_weight {positive_weight}, tolerance {tolerance} and "
+            f"max_epochs {max_epochs} must be above 0"
+        )
+    if not bias_multiplier >= 0:
+        raise ValueError(f"bias_multiplier must be at least 0, not {bias_multiplier}")
+
+
+def _warn(
+    open_classes: np.ndarray,
+    objectives: np.ndarray,
+    gaps: np.ndarray,
+    tolerance: float,
+    epochs: int,
+) -> None:
+    named = ", ".join(
+        f"class {number} (gap {gaps[number] / objectives[number]:.1e})"
+        for number in np.flatnonzero(open_classes)
+    )
+    log.warning(
+        "SVMs not within %g of their optimum after %d epochs: %s. Lower C, scale the "
+        "features down, or raise max_epochs",
+        tolerance,
+        epochs,
+        named,
+    )

@@ -1,0 +1,209 @@
+"""What the network says of boxes in an image: pooled, then through the fc layers.
+
+SPP-net pools each box's window from the maps of its image (`from_maps`); R-CNN warps
+and convolves each box by itself (`from_warped`). Both give a `WindowFeatures`, and all
+that is built on pooled features, from fine-tuning to tests, is the same code for both.
+
+    features = from_maps(...)
+    program = make_program(features, head)
+    rows_of(features, program, params, image, chosen)
+
+`head` is what is computed of each pooled vector, (params, pooled [n, D]) → arrays of n
+rows: fc7, or the scores of all classes. Boxes with the same cells go through it once.
+"""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sppnet_jax.bucket_choice import choose_buckets
+from sppnet_jax.buckets import smallest_bucket
+from sppnet_jax.detection.maps import load_maps, scaled_sizes
+from sppnet_jax.detection.scales import (
+    atlas_size,
+    boxes_to_atlas,
+    map_size_of,
+    share_windows,
+    stack_maps,
+)
+from sppnet_jax.geometry import Geometry
+from sppnet_jax.spp import spatial_pyramid_pool
+from sppnet_jax.windows import window_pyramid_pool
+
+Head = Callable[[Any, jax.Array], Any]
+Rows = np.ndarray
+
+# Windows are padded to multiples of this, and go through the head so many at a time:
+# a program serves every image whose windows fill as many chunks.
+CHUNK = 256
+
+
+class WindowFeatures(NamedTuple):
+    """The boxes of every image of a split, and how their pooled features are had.
+
+    `boxes`: float [N, 4] for each image.
+    `inputs`: from (image, chosen rows of its boxes) to the arrays that `pool` takes,
+    the number of distinct windows, and which of them each chosen box is.
+    `pool`: from those arrays to pooled features [M, D], on the device; rows from the
+    number of distinct windows on are padding.
+    """
+
+    boxes: Sequence[np.ndarray]
+    inputs: Callable[[int, Rows], tuple[Any, int, np.ndarray]]
+    pool: Callable[[Any], jax.Array]
+
+
+def from_maps(
+    folder: Path,
+    boxes: Sequence[np.ndarray],
+    sizes: np.ndarray,
+    *,
+    sides: Sequence[int],
+    geometry: Geometry,
+    levels: tuple[int, ...],
+    area: float,
+    rule: str = "paper",
+    max_buckets: int = 4,
+) -> WindowFeatures:
+    """Boxes pooled from the maps that `convolve_split` wrote: SPP-net.
+
+    `boxes`: float [N, 4] for each image, in its pixels. `sizes`: of the images, int
+    [images, 2]; (0, 0) for a broken one, which must have no boxes.
+    `sides`, `area`, `rule`: see scales.py. `max_buckets`: shapes of stacked maps; each
+    is a program of its own.
+    """
+    per_side = [scaled_sizes(sizes, side) for side in sides]
+    shapes = [
+        atlas_size([map_size_of(scaled[image], geometry) for scaled in per_side])
+        for image in range(len(sizes))
+    ]
+    buckets = choose_buckets(np.array(shapes), max_buckets) if shapes else ()
+
+    def inputs(image: int, chosen: Rows) -> tuple[Any, int, np.ndarray]:
+        atlas = stack_maps(
+            load_maps(folder, sides, image), smallest_bucket(shapes[image], buckets)
+        )
+        windows = boxes_to_atlas(
+            boxes[image][chosen],
+            tuple(sizes[image]),
+            [tuple(scaled[image]) for scaled in per_side],
+            geometry,
+            area=area,
+            rule=rule,
+        )
+        return atlas_inputs(atlas, windows)
+
+    def pool(arrays: tuple[jax.Array, jax.Array]) -> jax.Array:
+        return pool_atlas(*arrays, levels)
+
+    return WindowFeatures(boxes, inputs, pool)
+
+
+def atlas_inputs(
+    atlas: np.ndarray, windows: np.ndarray
+) -> tuple[tuple[np.ndarray, np.ndarray], int, np.ndarray]:
+    """An atlas and its distinct windows, padded; see `WindowFeatures.inputs`."""
+    distinct, which = share_windows(windows)
+    padded = np.tile(np.array([[0, 0, 1, 1]], np.int32), (_padded(len(distinct)), 1))
+    padded[: len(distinct)] = distinct
+    return (atlas, padded), len(distinct), which
+
+
+def pool_atlas(
+    atlas: jax.Array, windows: jax.Array, levels: tuple[int, ...]
+) -> jax.Array:
+    """The pyramid of each window as one vector [M, bins·channels]."""
+    return window_pyramid_pool(atlas, windows, levels).reshape(len(windows), -1)
+
+
+def from_warped(
+    folder: Path, boxes: Sequence[np.ndarray], levels: tuple[int, ...] | None
+) -> WindowFeatures:
+    """Boxes warped and convolved one by one, from the files of rcnn.py: R-CNN.
+
+    `levels`: of the pyramid; None where the files hold pooled features already.
+    """
+
+    def inputs(image: int, chosen: Rows) -> tuple[Any, int, np.ndarray]:
+        stored = np.load(folder / f"{image:06d}.npy", mmap_mode="r")
+        rows, which = np.unique(chosen, return_inverse=True)
+        padded = np.zeros((_padded(len(rows)), *stored.shape[1:]), np.float32)
+        padded[: len(rows)] = stored[rows]
+        return padded, len(rows), which.reshape(-1)
+
+    def pool(stored: jax.Array) -> jax.Array:
+        pooled = stored if levels is None else spatial_pyramid_pool(stored, levels)
+        return pooled.reshape(len(stored), -1)
+
+    return WindowFeatures(boxes, inputs, pool)
+
+
+def make_program(features: WindowFeatures, head: Head) -> Callable[..., Any]:
+    """Compiles (params, arrays, count) → `head` of the pooled features, [M, …] each.
+
+    Rows from `count`, rounded up to a whole chunk, on are zeros: what is padding does
+    not go through the fc layers, which take most of the time.
+    """
+
+    @jax.jit
+    def program(params: Any, arrays: Any, count: jax.Array) -> Any:
+        return in_chunks(head, params, features.pool(arrays), count)
+
+    return program
+
+
+def in_chunks(head: Head, params: Any, pooled: jax.Array, count: jax.Array) -> Any:
+    """`head` of the first `count` rows, a chunk at a time; zeros for those after."""
+    chunk = min(CHUNK, len(pooled))
+
+    def part(start: Any) -> Any:
+        return head(params, jax.lax.dynamic_slice_in_dim(pooled, start, chunk))
+
+    shapes = jax.eval_shape(part, 0)
+    zeros = jax.tree.map(
+        lambda s: jnp.zeros((len(pooled), *s.shape[1:]), s.dtype), shapes
+    )
+
+    def step(index: jax.Array, found: Any) -> Any:
+        start = index * chunk
+        return jax.tree.map(
+            lambda all_rows, rows: jax.lax.dynamic_update_slice_in_dim(
+                all_rows, rows, start, 0
+            ),
+            found,
+            part(start),
+        )
+
+    return jax.lax.fori_loop(0, (count + chunk - 1) // chunk, step, zeros)
+
+
+def rows_of(
+    features: WindowFeatures,
+    program: Callable[..., Any],
+    params: Any,
+    image: int,
+    chosen: Rows,
+) -> Any:
+    """The head's rows for chosen boxes of an image, NumPy arrays [n, …]."""
+    if not len(chosen):
+        raise ValueError(f"no boxes of image {image} were chosen")
+    arrays, count, which = features.inputs(image, np.asarray(chosen))
+    found = jax.device_get(program(params, arrays, count))
+    return jax.tree.map(lambda rows: rows[which], found)
+
+
+def pooled_rows(params: Any, pooled: jax.Array) -> jax.Array:
+    """The head that changes nothing: the pooled features themselves."""
+    del params
+    return pooled
+
+
+def _padded(count: int) -> int:
+    """The next multiple of `CHUNK`; of few rows, the next power of two."""
+    if count > CHUNK:
+        return -(-count // CHUNK) * CHUNK
+    return max(16, 1 << (count - 1).bit_length())

@@ -1,0 +1,332 @@
+"""Mining ends where training on every window at once would have ended."""
+
+import itertools
+import logging
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+from sklearn.svm import LinearSVC
+
+from sppnet_jax.data.detection_sources import Objects
+from sppnet_jax.detection.hard_negatives import (
+    NEVER,
+    Mining,
+    MiningState,
+    feature_scale,
+    mine_hard_negatives,
+    mining_report,
+)
+
+CLASSES = 3
+EVERYTHING = Mining(
+    thinning=1.0, hard_per_image=3, max_rounds=100, C=0.1, tolerance=1e-4
+)
+
+
+class World(NamedTuple):
+    """Images with boxes, objects and features; image 2 shows nothing."""
+
+    boxes: list[np.ndarray]
+    objects: list[Objects]
+    features: list[np.ndarray]
+    positives: np.ndarray
+    labels: np.ndarray
+
+    def mine(
+        self, settings: Mining, **arguments: Any
+    ) -> tuple[np.ndarray, np.ndarray, MiningState]:
+        svms, state = mine_hard_negatives(
+            self.features.__getitem__,
+            *self[:2],
+            *self[3:],
+            CLASSES,
+            settings,
+            **arguments,
+        )
+        return svms.weights, svms.biases, state
+
+
+def random_boxes(rng: np.random.Generator, count: int) -> np.ndarray:
+    starts = rng.integers(0, 30, (count, 2))
+    return np.concatenate([starts, starts + rng.integers(4, 20, (count, 2))], axis=1)
+
+
+def world(seed: int = 0, images: int = 4, windows: int = 40) -> World:
+    rng = np.random.default_rng(seed)
+    angles = 2 * np.pi * np.arange(CLASSES) / CLASSES
+    centres = 7 * np.stack([np.cos(angles), np.sin(angles)], axis=1)
+    boxes, objects, features, positives, labels = [], [], [], [], []
+    for image in range(images):
+        count = 0 if image == 2 else 5
+        truth = Objects(
+            random_boxes(rng, count).astype(np.float64),
+            np.arange(count, dtype=np.int32) % CLASSES,
+            np.arange(count) == 3,
+        )
+        boxes.append(
+            np.concatenate([truth.boxes, random_boxes(rng, windows)]).astype(np.float32)
+        )
+        scattered = 2.5 * rng.normal(size=(count + windows, 2))
+        scattered[:count] = centres[truth.labels] + 0.3 * scattered[:count]
+        features.append(scattered.astype(np.float32))
+        positives.append(features[-1][:count][~truth.difficult])
+        labels.append(truth.labels[~truth.difficult])
+        objects.append(truth)
+    return World(
+        boxes, objects, features, np.concatenate(positives), np.concatenate(labels)
+    )
+
+
+def plain_iou(a: np.ndarray, b: np.ndarray) -> float:
+    height = min(a[2], b[2]) - max(a[0], b[0])
+    width = min(a[3], b[3]) - max(a[1], b[1])
+    if height <= 0 or width <= 0:
+        return 0.0
+    shared = float(height) * float(width)
+    areas = [float(c[2] - c[0]) * float(c[3] - c[1]) for c in (a, b)]
+    return shared / (sum(areas) - shared)
+
+
+def all_candidates(world: World, number: int) -> list[tuple[int, int]]:
+    """Every (image, window) that may be a negative of a class, box by box."""
+    found = []
+    for image, (boxes, truth) in enumerate(
+        zip(world.boxes, world.objects, strict=True)
+    ):
+        for window, box in enumerate(boxes):
+            pairs = zip(truth.boxes, truth.labels, strict=True)
+            if all(plain_iou(box, b) <= 0.3 for b, label in pairs if label == number):
+                found.append((image, window))
+    return found
+
+
+def objective(
+    w: np.ndarray, b: float, features: np.ndarray, signs: np.ndarray, C: float
+) -> float:
+    hinge = np.maximum(0, 1 - signs * (features @ w + b))
+    return float(
+        0.5 * (w @ w + (b / 10) ** 2) + C * (np.where(signs > 0, 2, 1) @ hinge)
+    )
+
+
+def members_of(state: MiningState, number: int) -> list[tuple[int, int]]:
+    own = state.members[:, number]
+    return list(
+        zip(state.images[own].tolist(), state.windows[own].tolist(), strict=True)
+    )
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_mining_ends_at_the_svm_of_all_windows(seed: int) -> None:
+    made = world(seed)
+    weights, biases, state = made.mine(EVERYTHING._replace(initial_per_image=2))
+    report = mining_report(state)
+    assert report["ended"] == "converged"
+    assert len(report["rounds"]) > 2
+    for number in range(CLASSES):
+        candidates = all_candidates(made, number)
+        assert set(members_of(state, number)) < set(candidates)
+        own = made.positives[made.labels == number]
+        features = np.concatenate(
+            [own, [made.features[image][window] for image, window in candidates]]
+        ).astype(np.float64)
+        signs = np.repeat([1, -1], [len(own), len(candidates)])
+        model = LinearSVC(
+            loss="hinge",
+            C=0.1,
+            intercept_scaling=10,
+            class_weight={1: 2, -1: 1},
+            tol=1e-8,
+            max_iter=1_000_000,
+            random_state=0,
+        ).fit(features, signs)
+        best = objective(model.coef_[0], model.intercept_[0], features, signs, 0.1)
+        found = objective(weights[number], biases[number], features, signs, 0.1)
+        assert best * (1 - 1e-6) <= found <= best * 1.001
+
+
+def test_what_is_left_in_the_end_is_easy() -> None:
+    made = world()
+    weights, biases, state = made.mine(EVERYTHING._replace(initial_per_image=1))
+    for number in range(CLASSES):
+        kept = set(members_of(state, number))
+        for image, window in all_candidates(made, number):
+            score = made.features[image][window] @ weights[number] + biases[number]
+            assert (image, window) in kept or score <= -1.0001 + 1e-5
+
+
+def test_negatives_are_thinned_and_keep_off_their_objects() -> None:
+    made = world(windows=120)
+    settings = EVERYTHING._replace(thinning=0.4, initial_per_image=3, hard_per_image=5)
+    _, _, state = made.mine(settings)
+    thinned_out = 0
+    for number in range(CLASSES):
+        kept = members_of(state, number)
+        assert len(set(kept)) == len(kept)
+        assert set(kept) <= set(all_candidates(made, number))
+        for (i, a), (j, b) in itertools.combinations(kept, 2):
+            assert i != j or plain_iou(made.boxes[i][a], made.boxes[i][b]) <= 0.4
+        thinned_out += len(all_candidates(made, number)) - len(kept)
+    assert thinned_out > 100
+
+
+def test_a_round_adds_the_hardest_first() -> None:
+    made = world()
+    settings = EVERYTHING._replace(initial_per_image=1, max_rounds=0)
+    weights, biases, before = made.mine(settings)
+    _, _, after = made.mine(
+        settings._replace(hard_per_image=1, max_rounds=1), state=before
+    )
+    for number in range(CLASSES):
+        kept = set(members_of(before, number))
+        expected = set()
+        for image in range(len(made.boxes)):
+            scores = made.features[image] @ weights[number] + biases[number]
+            hard = [
+                (scores[w], w)
+                for i, w in all_candidates(made, number)
+                if i == image and (i, w) not in kept and scores[w] > -1.0001
+            ]
+            expected |= {(image, max(hard)[1])} if hard else set()
+        assert set(members_of(after, number)) - kept == expected
+
+
+def test_it_terminates_where_nothing_can_be_told_apart() -> None:
+    made = world()
+    same = [np.ones_like(features) for features in made.features]
+    made = made._replace(features=same, positives=np.ones_like(made.positives))
+    _, _, state = made.mine(EVERYTHING._replace(hard_per_image=1, tolerance=0.5))
+    report = mining_report(state)
+    assert report["ended"] == "converged"
+    # Every window is hard, and each image gives up one a round.
+    counts = [len(all_candidates(made, number)) for number in range(CLASSES)]
+    assert report["rounds"][-1]["negatives"] == counts
+    assert len(report["rounds"]) <= max(map(len, made.boxes)) + 2
+
+
+def test_the_report_adds_up_and_objectives_never_fall() -> None:
+    made = world()
+    calls: list[int] = []
+
+    def features_of(image: int) -> np.ndarray:
+        calls.append(image)
+        return made.features[image]
+
+    settings = EVERYTHING._replace(initial_per_image=2)
+    _, state = mine_hard_negatives(features_of, *made[:2], *made[3:], CLASSES, settings)
+    rounds = mining_report(state)["rounds"]
+    assert calls == list(range(4)) * len(rounds)
+    total = np.zeros(CLASSES, int)
+    for before, record in itertools.pairwise([None, *rounds]):
+        assert record is not None
+        total += record["added"]
+        assert record["negatives"] == total.tolist()
+        if before is not None:
+            higher = np.array(record["objectives"]) * (1 + 1e-4)
+            assert (higher >= before["objectives"]).all()
+    assert rounds[-1]["added"] == [0] * CLASSES
+    assert state.members.sum(axis=0).tolist() == total.tolist()
+    assert mining_report(state)["windows"] == len(state.features) < total.sum()
+
+
+def test_a_run_goes_on_from_a_file_as_if_never_interrupted(tmp_path: Path) -> None:
+    made = world()
+    settings = EVERYTHING._replace(initial_per_image=1, hard_per_image=3, max_rounds=3)
+    states: list[MiningState] = []
+    weights, biases, last = made.mine(settings, on_round=states.append)
+    assert [len(state.seconds) for state in states] == [1, 2, 3, 4]
+    for number, state in enumerate(states):
+        path = tmp_path / f"{number}.npz"
+        np.savez(path, **state._asdict())
+        again = made.mine(settings, state=MiningState(**np.load(path)))
+        np.testing.assert_array_equal(again[0], weights)
+        np.testing.assert_array_equal(again[1], biases)
+        for name in set(MiningState._fields) - {"seconds"}:
+            np.testing.assert_array_equal(getattr(again[2], name), getattr(last, name))
+
+
+def test_the_papers_one_round_is_the_default() -> None:
+    _, _, state = world().mine(Mining(initial_per_image=1))
+    report = mining_report(state)
+    assert (report["ended"], len(report["rounds"])) == ("max_rounds", 2)
+
+
+def test_a_class_without_objects_is_named_and_never_detected(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    made = world()
+    others = made.labels != 1
+    made = made._replace(positives=made.positives[others], labels=made.labels[others])
+    weights, biases, state = made.mine(EVERYTHING)
+    assert "classes [1] have no objects to train on" in caplog.text
+    assert not weights[1].any()
+    assert biases[1] == np.float32(NEVER)
+    assert state.added.sum(axis=0)[1] == 0
+
+
+def test_memory_is_bounded_and_the_log_says_when_it_is_full(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    _, _, state = world().mine(EVERYTHING._replace(initial_per_image=2, max_rows=20))
+    assert len(state.features) == 20
+    assert mining_report(state)["ended"] == "max_rows"
+    assert "found no room among max_rows = 20" in caplog.text
+
+
+def test_images_without_boxes_are_passed_over(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.WARNING)
+    made = world()
+    made.boxes[2], made.features[2] = np.zeros((0, 4)), np.zeros((0, 2))
+    _, _, state = made.mine(EVERYTHING)
+    assert 2 not in state.images
+    assert mining_report(state)["ended"] == "converged"
+    assert not caplog.records
+
+
+def test_scaled_features_have_the_wanted_mean_length() -> None:
+    features = np.random.default_rng(0).normal(size=(50, 7)).astype(np.float32)
+    for target in (20.0, 1.0):
+        scaled = features * feature_scale(features, target)
+        lengths = [
+            float(np.sqrt((row.astype(np.float64) ** 2).sum())) for row in scaled
+        ]
+        assert sum(lengths) / 50 == pytest.approx(target, rel=1e-6)
+    for nothing in (np.zeros((3, 2)), np.zeros((0, 2))):
+        with pytest.raises(ValueError, match="no factor makes that 20"):
+            feature_scale(nothing)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"boxes": []}, "boxes of 0 images and objects of 4"),
+        ({"boxes": [np.zeros((0, 4))] * 4}, "no negatives"),
+        ({"boxes": [np.zeros((3, 5))] * 4}, r"boxes of image 0 must be \[N, 4\]"),
+        ({"labels": np.zeros(2, int)}, r"labels \(2,\) \[P\]"),
+        ({"labels": np.full(12, 3)}, "from 0 to 2, not int64 from 3 to 3"),
+        ({"positives": np.zeros((0, 2)), "labels": np.zeros(0, int)}, "no positives"),
+        ({"features": [np.zeros((7, 2))] * 4}, "image 0 has 45 boxes"),
+        ({"features": [np.full((45, 2), np.nan)] * 4}, "image 0 aren't all finite"),
+    ],
+)
+def test_arguments_that_make_no_sense_are_errors(
+    change: dict[str, Any], message: str
+) -> None:
+    made = world()
+    assert len(made.labels) == 12
+    with pytest.raises(ValueError, match=message):
+        made._replace(**change).mine(EVERYTHING)
+
+
+def test_settings_and_states_that_make_no_sense_are_errors() -> None:
+    made = world()
+    with pytest.raises(ValueError, match=r"hard_score must be below -1, not -0\.9"):
+        made.mine(Mining(hard_score=-0.9))
+    with pytest.raises(ValueError, match="must be at least 1"):
+        made.mine(Mining(hard_per_image=0))
+    _, _, state = made.mine(Mining())
+    fewer = made._replace(positives=made.positives[1:], labels=made.labels[1:])
+    with pytest.raises(ValueError, match="not one of 11 positives"):
+        fewer.mine(Mining(), state=state)

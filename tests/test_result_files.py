@@ -1,0 +1,252 @@
+"""Detections are written so that other programs read what was found."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+
+from sppnet_jax.detection.average_precision import evaluate_detections
+from sppnet_jax.detection.detection_table import DetectionTable
+from sppnet_jax.detection.result_files import (
+    read_voc_results,
+    write_coco_ground_truth,
+    write_coco_results,
+    write_voc_results,
+)
+
+IDS = ["000005", "000007", "photo 3"]
+NAMES = ["aeroplane", "cat"]
+
+
+class Truth(NamedTuple):
+    boxes: np.ndarray
+    labels: np.ndarray
+    difficult: np.ndarray
+
+
+def few() -> DetectionTable:
+    return DetectionTable(
+        np.array([1, 0, 2]),
+        np.array([1, 1, 0]),
+        np.float32([0.5, 0.1, -2.25]),
+        np.float32([[0, 0, 10, 20], [1, 2, 3.5, 4], [7, 8, 9, 10]]),
+    )
+
+
+def many(rng: np.random.Generator, rows: int = 300) -> DetectionTable:
+    """Float32 scores with ties, neighbours and tiny numbers; boxes of all kinds."""
+    scores = rng.normal(size=rows).astype(np.float32)
+    scores[::5] = np.nextafter(scores[1::5], np.float32(9))
+    scores[2::5] = scores[3::5]
+    scores[4::10] *= np.float32(1e-30)
+    starts = rng.uniform(0, 40, (rows, 2))
+    boxes = np.concatenate([starts, starts + rng.uniform(5, 30, (rows, 2))], axis=1)
+    boxes[::2] = boxes[::2].round()
+    return DetectionTable(
+        rng.integers(0, 3, rows), rng.integers(0, 2, rows), scores, np.float32(boxes)
+    )
+
+
+def objects(rng: np.random.Generator) -> list[Truth]:
+    truth = []
+    for count in (4, 0, 6):
+        starts = rng.integers(0, 40, (count, 2))
+        stops = starts + rng.integers(10, 30, (count, 2))
+        boxes = np.concatenate([starts, stops], axis=1).astype(np.float64)
+        truth.append(Truth(boxes, np.arange(count) % 2, rng.random(count) < 0.2))
+    return truth
+
+
+def test_the_lines_are_vocs(tmp_path: Path) -> None:
+    paths = write_voc_results(tmp_path / "results", few(), IDS, NAMES, split="val")
+    assert [path.name for path in paths] == [
+        "comp4_det_val_aeroplane.txt",
+        "comp4_det_val_cat.txt",
+    ]
+    assert paths[0].read_text() == "photo%203 -2.25 9 8 10 9\n"
+    # In the order given; the pixels 1-based, the last ones included.
+    assert paths[1].read_text() == "000007 0.5 1 1 20 10\n000005 0.1 3 2 4 3.5\n"
+    assert sorted(tmp_path.glob("*/*")) == paths
+
+
+def test_what_was_written_is_read_again(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    table, truth = many(rng), objects(rng)
+    # Every object is found several times.
+    which = np.arange(40) % 10
+    table.boxes[:40] = np.concatenate([t.boxes for t in truth])[which]
+    table.images[:40] = np.repeat([0, 1, 2], [4, 0, 6])[which]
+    table.labels[:40] = np.concatenate([t.labels for t in truth])[which]
+    write_voc_results(tmp_path, table, IDS, NAMES)
+    again = read_voc_results(tmp_path, IDS, NAMES)
+    order = np.argsort(table.labels, kind="stable")
+    np.testing.assert_array_equal(again.images, table.images[order])
+    np.testing.assert_array_equal(again.labels, table.labels[order])
+    np.testing.assert_array_equal(again.scores.astype(np.float32), table.scores[order])
+    np.testing.assert_array_equal(again.boxes.astype(np.float32), table.boxes[order])
+    before, after = table.scores[order][:, None], again.scores[:, None]
+    np.testing.assert_array_equal(after < after.T, before < before.T)
+    expected = evaluate_detections(table, truth, NAMES)
+    found = evaluate_detections(again, truth, NAMES)
+    assert found.map_area == expected.map_area > 0.05
+    assert found.map_11_point == expected.map_11_point
+    for result, wanted in zip(found.classes, expected.classes, strict=True):
+        np.testing.assert_array_equal(result.recall, wanted.recall)
+        np.testing.assert_array_equal(result.precision, wanted.precision)
+
+
+def test_a_class_without_detections_has_an_empty_file(tmp_path: Path) -> None:
+    nothing = DetectionTable(*(column[:0] for column in few()))
+    paths = write_voc_results(tmp_path, nothing, IDS, NAMES)
+    assert [path.read_text() for path in paths] == ["", ""]
+    again = read_voc_results(tmp_path, IDS, NAMES)
+    assert [column.shape for column in again] == [(0,), (0,), (0,), (0, 4)]
+
+
+def test_other_programs_lines_are_read(tmp_path: Path) -> None:
+    (tmp_path / "comp3_det_x_cat.txt").write_bytes(
+        b"\xef\xbb\xbf50%25 1.5e-3 1.000000 2 3.5 4\r\n\r\n  b\t-7 1 1 1 1 \r\n"
+    )
+    table = read_voc_results(
+        tmp_path, ["b", "50%25"], ["cat"], split="x", competition="comp3"
+    )
+    assert table.images.tolist() == [1, 0]
+    assert table.scores.tolist() == [0.0015, -7]
+    assert table.boxes.tolist() == [[1, 0, 4, 3.5], [0, 0, 1, 1]]
+
+
+def test_names_that_no_file_can_hold_are_written_as_in_urls(tmp_path: Path) -> None:
+    ids = ["a b", "a%20b", "line\nbreak", "völlig normal", "5/6"]
+    names = ["cat/dog", "traffic light", "50%", "\\", "hæst"]
+    rows = np.arange(5)
+    boxes = np.tile([0.0, 0, 4, 5], (5, 1))
+    paths = write_voc_results(
+        tmp_path, DetectionTable(rows, rows, rows / 2, boxes), ids, names
+    )
+    assert [path.name.removeprefix("comp4_det_test_") for path in paths] == [
+        "cat%2Fdog.txt",
+        "traffic%20light.txt",
+        "50%25.txt",
+        "%5C.txt",
+        "hæst.txt",
+    ]
+    lines = [path.read_text("utf-8").split()[0] for path in paths]
+    assert lines == ["a%20b", "a%2520b", "line%0Abreak", "völlig%20normal", "5%2F6"]
+    again = read_voc_results(tmp_path, ids, names)
+    assert again.images.tolist() == again.labels.tolist() == [0, 1, 2, 3, 4]
+
+
+@pytest.mark.parametrize(
+    ("ids", "names", "message"),
+    [
+        (["a", "b", "a"], NAMES, "image ids must be different, 'a' is there twice"),
+        (["a", "b", ""], NAMES, "image ids must be strings that aren't empty, got ''"),
+        ([1, 2, 3], NAMES, "image ids must be strings .* got 1"),
+        (IDS, ["cat", "cat"], "class names must be different, 'cat' is there twice"),
+        (IDS[:2], NAMES, "detections' images must be from 0 to 1"),
+        (IDS, NAMES[:1], "detections' labels must be from 0 to 0"),
+    ],
+)
+def test_names_that_tell_nothing_apart_are_errors(
+    tmp_path: Path, ids: Any, names: Any, message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        write_voc_results(tmp_path, few(), ids, names)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("000005 0.5 1 2 3", "'000005 0.5 1 2 3' is not 'image_id score xmin"),
+        ("000005 0.5 1 2 3 4 5", "is not 'image_id"),
+        ("000005 good 1 2 3 4", "is not 'image_id"),
+        ("000005 nan 1 2 3 4", "is not 'image_id"),
+        ("000009 0.5 1 2 3 4", "'000009' is none of the 3 images; .* another split"),
+    ],
+)
+def test_lines_that_make_no_sense_are_errors(
+    tmp_path: Path, line: str, message: str
+) -> None:
+    paths = write_voc_results(tmp_path, few(), IDS, NAMES)
+    paths[0].write_text("000007 1 1 1 2 2\n" + line + "\n")
+    where = re.escape(f"{paths[0]}, line 2: ")
+    with pytest.raises(ValueError, match=where + ".*" + message):
+        read_voc_results(tmp_path, IDS, NAMES)
+
+
+def test_a_class_without_a_file_is_an_error(tmp_path: Path) -> None:
+    write_voc_results(tmp_path, few(), IDS, NAMES)
+    message = r"holds no comp4_det_test_dog.txt \(1 of 3 classes"
+    with pytest.raises(FileNotFoundError, match=message):
+        read_voc_results(tmp_path, IDS, [*NAMES, "dog"])
+
+
+def test_a_write_that_fails_leaves_the_old_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "results.json"
+    write_coco_results(path, few())
+    before = path.read_text()
+
+    def fail(value: Any) -> str:
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(json, "dumps", fail)
+    with pytest.raises(OSError, match="no space"):
+        write_coco_results(path, few())
+    assert path.read_text() == before
+
+
+def test_cocos_results_hold_every_detection(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "results.json"
+    write_coco_results(path, few())
+    records = json.loads(path.read_text())
+    assert records[1] == {
+        "image_id": 1,
+        "category_id": 2,
+        "bbox": [2, 1, 2, 2.5],
+        "score": pytest.approx(0.1),
+    }
+    assert np.float32(records[1]["score"]) == few().scores[1]
+    assert [record["image_id"] for record in records] == [2, 1, 3]
+    nothing = DetectionTable(*(column[:0] for column in few()))
+    write_coco_results(path, nothing)
+    assert json.loads(path.read_text()) == []
+    with pytest.raises(
+        ValueError, match=r"labels must be from 0 to 1, .* from -1 to 1"
+    ):
+        write_coco_results(path, few()._replace(labels=np.array([0, -1, 1])))
+
+
+def test_cocos_ground_truth_holds_every_object(tmp_path: Path) -> None:
+    truth = objects(np.random.default_rng(0))
+    truth[0].difficult[:2] = [True, False]
+    path = tmp_path / "truth.json"
+    sizes = np.array([[80, 90], [50, 40], [70, 71]])
+    write_coco_ground_truth(path, ["a.jpg", "b.jpg", "c.png"], sizes, truth, NAMES)
+    value = json.loads(path.read_text())
+    assert value["categories"] == [
+        {"id": 1, "name": "aeroplane"},
+        {"id": 2, "name": "cat"},
+    ]
+    assert value["images"][1] == {
+        "id": 2,
+        "file_name": "b.jpg",
+        "height": 50,
+        "width": 40,
+    }
+    annotations = value["annotations"]
+    assert [a["id"] for a in annotations] == list(range(1, 11))
+    assert [a["image_id"] for a in annotations] == [1] * 4 + [3] * 6
+    assert [a["ignore"] for a in annotations[:2]] == [1, 0]
+    assert {a["iscrowd"] for a in annotations} == {0}
+    every = np.concatenate([t.boxes for t in truth])
+    for annotation, (top, left, bottom, right) in zip(annotations, every, strict=True):
+        assert annotation["bbox"] == [left, top, right - left, bottom - top]
+        assert annotation["area"] == (right - left) * (bottom - top)
+    with pytest.raises(ValueError, match=r"for 3 images .* got \(2, 2\) and 3"):
+        write_coco_ground_truth(path, IDS, sizes[:2], truth, NAMES)
