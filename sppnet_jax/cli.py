@@ -80,6 +80,15 @@ def join_processes() -> None:
     )
 
 
+def check_single_process() -> None:
+    """Raises ValueError if the flags ask for several processes."""
+    if _COORDINATOR.value or _PROCESS_COUNT.value > 1:
+        raise ValueError(
+            "this command runs in one process, on all devices of this machine: leave "
+            "out --coordinator and --process_count"
+        )
+
+
 def given_workdir() -> Path:
     """The folder of the run."""
     if not WORKDIR.value:

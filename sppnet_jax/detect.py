@@ -48,6 +48,7 @@ def main(argv: Sequence[str]) -> None:
             f"--workdir=…{given}"
         )
     command, *files = argv
+    cli.check_single_process()
     config = cli.given_config(check_detection_config)
     if command == "image":
         if not files:
@@ -71,14 +72,15 @@ def main(argv: Sequence[str]) -> None:
 
 def train_from_config(config: ConfigDict, workdir: Path) -> None:
     """Trains the detector that a config describes, stage by stage."""
-    from sppnet_jax import from_detection_config, run_folder
+    from sppnet_jax import from_detection_config
 
-    for name in ("network", "cache"):  # found again from any folder
-        if config[name]:
-            config[name] = str(Path(config[name]).expanduser().absolute())
-    if config.data.root:
-        config.data.root = str(Path(config.data.root).expanduser().absolute())
-    run_folder.save_config(workdir, config.to_dict())
+    for group, name in (  # found again from any folder
+        *((config, name) for name in ("network", "cache")),
+        *((config.proposals, name) for name in ("file", "test_file", "model")),
+        (config.data, "root"),
+    ):
+        if group[name]:
+            group[name] = str(Path(group[name]).expanduser().absolute())
     from_detection_config.train_detector(config, workdir)
     log.info("the detector is in %s", workdir)
 
@@ -105,6 +107,11 @@ def evaluate_from_config(
         raise ValueError(
             f"{source.name!r} has the classes {', '.join(source.class_names)}; the "
             f"detector in {workdirs[0]} was trained on {', '.join(class_names)}"
+        )
+    if not any((~found.difficult).any() for found in split.objects):
+        raise ValueError(
+            f"split {source.split!r} of {source.name!r} has no objects to find, or "
+            "difficult ones only: test on another --config.data.test_split"
         )
     started = time.perf_counter()
     found = from_detection_config.detect_split(configs, workdirs, detectors, split)
@@ -203,7 +210,8 @@ def detect_in_files(
         found = from_detection_config.detect_split(configs, workdirs, detectors, split)
     least = _least_score(score, config)
     folder = pictures or workdirs[0] / "images"
-    for path, image_found in zip(readable, found, strict=True):
+    names = _picture_names(readable)
+    for path, name, image_found in zip(readable, names, found, strict=True):
         image = decode_image(Path(path).expanduser().read_bytes())
         kept = image_found.above(least)
         print(f"{path} ({image.shape[1]}×{image.shape[0]} pixels)")
@@ -217,9 +225,21 @@ def detect_in_files(
             best = f"{image_found.scores[0]:.3f}" if len(image_found.scores) else "none"
             print(f"  nothing of a score of {least:g} or more; the best: {best}")
         drawn = detection_plots.draw_detections(image, *kept, class_names)
-        name = f"{Path(path).stem}_detections.jpg"
         print(f"  picture: {detection_plots.save_image(drawn, folder / name)}")
     return failed
+
+
+def _picture_names(paths: Sequence[str]) -> list[str]:
+    """A file's name for each image, also where two folders have one of the same."""
+    names: list[str] = []
+    for path in paths:
+        stem, number = f"{Path(path).stem}_detections", 1
+        name = f"{stem}.jpg"
+        while name in names:
+            number += 1
+            name = f"{stem}_{number}.jpg"
+        names.append(name)
+    return names
 
 
 def _least_score(score: float | None, config: ConfigDict) -> float:

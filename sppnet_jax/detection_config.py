@@ -98,6 +98,11 @@ def check_detection_config(config: ConfigDict) -> None:
 
     It needs no data and no device: mistakes are found before anything is loaded.
     """
+    if "proposals" not in config and "model" in config:
+        raise ValueError(
+            "this is the config of a classifier; a detector's is one such as "
+            "configs/detect_folder.py, and its --workdir one of its own"
+        )
     check_fields(config, detection_base_config(), "config")
     one_of(config, "system", SYSTEMS)
     one_of(config, "proposals.method", METHODS)

@@ -56,7 +56,7 @@ from sppnet_jax.detection.hard_negatives import (
     mining_report,
 )
 from sppnet_jax.detection.low_rank import truncate_fc
-from sppnet_jax.detection.maps import convolve_split, decodable, image_sizes
+from sppnet_jax.detection.maps import convolve_split, decodable, image_sizes, subset
 from sppnet_jax.detection.proposals import ProposalSettings, load_proposals, propose
 from sppnet_jax.detection.window_features import (
     WindowFeatures,
@@ -72,6 +72,7 @@ from sppnet_jax.model import SPPNet
 log = logging.getLogger(__name__)
 
 FC_LAYERS = ("fc6", "fc7", "fc8")
+CLASSES_FILE = "classes.json"  # the last that training writes
 
 
 class Network(NamedTuple):
@@ -107,6 +108,8 @@ def import_network(config: ConfigDict, workdir: Path) -> Network:
     """Copies the trained classifier into the detector's folder, unless it is there."""
     origin = Path(config.network).expanduser().absolute()
     copied = stages.is_done(workdir, "network")
+    if copied and origin.resolve() == (workdir / "network").resolve():
+        return load_network(workdir)
     if not run_folder.has_checkpoint(origin) and copied:
         log.info("%s is gone; going on with the copy of it", origin)
         return load_network(workdir)
@@ -166,7 +169,8 @@ def open_split(config: ConfigDict, purpose: str, workdir: Path) -> Split:
 def split_of(config: ConfigDict, source: Source, purpose: str, workdir: Path) -> Split:
     """The images of a source, their objects if it knows them, and their proposals.
 
-    An image that can't be decoded has neither objects nor proposals.
+    An image that can't be decoded has no proposals, and no objects to train on; a test
+    counts its objects as missed, as VOC's own program would.
     """
     known = "objects" in source.records[0]
     count = len(source.records)
@@ -174,13 +178,19 @@ def split_of(config: ConfigDict, source: Source, purpose: str, workdir: Path) ->
         read_objects(source, config.data.threads) if known else [_no_objects()] * count
     )
     proposals = find_proposals(config, source, purpose, workdir)
-    readable = [len(boxes) > 0 for boxes in proposals]
+    digest = _digest_split(source, objects)
+    if purpose == "train":
+        # Only what has no proposals may be broken, and takes decoding to know.
+        without = [index for index, boxes in enumerate(proposals) if not len(boxes)]
+        whole = decodable(subset(source, without), config.data.threads)
+        for index in np.array(without, int)[~whole]:
+            objects[index] = _no_objects()
     return Split(
         source,
-        [o if ok else _no_objects() for o, ok in zip(objects, readable, strict=True)],
+        objects,
         image_sizes(source, config.data.threads),
         proposals,
-        _digest_split(source, objects),
+        digest,
     )
 
 
@@ -298,15 +308,20 @@ def feature_settings(config: ConfigDict, network: Network) -> dict[str, Any]:
 
 
 def train_detector(config: ConfigDict, workdir: Path) -> None:
-    """Runs the stages of training that are not done yet."""
+    """Runs the stages of training that are not done yet.
+
+    Raises: ValueError for a folder that holds something else; and as stages do.
+    """
+    _check_is_detectors(workdir)
+    # Until all stages are done, some may be of other settings than the config's.
+    (workdir / CLASSES_FILE).unlink(missing_ok=True)
+    run_folder.save_config(workdir, config.to_dict())
     network = import_network(config, workdir)
     split = open_split(config, "train", workdir)
     boxes = with_objects(split.objects, split.proposals)
     features, made_of = window_features(config, network, split, boxes, workdir)
     objects = {"boxes": _digest_arrays(boxes), "features": made_of}
     classes = split.source.class_names
-    run_folder.write_json(workdir / "classes.json", list(classes))
-
     before: dict[str, Any] = {**objects, "seed": config.seed}
     if config.finetune.steps:
         settings = make_finetuning(config)
@@ -348,6 +363,7 @@ def train_detector(config: ConfigDict, workdir: Path) -> None:
             regression_inputs(config, objects),
             lambda folder: train_regression(folder, config, features, split, boxes),
         )
+    run_folder.write_json(workdir / CLASSES_FILE, list(classes))
 
 
 def finetune_inputs(config: ConfigDict, before: dict[str, Any]) -> dict[str, Any]:
@@ -364,7 +380,8 @@ def svm_inputs(config: ConfigDict, before: dict[str, Any]) -> dict[str, Any]:
 
 def regression_inputs(config: ConfigDict, objects: dict[str, Any]) -> dict[str, Any]:
     """What decides the box regression."""
-    return {**objects, "seed": config.seed, **config.regression.to_dict()}
+    settings = {"seed": config.seed, "feature_norm": config.svm.feature_norm}
+    return {**objects, **settings, **config.regression.to_dict()}
 
 
 def make_finetuning(config: ConfigDict) -> Finetuning:
@@ -428,8 +445,7 @@ def train_svms(
         )
     scale = feature_scale(np.concatenate(positives), config.svm.feature_norm)
 
-    def features_of(image: int) -> np.ndarray:
-        chosen = np.arange(len(boxes[image]))
+    def features_of(image: int, chosen: np.ndarray) -> np.ndarray:
         return rows_of(features, program, fc, image, chosen) * scale
 
     saved = folder / "rounds.npz"
@@ -535,7 +551,12 @@ def load_detector(config: ConfigDict, workdir: Path) -> Detector:
     Raises: FileNotFoundError where a stage that the config needs was not run.
     """
     network = load_network(workdir)
-    class_names = tuple(run_folder.read_json(workdir / "classes.json"))
+    if not (workdir / CLASSES_FILE).exists():
+        raise FileNotFoundError(
+            f"the training of the detector in {workdir} has not come to its end: run "
+            "python -m sppnet_jax.detect train, it goes on where it stopped"
+        )
+    class_names = tuple(run_folder.read_json(workdir / CLASSES_FILE))
     fc = detector_fc(config, network, workdir, len(class_names))
     ranks = dict(zip(("fc6", "fc7"), config.fc_rank, strict=True))
     if any(ranks.values()):
@@ -591,6 +612,7 @@ def check_trained_as(config: ConfigDict, workdir: Path) -> None:
 
     What only tests use may differ: `scorer`, `fc_rank`, `test`, splits and the like.
     """
+    _check_is_detectors(workdir)
     known = run_folder.load_config(workdir)
     given = config.to_dict()
     shared = ["system", "scales", "rule", "window_side", "context", "maps_dtype"]
@@ -609,6 +631,15 @@ def _plain(value: Any) -> Any:
     if isinstance(value, dict):
         return {name: _plain(part) for name, part in value.items()}
     return list(value) if isinstance(value, tuple | list) else value
+
+
+def _check_is_detectors(workdir: Path) -> None:
+    known = (workdir / run_folder.CONFIG_FILE).exists()
+    if known and "proposals" not in run_folder.load_config(workdir):
+        raise ValueError(
+            f"{workdir} holds a trained classifier, no detector: give the detector's "
+            "own --workdir"
+        )
 
 
 def _default_split(config: ConfigDict, purpose: str) -> str:

@@ -38,7 +38,7 @@ class World(NamedTuple):
         self, settings: Mining, **arguments: Any
     ) -> tuple[np.ndarray, np.ndarray, MiningState]:
         svms, state = mine_hard_negatives(
-            self.features.__getitem__,
+            lambda image, rows: self.features[image][rows],
             *self[:2],
             *self[3:],
             CLASSES,
@@ -210,9 +210,9 @@ def test_the_report_adds_up_and_objectives_never_fall() -> None:
     made = world()
     calls: list[int] = []
 
-    def features_of(image: int) -> np.ndarray:
+    def features_of(image: int, rows: np.ndarray) -> np.ndarray:
         calls.append(image)
-        return made.features[image]
+        return made.features[image][rows]
 
     settings = EVERYTHING._replace(initial_per_image=2)
     _, state = mine_hard_negatives(features_of, *made[:2], *made[3:], CLASSES, settings)
@@ -307,7 +307,7 @@ def test_scaled_features_have_the_wanted_mean_length() -> None:
         ({"labels": np.zeros(2, int)}, r"labels \(2,\) \[P\]"),
         ({"labels": np.full(12, 3)}, "from 0 to 2, not int64 from 3 to 3"),
         ({"positives": np.zeros((0, 2)), "labels": np.zeros(0, int)}, "no positives"),
-        ({"features": [np.zeros((7, 2))] * 4}, "image 0 has 45 boxes"),
+        ({"features": [np.zeros((45, 3))] * 4}, "boxes of image 0 were asked for"),
         ({"features": [np.full((45, 2), np.nan)] * 4}, "image 0 aren't all finite"),
     ],
 )

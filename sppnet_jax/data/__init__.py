@@ -1,5 +1,6 @@
-"""Images and labels: TFDS data sets, image folders, and batches for training.
+"""Images, labels and boxes: TFDS data sets, folders, and batches for training.
 
-`sources` opens a data set, `pipeline` turns it into batches, `images` decodes and
-crops; `digit_scenes` and `image_folder` are the data sets this package makes itself.
+`sources` opens a data set, `detection_sources` one with boxes, `pipeline` makes batches,
+`images` decodes and crops; `digit_scenes`, `image_folder` and `voc_folder` are the data
+sets this package makes itself.
 """

@@ -29,7 +29,7 @@ from sppnet_jax.detection.window_features import (
     rows_of,
 )
 from sppnet_jax.interrupt import Interrupt
-from sppnet_jax.metrics import MetricsLog
+from sppnet_jax.metrics import MetricsLog, read_metrics
 from sppnet_jax.model import SPPNet
 from sppnet_jax.run_folder import CHECKPOINTS
 
@@ -43,6 +43,8 @@ class Finetuning(NamedTuple):
 
     `batch_size`: windows of a step, over all devices; `positives`: the share of them
     that show an object. `images_per_batch`: how many images they are from.
+    `memory`: bytes of pooled windows that are kept for the steps to come; images beyond
+    that are pooled again whenever a step draws them. The result is the same.
     `drop_steps`: where the learning rate is divided by `drop_factor`.
     """
 
@@ -50,6 +52,7 @@ class Finetuning(NamedTuple):
     batch_size: int = 128
     positives: float = 0.25
     images_per_batch: int = 8
+    memory: float = 4e9
     learning_rate: float = 1e-4
     drop_steps: tuple[int, ...] = ()
     drop_factor: float = 10.0
@@ -110,7 +113,7 @@ def finetune(
         step = int(parallel.unreplicate(state.step))
         if step:
             log.info("fine-tuning goes on at step %d of %d", step, settings.steps)
-        loss = accuracy = math.nan
+        loss, accuracy = _last_numbers(folder, step)
         with (
             Interrupt() as interrupt,
             ThreadPoolExecutor(1) as ahead,
@@ -121,10 +124,12 @@ def finetune(
                 done=step * settings.batch_size,
             ) as bar,
         ):
-            waiting = ahead.submit(load, step)
+            waiting = ahead.submit(load, step) if step < settings.steps else None
             while step < settings.steps:
+                assert waiting is not None
                 batch = waiting.result()
-                waiting = ahead.submit(load, step + 1)
+                if step + 1 < settings.steps:
+                    waiting = ahead.submit(load, step + 1)
                 rate = learning_rate(settings, step)
                 state, metrics = step_program(state, batch, np.float32(rate))
                 step += 1
@@ -233,14 +238,28 @@ def _batch_loader(
     background: int,
 ) -> Callable[[int], dict[str, np.ndarray]]:
     program = make_program(features, pooled_rows)
+    kept: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+    room = settings.memory
+
+    def pooled_of(image: int, rows: np.ndarray) -> np.ndarray:
+        nonlocal room
+        if image not in kept and room > 0:
+            own = examples[image]
+            all_rows = np.unique(np.concatenate([own.positives, own.negatives]))
+            values = rows_of(features, program, None, image, all_rows)
+            kept[image] = (all_rows, values)
+            room -= values.nbytes
+        if image in kept:
+            all_rows, values = kept[image]
+            return values[np.searchsorted(all_rows, rows)]
+        return rows_of(features, program, None, image, rows)
 
     def load(step: int) -> dict[str, np.ndarray]:
         images, rows, labels = draw_batch(examples, usable, settings, background, step)
         pooled: list[Any] = [None] * len(rows)
         for image in np.unique(images):
             mine = np.flatnonzero(images == image)
-            found = rows_of(features, program, None, int(image), rows[mine])
-            for place, row in zip(mine, found, strict=True):
+            for place, row in zip(mine, pooled_of(int(image), rows[mine]), strict=True):
                 pooled[place] = row
         batch = {"pooled": np.stack(pooled), "label": labels.astype(np.int32)}
         # Positives come first: every device gets its share of them.
@@ -302,6 +321,14 @@ def _fresh_fc(model: SPPNet, params: Any, seed: int) -> dict[str, Any]:
     kernel = 0.01 * jax.random.normal(jax.random.PRNGKey(seed), shape)
     fresh = {"kernel": kernel, "bias": jnp.zeros(model.num_classes)}
     return {"fc6": params["fc6"], "fc7": params["fc7"], "fc8": fresh}
+
+
+def _last_numbers(folder: Path, step: int) -> tuple[float | None, float | None]:
+    """The loss and the accuracy that were logged at a step: that of the checkpoint."""
+    for row in reversed(read_metrics(folder)):
+        if row["step"] == step:
+            return row["loss"], row["accuracy"]
+    return None, None
 
 
 def _save(checkpoints: Checkpoints, step: int, state: TrainState) -> None:

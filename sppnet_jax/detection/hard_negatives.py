@@ -104,7 +104,7 @@ def feature_scale(features: np.ndarray, target: float = 20.0) -> float:
 
 
 def mine_hard_negatives(
-    features_of: Callable[[int], np.ndarray],
+    features_of: Callable[[int, np.ndarray], np.ndarray],
     boxes: Sequence[np.ndarray],
     objects: Sequence[Objects],
     positive_features: np.ndarray,
@@ -117,8 +117,9 @@ def mine_hard_negatives(
 ) -> tuple[LinearSVMs, MiningState]:
     """Trains an SVM for each class, in rounds; section 4 of the paper.
 
-    `features_of`: from the number of an image to float [N, D], a row for each of its
-    boxes, scaled (`feature_scale`); called for one image after the other, each round.
+    `features_of`: from the number of an image and chosen rows of its boxes, int [n], to
+    float [n, D], scaled (`feature_scale`). Called for one image after the other, each
+    round: for the few that are drawn in round 0, for all boxes afterwards.
     `boxes`: float [N, 4] for each image, (ymin, xmin, ymax, xmax) in pixels.
     `objects`: of each image; difficult ones keep windows out of the negatives as well.
     `positive_features`, `positive_labels`: float [P, D], scaled alike, and int [P], 0
@@ -212,7 +213,7 @@ def _no_rows(positives: int, dimensions: int, classes: int) -> MiningState:
 
 
 def _find(
-    features_of: Callable[[int], np.ndarray],
+    features_of: Callable[[int, np.ndarray], np.ndarray],
     boxes: Sequence[np.ndarray],
     objects: Sequence[Objects],
     trained: np.ndarray,
@@ -225,6 +226,11 @@ def _find(
     joined: np.ndarray = state.members.copy()
     members = [joined]
     held, left_out = len(state.features), 0
+
+    def look(image: int, chosen: np.ndarray) -> np.ndarray:
+        found = features_of(image, chosen)
+        return _checked(found, image, len(chosen), state.features.shape[1])
+
     in_image = _rows_of_images(state.images, len(boxes))
     name = f"hard negatives, round {round_number}" if round_number else "negatives"
     with progress_bar(name, len(boxes)) as bar:
@@ -233,10 +239,8 @@ def _find(
             candidates = _candidates(own, objects[image], trained, settings.overlap)
             if not candidates.any():
                 continue
-            features = _checked(
-                features_of(image), image, len(own), state.features.shape[1]
-            )
             if round_number:
+                features = look(image, np.arange(len(own)))
                 taken = np.zeros_like(candidates)
                 taken[state.windows[seen]] = state.members[seen]
                 scores = features @ state.weights.T + state.biases
@@ -252,7 +256,8 @@ def _find(
             left_out += max(len(new) - room, 0)
             new = new[: max(room, 0)]
             held += len(new)
-            rows.append(features[new])
+            if len(new):
+                rows.append(features[new] if round_number else look(image, new))
             images.append(np.full(len(new), image, np.int32))
             windows.append(new.astype(np.int32))
             members.append(chosen[new])
@@ -422,8 +427,8 @@ def _checked(
     features = np.asarray(features, np.float32)
     if features.shape != (count, dimensions):
         raise ValueError(
-            f"image {image} has {count} boxes and the positives {dimensions} numbers "
-            f"each, but its features are {features.shape}"
+            f"{count} boxes of image {image} were asked for, and the positives have "
+            f"{dimensions} numbers each, but the features are {features.shape}"
         )
     if not np.isfinite(features).all():
         raise ValueError(f"the features of image {image} aren't all finite")

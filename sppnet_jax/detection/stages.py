@@ -4,7 +4,8 @@ A stage has a name, a folder of its own, and inputs: a dict of plain values that
 its result, the digests of the stages before it among them. A stage that was finished
 with the same inputs is not run again. One that was interrupted finds what it had left
 in its folder and goes on from there. One whose inputs have changed is redone from an
-empty folder, and the log says what has changed.
+empty folder, and the log says what has changed. A folder that no stage has made is
+never removed.
 """
 
 import hashlib
@@ -31,19 +32,24 @@ def run_stage(
     `inputs`: values that JSON can hold. `compute`: called with the stage's folder,
     where it leaves its results and what it needs to go on after an interrupt. What it
     returns is kept in stage.json for people to read.
+
+    Raises: ValueError where the stage's folder holds files of something else.
     """
-    folder = workdir / name
+    folder, removed = workdir / name, workdir / f"{name}.removed"
+    if removed.exists():
+        shutil.rmtree(removed)
     digest = digest_of(inputs)
     inputs = json.loads(json.dumps(inputs))
     known = _read(folder / STAGE_FILE)
     if known and known["inputs"] != inputs:
         what = "; ".join(_differences(known["inputs"], inputs))
         log.info("stage %s is redone, for its inputs have changed: %s", name, what)
-        # The record goes first: a folder half removed is not taken for a stage begun.
-        (folder / STAGE_FILE).unlink()
         known = None
     if known is None and folder.exists():
-        shutil.rmtree(folder)
+        _check_is_stage(folder)
+        # Renamed first: a folder half removed is not taken for a stage begun.
+        folder.rename(removed)
+        shutil.rmtree(removed)
     if known and known["done"]:
         log.info("stage %s is done", name)
         return digest
@@ -59,12 +65,6 @@ def run_stage(
     return digest
 
 
-def stage_report(workdir: Path, name: str) -> Any:
-    """What a finished stage reported; None if there is no such stage."""
-    known = _read(workdir / name / STAGE_FILE)
-    return known.get("report") if known else None
-
-
 def is_done(workdir: Path, name: str) -> bool:
     """Whether a stage has been finished."""
     known = _read(workdir / name / STAGE_FILE)
@@ -75,6 +75,18 @@ def digest_of(inputs: dict[str, Any]) -> str:
     """A short name for values, the same for the same values."""
     text = json.dumps(inputs, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _check_is_stage(folder: Path) -> None:
+    held = {path.name for path in folder.iterdir()}
+    # A run killed before its first record leaves an empty folder, or a partial record.
+    foreign = held - {Path(STAGE_FILE).with_suffix(".partial").name}
+    if foreign and STAGE_FILE not in held:
+        raise ValueError(
+            f"{folder} would be a stage's folder, but holds something else "
+            f"({', '.join(sorted(foreign)[:3])}): use another --workdir, or move that "
+            "away"
+        )
 
 
 def _read(path: Path) -> dict[str, Any] | None:

@@ -1,0 +1,24 @@
+r"""A detector for your own folder in Pascal VOC layout, on a small machine.
+
+python -m sppnet_jax.detect train --config=configs/detect_folder.py \
+    --config.data.root=FOLDER --config.network=runs/folder --workdir=runs/detect_folder
+python -m sppnet_jax.detect test --workdir=runs/detect_folder
+python -m sppnet_jax.detect image --workdir=runs/detect_folder photo.jpg
+
+The network is a classifier of 96-pixel crops, trained by configs/folder.py.
+"""
+
+from ml_collections import ConfigDict
+
+from sppnet_jax.detection_config import detection_base_config
+
+
+def get_config() -> ConfigDict:
+    config = detection_base_config()
+    config.network = "runs/folder"
+    config.data.name = "voc_folder"
+    config.scales = (206, 247, 295, 370, 514)  # the paper's five for 96 pixels
+    config.finetune.steps = 1000
+    config.finetune.learning_rate = 0.01
+    config.finetune.drop_steps = (700,)
+    return config
