@@ -1,0 +1,638 @@
+"""A detector is trained on a folder in VOC layout, tested, and looks at photographs."""
+
+import json
+import logging
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import textwrap
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import cv2
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+
+from configs import folder as classifier_config
+from sppnet_jax import detect, from_config, from_detection_config, run_folder
+from sppnet_jax import saved_config as saved
+from sppnet_jax.checkpoints import Checkpoints
+from sppnet_jax.data.detection_sources import open_detection_source, read_objects
+from sppnet_jax.detection.average_precision import evaluate_detections
+from sppnet_jax.detection.detector import score_boxes
+from sppnet_jax.detection.examples import with_objects
+from sppnet_jax.detection.proposals import save_proposals
+from sppnet_jax.detection.result_files import read_voc_results
+from sppnet_jax.detection.window_features import make_program
+from sppnet_jax.detection_config import check_detection_config, detection_base_config
+from tests.conftest import REPOSITORY
+from tests.data_helpers import encode, voc_object, voc_xml, write_voc_folder
+
+CLASSES = ("disc", "square")
+SIZE = (90, 120)
+TRAIN = [f"a{number:02d}" for number in range(12)]
+TEST = [f"b{number:02d}" for number in range(6)]
+EVERY = (*TRAIN, *TEST)
+BROKEN = ("a07", "b01")
+
+
+def draw_scene(seed: int) -> tuple[np.ndarray, list[str]]:
+    """Noise with a disc on one side and a square on the other, and their XML."""
+    rng = np.random.default_rng(seed)
+    image = rng.integers(90, 150, (*SIZE, 3), np.uint8)
+    objects = []
+    for name, left in zip(rng.permutation(CLASSES), (2, 62), strict=True):
+        side = int(rng.integers(30, 50))
+        x, y = left + int(rng.integers(54 - side)), int(rng.integers(88 - side))
+        if name == "disc":
+            middle = (x + side // 2, y + side // 2)
+            cv2.circle(image, middle, side // 2, (230, 40, 30), -1)
+        else:
+            cv2.rectangle(image, (x, y), (x + side, y + side), (20, 60, 220), -1)
+        box = (x + 1, y + 1, x + side + 1, y + side + 1)
+        difficult = "1" if seed % 5 == 4 and name == "disc" else "0"
+        objects.append(voc_object(box, str(name), difficult=difficult))
+    return image, objects
+
+
+def write_scenes(root: Path) -> Path:
+    """Scenes to train and to test on, in VOC's layout."""
+    scenes = {key: draw_scene(seed) for seed, key in enumerate(EVERY)}
+    annotations = {key: voc_xml(*xml, size=SIZE) for key, (_, xml) in scenes.items()}
+    lists = {"trainval.txt": "\n".join(TRAIN), "test.txt": "\n".join(TEST)}
+    write_voc_folder(root, annotations, lists, size=SIZE)
+    for key, (image, _) in scenes.items():
+        path = root / f"JPEGImages/{key}.png"
+        path.write_bytes(encode(image))
+        if key in BROKEN:
+            # Its header says how large it is, but nothing can decode it.
+            damaged = bytearray(encode(image, ".webp"))
+            damaged[30:400] = bytes(370)
+            path.unlink()
+            path.with_suffix(".webp").write_bytes(damaged)
+    return root
+
+
+def write_classifier(workdir: Path) -> Path:
+    """A classifier of 64 pixels with weights as they were drawn."""
+    config = classifier_config.get_config()
+    config.model.width = 1 / 16
+    config.data.image_size, config.data.resize_side = 64, 70
+    run_folder.save_config(workdir, config.to_dict())
+    names = ("one", "two", "three")
+    data = run_folder.TrainingData("image_folder", "photos", "train", 9, names)
+    run_folder.save_training_data(workdir, data)
+    model = from_config.make_model(config, len(names))
+    images = jnp.zeros((1, 64, 64, 3))
+    shapes = jax.eval_shape(model.init, jax.random.key(0), images)["params"]
+    rng = np.random.default_rng(0)
+
+    def draw(leaf: Any) -> np.ndarray:
+        spread = np.sqrt(2 / max(1, np.prod(leaf.shape[:-1])))
+        return rng.normal(0, spread, leaf.shape).astype(np.float32)
+
+    none = {"step": np.int32(3)}
+    with Checkpoints(workdir / "checkpoints") as checkpoints:
+        checkpoints.save(3, params=jax.tree.map(draw, shapes), training=none, host={})
+    return workdir
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    base = tmp_path_factory.mktemp("detect")
+    write_scenes(base / "voc")
+    write_classifier(base / "classifier")
+    return base
+
+
+def small_config(base: Path, **changes: Any) -> ConfigDict:
+    config = detection_base_config()
+    config.network = str(base / "classifier")
+    config.cache = str(base / "cache")
+    config.data.name, config.data.root = "voc_folder", str(base / "voc")
+    config.proposals.width, config.proposals.min_side = 100, 16
+    config.proposals.max_windows = 150
+    config.scales = (90, 130)
+    config.finetune.steps, config.finetune.batch_size = 12, 32
+    config.finetune.learning_rate, config.finetune.drop_steps = 0.01, ()
+    config.finetune.dropout = 0.1
+    config.finetune.checkpoint_steps = 4
+    config.layer = "fc6"
+    config.svm.C, config.svm.max_rounds = 0.01, 2
+    config.update_from_flattened_dict(changes)
+    check_detection_config(config)
+    return config
+
+
+def train(base: Path, workdir: Path, **changes: Any) -> ConfigDict:
+    config = small_config(base, **changes)
+    detect.train_from_config(config, workdir)
+    return config
+
+
+@pytest.fixture(scope="module")
+def trained(base: Path) -> Path:
+    workdir = base / "trained"
+    train(base, workdir)
+    return workdir
+
+
+@pytest.fixture(scope="module")
+def report(base: Path, trained: Path) -> dict[str, Any]:
+    return detect.evaluate_from_config(small_config(base), [trained])
+
+
+@pytest.fixture(autouse=True)
+def log(caplog: pytest.LogCaptureFixture) -> pytest.LogCaptureFixture:
+    caplog.set_level(logging.INFO, logger="sppnet_jax")
+    return caplog
+
+
+def stages_of(log: pytest.LogCaptureFixture) -> dict[str, str]:
+    """What the log said last of each stage, before its seconds."""
+    lines = [line.split(" ", 2) for line in log.messages if line.startswith("stage ")]
+    return {name: what for _, name, what in lines if not what.startswith("took")}
+
+
+def test_the_detector_finds_what_it_was_trained_on(report: dict[str, Any]) -> None:
+    assert report["map_11_point"] > 0.5
+    assert [row["name"] for row in report["classes"]] == list(CLASSES)
+    assert [row["ground_truths"] for row in report["classes"]] == [5, 6]
+    assert [row["difficult"] for row in report["classes"]] == [1, 0]
+    assert report["proposals"]["recall"] > 0.8
+
+
+def test_broken_images_are_named_and_their_objects_count_as_missed(
+    base: Path, tmp_path: Path, log: pytest.LogCaptureFixture
+) -> None:
+    for purpose, objects in (("train", 0), ("test", 2)):
+        config = small_config(base, cache=str(tmp_path))
+        split = from_detection_config.open_split(config, purpose, tmp_path)
+        records = split.source.records
+        names = [records[index]["name"] for index in range(len(records))]
+        broken = [name.endswith(".webp") for name in names].index(True)
+        assert names[broken] in log.text
+        assert not len(split.proposals[broken])
+        assert len(split.objects[broken].labels) == objects
+        assert sum(len(found.labels) == 2 for found in split.objects) == (
+            len(names) - (purpose == "train")
+        )
+
+
+def test_the_results_in_vocs_format_have_the_same_precision(
+    base: Path, trained: Path, report: dict[str, Any]
+) -> None:
+    source = open_detection_source("voc_folder", "test", root=str(base / "voc"))
+    records = source.records
+    ids = [Path(records[i]["name"]).stem for i in range(len(records))]
+    table = read_voc_results(trained / "test/voc", ids, CLASSES, split="test")
+    result = evaluate_detections(table, read_objects(source), CLASSES)
+    for row, one in zip(report["classes"], result.classes, strict=True):
+        assert row["ap_11_point"] == pytest.approx(one.ap_11_point)
+        assert row["ap_area"] == pytest.approx(one.ap_area)
+    stored = json.loads((trained / "test/results.json").read_text())
+    assert stored == report
+    by_chance = table._replace(
+        scores=np.random.default_rng(0).permutation(table.scores)
+    )
+    chance = evaluate_detections(by_chance, read_objects(source), CLASSES)
+    assert chance.map_11_point < 0.3
+
+
+def test_the_test_leaves_tables_files_and_pictures(
+    trained: Path, report: dict[str, Any]
+) -> None:
+    folder = trained / "test"
+    names = {path.name for path in folder.iterdir()}
+    assert names == {
+        *("results.json", "table.md", "voc", "coco_results.json"),
+        *("coco_ground_truth.json", "precision_recall.png", "examples.png"),
+    }
+    text = (folder / "table.md").read_text()
+    assert f"| mean | {100 * report['map_11_point']:.1f} |" in text
+    found = json.loads((folder / "coco_results.json").read_text())
+    truth = json.loads((folder / "coco_ground_truth.json").read_text())
+    assert len(found) == sum(row["detections"] for row in report["classes"])
+    files = sorted(image["file_name"] for image in truth["images"])
+    suffixes = (".webp" if key in BROKEN else ".png" for key in TEST)
+    assert files == [key + suffix for key, suffix in zip(TEST, suffixes, strict=True)]
+    for name in ("precision_recall.png", "examples.png"):
+        assert cv2.imread(str(folder / name)).std() > 5
+
+
+def test_detections_are_the_best_first_in_the_image_and_not_too_many(
+    base: Path, trained: Path
+) -> None:
+    config = small_config(base, **{"test.max_per_class": 7})
+    detectors = detect._load_all([config], [trained])
+    split = from_detection_config.open_split(config, "test", trained)
+    for found in from_detection_config.detect_split(
+        [config], [trained], detectors, split
+    ):
+        assert (np.diff(found.scores) <= 0).all()
+        counts = np.bincount(found.labels, minlength=2).tolist()
+        assert counts in ([7, 7], [0, 0])
+        assert (found.boxes >= 0).all()
+        assert (found.boxes <= [*SIZE, *SIZE]).all()
+
+
+def test_training_again_does_nothing_again(
+    base: Path, trained: Path, log: pytest.LogCaptureFixture
+) -> None:
+    before = {path: path.stat().st_mtime_ns for path in trained.glob("*/*.npz")}
+    assert len(before) == 2
+    train(base, trained)
+    assert stages_of(log) == dict.fromkeys(
+        ("network", "finetune", "svm", "regression"), "is done"
+    )
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+
+
+@pytest.mark.parametrize(
+    ("setting", "value", "redone", "why"),
+    [
+        ("svm.C", 0.02, {"svm"}, "C was 0.01, now 0.02"),
+        ("regression.ridge", 10.0, {"regression"}, "ridge was 4000.0, now 10.0"),
+        (
+            "svm.feature_norm",
+            10.0,
+            {"svm", "regression"},
+            "feature_norm was 20.0, now 10.0",
+        ),
+        (
+            "finetune.learning_rate",
+            0.001,
+            {"finetune", "svm"},
+            "learning_rate was 0.01, now 0.001",
+        ),
+    ],
+)
+def test_a_changed_setting_redoes_what_depends_on_it_and_says_why(
+    setting: str,
+    value: float,
+    redone: set[str],
+    why: str,
+    base: Path,
+    trained: Path,
+    tmp_path: Path,
+    log: pytest.LogCaptureFixture,
+) -> None:
+    shutil.copytree(trained, tmp_path / "copy")
+    train(base, tmp_path / "copy", **{setting: value})
+    done = {name for name, what in stages_of(log).items() if what == "is done"}
+    assert done == {"network", "finetune", "svm", "regression"} - redone
+    assert why in log.text
+
+
+def test_scores_are_those_of_the_svms_as_they_were_trained(
+    base: Path, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their weights hold the scale of the features, their biases do not."""
+    seen: list[Any] = []
+    mine = from_detection_config.mine_hard_negatives
+
+    def spy(features_of: Any, boxes: Any, *rest: Any, **options: Any) -> Any:
+        svms, state = mine(features_of, boxes, *rest, **options)
+        seen.append(svms.scores(features_of(0, np.arange(len(boxes[0])))))
+        return svms, state
+
+    monkeypatch.setattr(from_detection_config, "mine_hard_negatives", spy)
+    workdir = tmp_path / "copy"
+    shutil.copytree(trained, workdir, ignore=shutil.ignore_patterns("svm"))
+    config = train(base, workdir)
+    detector = from_detection_config.load_detector(config, workdir)
+    split = from_detection_config.open_split(config, "train", workdir)
+    boxes = with_objects(split.objects, split.proposals)
+    features, _ = from_detection_config.window_features(
+        config, detector.network, split, boxes, workdir
+    )
+    program = make_program(features, detector.head)
+    scored = score_boxes(features, program, detector.weights, 0, SIZE, len(CLASSES))
+    np.testing.assert_allclose(scored.scores, seen[0], rtol=1e-3, atol=1e-4)
+    assert scored.boxes.shape == (len(boxes[0]), len(CLASSES), 4)
+
+
+def test_the_folder_is_enough_when_the_classifier_is_gone(
+    base: Path, trained: Path, tmp_path: Path, log: pytest.LogCaptureFixture
+) -> None:
+    shutil.copytree(trained, tmp_path / "copy")
+    for network in (tmp_path / "gone", tmp_path / "copy/network"):
+        train(base, tmp_path / "copy", network=str(network))
+    assert "going on with the copy of it" in log.text
+    assert set(stages_of(log).values()) == {"is done"}
+
+
+class Reports:
+    """What a detector's folder holds, but for seconds and its own name."""
+
+    def __init__(self, workdir: Path, report: dict[str, Any]) -> None:
+        kept = set(report) - {"seconds", "workdirs"}
+        self.report = {name: report[name] for name in kept}
+        self.arrays = {}
+        for path in sorted(workdir.glob("*/*.npz")):
+            with np.load(path) as arrays:
+                self.arrays[path.name] = dict(arrays)
+
+
+KILLERS = {
+    "maps": """
+        from sppnet_jax.detection import maps
+        original, calls = maps.save_array, []
+        def kill(path, array):
+            original(path, array)
+            calls.append(path)
+            if len(calls) == 17:
+                die()
+        maps.save_array = kill
+        """,
+    "finetune": """
+        from sppnet_jax.metrics import MetricsLog
+        from sppnet_jax.detection import finetune
+        rate = finetune.learning_rate
+        def kill(settings, step):
+            if step == 10:
+                die()
+            return rate(settings, step)
+        finetune.learning_rate = kill
+        """,
+}
+
+
+def run_and_be_killed(where: str, config: Path, workdir: Path) -> str:
+    """`detect train` in a process of its own that is killed in a stage; its log."""
+    body = textwrap.dedent(KILLERS[where])
+    script = (
+        "import os, runpy, signal, sys\n"
+        "def die(): os.kill(os.getpid(), signal.SIGKILL)\n"
+        f"{body}\n"
+        "runpy.run_module('sppnet_jax.detect', run_name='__main__', alter_sys=True)\n"
+    )
+    flags = (f"--config={config}", f"--workdir={workdir}")
+    result = subprocess.run(
+        [sys.executable, "-c", script, "train", *flags],
+        cwd=REPOSITORY,
+        env=dict(os.environ),
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert result.returncode == -signal.SIGKILL, result.stderr
+    return result.stderr
+
+
+@pytest.mark.slow
+def test_killed_in_every_stage_it_ends_as_if_it_had_never_been(
+    base: Path,
+    trained: Path,
+    report: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
+    log: pytest.LogCaptureFixture,
+) -> None:
+    workdir = base / "killed"
+    changes = {"cache": str(base / "other_cache")}
+    config = small_config(base, **changes)
+    run_folder.save_config(base / "config", config.to_dict())
+    file = REPOSITORY / "sppnet_jax/saved_config.py"
+    told = [
+        run_and_be_killed(where, Path(f"{file}:{base / 'config'}"), workdir)
+        for where in ("maps", "finetune")
+    ]
+    assert "stage finetune begins" not in told[0]
+    assert "stage finetune begins" in told[1]
+    save = from_detection_config._save_arrays
+
+    def stop(path: Path, **arrays: Any) -> None:
+        save(path, **arrays)
+        if path.name == "rounds.npz":
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(from_detection_config, "_save_arrays", stop)
+    with pytest.raises(KeyboardInterrupt):
+        train(base, workdir, **changes)
+    assert re.search("fine-tuning goes on at step [48] of 12", log.text)
+    monkeypatch.undo()
+    with pytest.raises(FileNotFoundError, match="has not come to its end"):
+        detect.evaluate_from_config(config, [workdir])
+    train(base, workdir, **changes)
+    assert "mining goes on after round 0" in log.text
+    again = detect.evaluate_from_config(config, [workdir])
+    before, after = Reports(trained, report), Reports(workdir, again)
+    assert after.report == before.report
+    assert after.arrays.keys() == before.arrays.keys() == {"svm.npz", "regression.npz"}
+    for name, arrays in before.arrays.items():
+        for key, array in arrays.items():
+            np.testing.assert_array_equal(after.arrays[name][key], array)
+
+
+def test_a_detector_whose_training_has_not_ended_is_not_tested(
+    base: Path, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its stages are done, but those of other settings than its config's."""
+    shutil.copytree(trained, tmp_path / "copy")
+
+    def die(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(from_detection_config, "convolve_split", die)
+    with pytest.raises(KeyboardInterrupt):
+        train(base, tmp_path / "copy", scales=(90,))
+    monkeypatch.undo()
+    config = saved.get_config(str(tmp_path / "copy"))
+    with pytest.raises(FileNotFoundError, match="has not come to its end"):
+        detect.evaluate_from_config(config, [tmp_path / "copy"])
+
+
+@pytest.fixture(scope="module")
+def rcnn(base: Path) -> Path:
+    workdir = base / "rcnn"
+    changes = {"system": "rcnn", "proposals.max_windows": 40, "finetune.steps": 0}
+    train(base, workdir, **changes)
+    return workdir
+
+
+def test_rcnn_is_trained_and_tested_on_the_same_data(rcnn: Path) -> None:
+    config = saved.get_config(str(rcnn))
+    report = detect.evaluate_from_config(config, [rcnn])
+    assert report["map_11_point"] > 0.4
+    assert not (rcnn / "finetune").exists()
+
+
+def test_two_detectors_are_combined(
+    base: Path, trained: Path, rcnn: Path, report: dict[str, Any]
+) -> None:
+    config = small_config(base)
+    both = detect.evaluate_from_config(config, [trained, rcnn])
+    assert both["workdirs"] == [str(trained), str(rcnn)]
+    assert (trained / "test_of_2/results.json").exists()
+    assert both["map_11_point"] > 0.4
+    assert both["classes"] != report["classes"]
+    twice = detect.evaluate_from_config(config, [trained, trained])
+    for name in ("map_11_point", "map_area", "classes"):
+        assert twice[name] == report[name]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"scorer": "softmax"},
+        {"fc_rank": (150, 150)},
+        {"regression.enabled": False},
+        {"test.nms": 0.5, "test.max_per_class": 3},
+    ],
+)
+def test_what_only_tests_use_may_differ_from_the_training(
+    changes: dict[str, Any], base: Path, trained: Path, report: dict[str, Any]
+) -> None:
+    folder = trained / "test"
+    kept = {path: path.read_bytes() for path in folder.glob("*.json")}
+    found = detect.evaluate_from_config(small_config(base, **changes), [trained])
+    assert found["map_area"] != report["map_area"]
+    assert found["map_11_point"] > 0.25
+    for path, content in kept.items():
+        path.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [
+        ("scales", (90,)),
+        ("rule", "closest"),
+        ("svm.C", 1.0),
+        ("finetune.steps", 3),
+        ("layer", "fc7"),
+        ("regression.ridge", 1.0),
+    ],
+)
+def test_what_was_trained_otherwise_is_refused(
+    setting: str, value: Any, base: Path, trained: Path
+) -> None:
+    config = small_config(base, **{setting: value})
+    name = setting.partition(".")[0]
+    with pytest.raises(ValueError, match=f"was trained with {name} = .* first"):
+        detect.evaluate_from_config(config, [trained])
+
+
+def test_a_classifiers_folder_and_config_are_refused_and_left_alone(
+    base: Path, trained: Path
+) -> None:
+    with pytest.raises(ValueError, match=r"config of a classifier; .*detect_folder"):
+        check_detection_config(classifier_config.get_config())
+    config = base / "classifier/config.json"
+    before = config.read_text()
+    with pytest.raises(ValueError, match="holds a trained classifier"):
+        train(base, base / "classifier")
+    assert config.read_text() == before
+    for workdirs in ([base / "classifier"], [trained, base / "classifier"]):
+        with pytest.raises(ValueError, match="holds a trained classifier"):
+            detect.evaluate_from_config(small_config(base), workdirs)
+    with pytest.raises(FileNotFoundError, match="new holds no trained run"):
+        detect.evaluate_from_config(small_config(base), [base / "new"])
+
+
+def test_mistakes_are_told_before_anything_is_loaded(base: Path) -> None:
+    for name, value, message in (
+        ("network", "", "--config.network=runs/NAME"),
+        ("scales", (90, 90), "a side twice"),
+        ("system", "cnn", "choose from spp, rcnn"),
+        ("proposals.method", "file", r"--config\.proposals\.file=FILE"),
+        ("data.root", "", "--config.data.root=FOLDER"),
+        ("finetune.positives", 1.0, r"in \(0, 1\), got 1.0"),
+        ("fc_rank", (3,), "ranks of fc6 and fc7"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            small_config(base, **{name: value})
+    with pytest.raises(ValueError, match=r"train\|test\|image .* not 'fly'"):
+        detect.main(["fly"])
+    with pytest.raises(ValueError, match="say what to do"):
+        detect.main([])
+    with pytest.raises(FileNotFoundError, match="nowhere holds no trained run"):
+        train(base, base / "new", network=str(base / "nowhere"))
+
+
+def test_proposals_may_come_from_a_file(
+    base: Path, trained: Path, tmp_path: Path, report: dict[str, Any]
+) -> None:
+    """The objects of an image without proposals count as missed."""
+    boxes = {}
+    for purpose in ("train", "test"):
+        split = from_detection_config.open_split(small_config(base), purpose, base)
+        for index, found in enumerate(split.proposals):
+            boxes[split.source.records[index]["name"]] = found
+    boxes["b00.png"] = np.zeros((0, 4), np.float32)
+    save_proposals(tmp_path / "boxes.npz", list(boxes), list(boxes.values()))
+    changes = {"proposals.method": "file", "proposals.file": f"{tmp_path}/boxes.npz"}
+    config = train(base, tmp_path / "run", **changes)
+    with (
+        np.load(tmp_path / "run/svm/svm.npz") as same,
+        np.load(trained / "svm/svm.npz") as expected,
+    ):
+        np.testing.assert_array_equal(same["weights"], expected["weights"])
+    result = detect.evaluate_from_config(config, [tmp_path / "run"])
+    with_all = [row["ground_truths"] for row in report["classes"]]
+    assert [row["ground_truths"] for row in result["classes"]] == with_all
+    assert result["map_area"] < report["map_area"]
+    with pytest.raises(ValueError, match="proposals from a file"):
+        detect.detect_in_files(config, [tmp_path / "run"], ["photo.png"])
+
+
+def test_photographs_are_looked_at_and_unreadable_ones_named(
+    base: Path, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    photos = []
+    for number, folder in enumerate(("one", "two")):
+        (tmp_path / folder).mkdir()
+        photos.append(tmp_path / folder / "photo.png")
+        photos[-1].write_bytes(encode(draw_scene(100 + number)[0]))
+    torn = tmp_path / "torn.png"
+    torn.write_bytes(photos[0].read_bytes()[:500])
+    paths = [str(p) for p in (photos[0], torn, tmp_path / "absent.png", photos[1])]
+    pictures = tmp_path / "pictures"
+    given = (small_config(base), [trained], paths)
+    assert detect.detect_in_files(*given, score=-1.0, pictures=pictures) == 2
+    told = capsys.readouterr().out
+    assert f"{torn}: can't be read: truncated" in told
+    assert "absent.png: can't be read: " in told
+    assert f"{photos[0]} (120×90 pixels)" in told
+    assert "  disc  x " in told
+    assert "  square  x " in told
+    names = sorted(path.name for path in pictures.iterdir())
+    assert names == ["photo_detections.jpg", "photo_detections_2.jpg"]
+    for name, photo in zip(names, photos, strict=True):
+        drawn = cv2.imread(str(pictures / name))
+        assert drawn.shape == cv2.imread(str(photo)).shape
+    detect.detect_in_files(*given[:2], paths[:1], score=1e6, pictures=pictures)
+    assert "nothing of a score of 1e+06 or more; the best: " in capsys.readouterr().out
+    assert not list(base.glob("cache/*photo*"))
+
+
+@pytest.mark.slow
+def test_the_command_line_trains_tests_and_looks(
+    base: Path, trained: Path, command_line: Callable[..., Any]
+) -> None:
+    """Settings that are not given are those of the folder's training."""
+    again = command_line("detect", "train", f"--workdir={trained}", devices=4)
+    assert again.stderr.count(" is done") == 4
+    photo, torn = base / "photo.png", base / "torn.png"
+    photo.write_bytes(encode(draw_scene(7)[0]))
+    torn.write_bytes(b"")
+    result = command_line(
+        *("detect", "image", f"--workdir={trained}", photo, torn),
+        devices=4,
+        check=False,
+    )
+    assert result.returncode == 1
+    assert "picture: " in result.stdout
+    assert "error: 1 of 2 files could not be read" in result.stderr
+    wrong = command_line(
+        "detect", "test", f"--workdir={base / 'classifier'}", check=False
+    )
+    assert wrong.returncode == 1
+    assert "error: this is the config of a classifier" in wrong.stderr
+    assert "Traceback" not in wrong.stderr

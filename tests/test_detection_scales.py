@@ -1,0 +1,161 @@
+"""Boxes go to the scale and the cells that a search over all of them finds."""
+
+import numpy as np
+import pytest
+
+from sppnet_jax.backbones import get_backbone, layers_geometry
+from sppnet_jax.detection.scales import (
+    atlas_size,
+    boxes_to_atlas,
+    choose_scales,
+    map_size_of,
+    scale_factors,
+    share_windows,
+    stack_maps,
+)
+
+GEOMETRY = layers_geometry(get_backbone("zf5").layers)
+IMAGE = (120, 170)
+SIZES = ((96, 136), (141, 200), (240, 340))
+
+
+def random_boxes(count: int, seed: int = 0) -> np.ndarray:
+    """Boxes of all sizes in, across and outside of the border of the image."""
+    rng = np.random.default_rng(seed)
+    centres = rng.uniform(-0.2, 1.2, (count, 2)) * IMAGE
+    halves = np.exp(rng.uniform(np.log(0.3), np.log(150), (count, 2)))
+    return np.concatenate([centres - halves, centres + halves], axis=1)
+
+
+def scale_of(box: np.ndarray, sizes: tuple, area: float) -> int:
+    """The scale of a box, one comparison after the other."""
+    best, least = 0, float("inf")
+    for number, size in enumerate(sizes):
+        rows = (box[2] - box[0]) * size[0] / IMAGE[0]
+        columns = (box[3] - box[1]) * size[1] / IMAGE[1]
+        if abs(rows * columns - area) < least:
+            best, least = number, abs(rows * columns - area)
+    return best
+
+
+def cells_of(start: float, stop: float, count: int, rule: str) -> tuple[int, int]:
+    """The first and the last cell of a side, searched among all units' centres."""
+    units = range(-60, count + 60)
+    centre = {unit: GEOMETRY.center + GEOMETRY.stride * unit for unit in units}
+    if rule == "paper":
+        inside = [unit for unit in units if start < centre[unit] < stop]
+        ends = (inside[0], inside[-1]) if inside else None
+    else:
+        first = min(units, key=lambda unit: (abs(centre[unit] - start), -unit))
+        last = min(units, key=lambda unit: (abs(centre[unit] - stop), unit))
+        ends = (first, last) if first <= last else None
+    if ends is None:
+        middle = (start + stop) / 2
+        ends = (min(units, key=lambda unit: (abs(centre[unit] - middle), unit)),) * 2
+    first, last = (min(max(end, 0), count - 1) for end in ends)
+    return first, last + 1
+
+
+@pytest.mark.parametrize("area", [64.0**2, 100.0**2])
+def test_each_box_goes_to_the_scale_where_its_area_is_closest(area: float) -> None:
+    boxes = random_boxes(300)
+    found = choose_scales(boxes, scale_factors(IMAGE, SIZES), area)
+    assert found.tolist() == [scale_of(box, SIZES, area) for box in boxes]
+    assert set(found) == {0, 1, 2}
+
+
+def test_of_two_scales_equally_close_the_first_is_taken() -> None:
+    factors = np.array([[1.0, 1.0], [1.0, 3.0]])
+    box = np.array([[0.0, 0.0, 10.0, 10.0]])
+    assert choose_scales(box, factors, 200.0).tolist() == [0]
+    assert choose_scales(box, factors[::-1], 200.0).tolist() == [0]
+
+
+def test_rows_and_columns_have_factors_of_their_own() -> None:
+    """A needle of an image is squeezed to 4:1."""
+    factors = scale_factors((50, 500), [(100, 400)])
+    np.testing.assert_allclose(factors, [[2.0, 0.8]])
+
+
+@pytest.mark.parametrize("rule", ["paper", "closest"])
+@pytest.mark.parametrize("sizes", [SIZES, SIZES[:1], SIZES[::-1]])
+def test_a_window_is_the_one_that_a_search_over_the_centres_finds(
+    rule: str, sizes: tuple
+) -> None:
+    boxes = random_boxes(400, seed=1)
+    found = boxes_to_atlas(boxes, IMAGE, sizes, GEOMETRY, area=64.0**2, rule=rule)
+    assert found.dtype == np.int32
+    for box, window in zip(boxes, found, strict=True):
+        scale = scale_of(box, sizes, 64.0**2)
+        (height, width), top = sizes[scale], 0
+        for size in sizes[:scale]:
+            top += GEOMETRY.map_size(size[0])
+        y = height / IMAGE[0]
+        x = width / IMAGE[1]
+        rows = cells_of(box[0] * y, box[2] * y, GEOMETRY.map_size(height), rule)
+        columns = cells_of(box[1] * x, box[3] * x, GEOMETRY.map_size(width), rule)
+        expected = [top + rows[0], columns[0], top + rows[1], columns[1]]
+        assert window.tolist() == expected, (box, scale)
+
+
+@pytest.mark.parametrize("rule", ["paper", "closest"])
+def test_edges_on_and_halfway_between_centres_are_exact(rule: str) -> None:
+    """Whole pixels at factor 1, where the search has no rounding errors either."""
+    ends = np.arange(-8, 130, 2.0)
+    starts = np.tile([2.0, 14.0, 22.0, 30.0], len(ends))[: len(ends)]
+    starts, stops = np.minimum(starts, ends), np.maximum(starts, ends)
+    boxes = np.stack([starts, starts, stops, stops], axis=1)
+    found = boxes_to_atlas(boxes, IMAGE, [IMAGE], GEOMETRY, area=1.0, rule=rule)
+    rows, columns = map_size_of(IMAGE, GEOMETRY)
+    for box, window in zip(boxes, found, strict=True):
+        vertical = cells_of(box[0], box[2], rows, rule)
+        horizontal = cells_of(box[1], box[3], columns, rule)
+        assert window.tolist() == [
+            *(vertical[0], horizontal[0], vertical[1], horizontal[1])
+        ]
+
+
+@pytest.mark.parametrize("rule", ["paper", "closest"])
+def test_no_window_is_empty_or_leaves_the_map_of_its_scale(rule: str) -> None:
+    boxes = np.concatenate([random_boxes(2000, seed=2), [[-1e6, -1e6, 1e6, 1e6]]])
+    found = boxes_to_atlas(boxes, IMAGE, SIZES, GEOMETRY, area=64.0**2, rule=rule)
+    scales = choose_scales(boxes, scale_factors(IMAGE, SIZES), 64.0**2)
+    map_sizes = np.array([map_size_of(size, GEOMETRY) for size in SIZES])
+    tops = np.concatenate([[0], np.cumsum(map_sizes[:, 0])])
+    assert (found[:, :2] < found[:, 2:]).all()
+    assert (found[:, 0] >= tops[scales]).all()
+    assert (found[:, 2] <= tops[scales + 1]).all()
+    assert (found[:, 1] >= 0).all()
+    assert (found[:, 3] <= map_sizes[scales, 1]).all()
+
+
+def test_no_boxes_have_no_windows() -> None:
+    none = boxes_to_atlas(np.zeros((0, 4)), IMAGE, SIZES, GEOMETRY, area=64.0**2)
+    assert none.shape == (0, 4)
+    distinct, which = share_windows(none)
+    assert distinct.shape == (0, 4)
+    assert which.shape == (0,)
+
+
+def test_windows_of_the_same_cells_are_shared_and_given_back() -> None:
+    windows = np.random.default_rng(0).integers(0, 3, (200, 4), np.int32)
+    distinct, which = share_windows(windows)
+    assert len(distinct) == len({tuple(window) for window in windows.tolist()}) < 81 + 1
+    np.testing.assert_array_equal(distinct[which], windows)
+    assert len({tuple(window) for window in distinct.tolist()}) == len(distinct)
+
+
+def test_maps_are_stacked_from_the_top_left_of_zeros() -> None:
+    rng = np.random.default_rng(0)
+    maps = [rng.random((*size, 2)).astype(np.float16) for size in ((2, 5), (3, 4))]
+    assert atlas_size([one.shape[:2] for one in maps]) == (5, 5)
+    atlas = stack_maps(maps, (7, 6))
+    expected = np.zeros((7, 6, 2), np.float32)
+    for row in range(2):
+        for column in range(5):
+            expected[row, column] = maps[0][row, column]
+    for row in range(3):
+        for column in range(4):
+            expected[2 + row, column] = maps[1][row, column]
+    np.testing.assert_array_equal(atlas, expected)
+    assert atlas.dtype == np.float32

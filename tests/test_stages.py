@@ -1,0 +1,172 @@
+"""A stage is done once, goes on, or is redone, whenever a run was killed."""
+
+import json
+import logging
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sppnet_jax.detection import stages
+from sppnet_jax.detection.stages import digest_of, is_done, run_stage
+
+
+class Killed(BaseException):
+    """Nothing catches it, as nothing catches kill −9."""
+
+
+class Work:
+    """A stage's work in two parts, each a file; notes what it finds and does."""
+
+    def __init__(self) -> None:
+        self.found: list[set[str]] = []
+        self.dies = False
+
+    def __call__(self, folder: Path) -> Any:
+        self.found.append({p.name for p in folder.iterdir()} - {"stage.json"})
+        (folder / "first").write_text("1")
+        if self.dies:
+            raise Killed
+        (folder / "second").write_text("2")
+        return {"parts": 2}
+
+
+@pytest.fixture
+def work() -> Work:
+    return Work()
+
+
+@pytest.fixture(autouse=True)
+def log(caplog: pytest.LogCaptureFixture) -> pytest.LogCaptureFixture:
+    caplog.set_level(logging.INFO, logger="sppnet_jax")
+    return caplog
+
+
+INPUTS = {"seed": 0, "scales": (96, 128), "finetune": {"steps": 5}}
+
+
+def test_a_stage_that_is_done_is_not_run_again(
+    tmp_path: Path, work: Work, log: pytest.LogCaptureFixture
+) -> None:
+    digest = run_stage(tmp_path, "svm", INPUTS, work)
+    assert is_done(tmp_path, "svm")
+    assert run_stage(tmp_path, "svm", INPUTS, work) == digest
+    assert work.found == [set()]
+    assert log.messages[0] == "stage svm begins"
+    assert log.messages[-1] == "stage svm is done"
+
+
+def test_one_that_was_killed_finds_what_it_had_left(
+    tmp_path: Path, work: Work, log: pytest.LogCaptureFixture
+) -> None:
+    work.dies = True
+    with pytest.raises(Killed):
+        run_stage(tmp_path, "svm", INPUTS, work)
+    assert not is_done(tmp_path, "svm")
+    work.dies = False
+    run_stage(tmp_path, "svm", INPUTS, work)
+    assert work.found == [set(), {"first"}]
+    assert is_done(tmp_path, "svm")
+    assert "stage svm goes on" in log.messages
+
+
+@pytest.mark.parametrize("dies", [False, True])
+def test_changed_inputs_redo_it_from_nothing_and_the_log_says_why(
+    dies: bool, tmp_path: Path, work: Work, log: pytest.LogCaptureFixture
+) -> None:
+    if dies:
+        work.dies = True
+        with pytest.raises(Killed):
+            run_stage(tmp_path, "svm", INPUTS, work)
+        work.dies = False
+    else:
+        run_stage(tmp_path, "svm", INPUTS, work)
+    changed = {"scales": [96], "seed": 0, "C": 0.1, "finetune": {"steps": 5}}
+    before = digest_of(INPUTS)
+    assert run_stage(tmp_path, "svm", changed, work) == digest_of(changed) != before
+    assert work.found == [set(), set()]
+    assert (
+        "stage svm is redone, for its inputs have changed: C was null, now 0.1; scales "
+        "was [96, 128], now [96]" in log.messages
+    )
+    assert is_done(tmp_path, "svm")
+
+
+def test_a_removed_folder_is_made_anew(tmp_path: Path, work: Work) -> None:
+    run_stage(tmp_path, "svm", INPUTS, work)
+    shutil.rmtree(tmp_path / "svm")
+    assert not is_done(tmp_path, "svm")
+    run_stage(tmp_path, "svm", INPUTS, work)
+    assert work.found == [set(), set()]
+
+
+@pytest.mark.parametrize("how_far", [0, 1])
+def test_a_run_killed_while_it_removes_the_old_results_begins_from_nothing(
+    how_far: int, tmp_path: Path, work: Work, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed before the first file is gone, and in the middle."""
+    run_stage(tmp_path, "svm", INPUTS, work)
+
+    def die(path: Path) -> None:
+        for file in sorted(path.iterdir())[:how_far]:
+            file.unlink()
+        raise Killed
+
+    monkeypatch.setattr(stages.shutil, "rmtree", die)
+    with pytest.raises(Killed):
+        run_stage(tmp_path, "svm", {"seed": 1}, work)
+    monkeypatch.undo()
+    assert not is_done(tmp_path, "svm")
+    run_stage(tmp_path, "svm", {"seed": 1}, work)
+    assert work.found == [set(), set()]
+    assert [path.name for path in tmp_path.iterdir()] == ["svm"]
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"inputs": {}}', "null"])
+def test_a_record_that_cannot_be_read_is_no_record(
+    text: str, tmp_path: Path, work: Work
+) -> None:
+    run_stage(tmp_path, "svm", INPUTS, work)
+    (tmp_path / "svm/stage.json").write_text(text)
+    assert not is_done(tmp_path, "svm")
+    run_stage(tmp_path, "svm", INPUTS, work)
+    assert work.found == [set(), set()]
+
+
+@pytest.mark.parametrize("left", [(), ("stage.partial",)])
+def test_a_run_killed_before_its_first_record_is_no_obstacle(
+    left: tuple[str, ...], tmp_path: Path, work: Work
+) -> None:
+    (tmp_path / "svm").mkdir()
+    for name in left:
+        (tmp_path / "svm" / name).write_text("{")
+    run_stage(tmp_path, "svm", INPUTS, work)
+    assert is_done(tmp_path, "svm")
+
+
+def test_a_folder_that_no_stage_has_made_is_not_removed(
+    tmp_path: Path, work: Work
+) -> None:
+    """--workdir=runs beside a trained classifier in runs/network."""
+    (tmp_path / "network").mkdir()
+    (tmp_path / "network/config.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"network would be .* \(config.json\)"):
+        run_stage(tmp_path, "network", INPUTS, work)
+    assert (tmp_path / "network/config.json").exists()
+    assert not work.found
+
+
+def test_the_record_is_for_people_to_read(tmp_path: Path, work: Work) -> None:
+    digest = run_stage(tmp_path, "svm", INPUTS, work)
+    record = json.loads((tmp_path / "svm/stage.json").read_text())
+    assert record["inputs"] == {**INPUTS, "scales": [96, 128]}
+    assert record["digest"] == digest
+    assert record["seconds"] >= 0
+    assert record["report"] == {"parts": 2}
+
+
+def test_a_digest_depends_on_values_not_on_their_order_or_kind_of_list() -> None:
+    assert digest_of({"a": (1, 2), "b": 3}) == digest_of({"b": 3, "a": [1, 2]})
+    assert digest_of({"a": 1}) != digest_of({"a": 2})
+    assert digest_of({"a": 1}) != digest_of({"b": 1})
