@@ -97,10 +97,10 @@ def _train(setting: Setting, network: Network, seed: int, workdir: Path) -> None
     )
     if run_folder.has_checkpoint(workdir):
         _check_same(config, workdir)
-        if _is_finished(workdir, config.epochs):
+        if is_finished(workdir, config.epochs):
             return
     train_from_config(config, workdir)
-    if not _is_finished(workdir, config.epochs):
+    if not is_finished(workdir, config.epochs):
         raise KeyboardInterrupt  # the training was, and has saved where it stopped
 
 
@@ -117,7 +117,8 @@ def _check_same(config: ConfigDict, workdir: Path) -> None:
     )
 
 
-def _is_finished(workdir: Path, epochs: int) -> bool:
+def is_finished(workdir: Path, epochs: int) -> bool:
+    """Whether a network was trained for so many epochs, and tested after the last."""
     step = from_config.checkpoint_step(workdir)
     return any(
         row["split"] == "validation" and row["epoch"] == epochs and row["step"] == step

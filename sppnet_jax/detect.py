@@ -27,7 +27,6 @@ from sppnet_jax.detection_config import check_detection_config, detection_base_c
 log = logging.getLogger(__name__)
 
 COMMANDS = ("train", "test", "image")
-EXAMPLES = 12  # test images in the picture
 
 _SCORE = flags.DEFINE_float(
     "score",
@@ -92,11 +91,7 @@ def evaluate_from_config(
 
     Writes precisions, detections and pictures into WORKDIR/test; prints a table.
     """
-    from sppnet_jax import detection_plots, from_detection_config, run_folder
-    from sppnet_jax.detection import result_files
-    from sppnet_jax.detection.average_precision import evaluate_detections
-    from sppnet_jax.detection.detection_table import join_detections
-    from sppnet_jax.detection.proposals import proposal_recall
+    from sppnet_jax import detection_results, from_detection_config
 
     configs = _configs_of(config, workdirs)
     detectors = _load_all(configs, workdirs)
@@ -116,59 +111,20 @@ def evaluate_from_config(
     started = time.perf_counter()
     found = from_detection_config.detect_split(configs, workdirs, detectors, split)
     seconds = time.perf_counter() - started
-    table = join_detections(found)
-    result = evaluate_detections(table, split.objects, class_names)
-    recall = proposal_recall(split.proposals, split.objects, len(class_names))
-    report = {
-        "data": source.name,
-        "split": source.split,
-        "images": len(source.records),
-        "workdirs": [str(workdir) for workdir in workdirs],
-        "map_11_point": result.map_11_point,
-        "map_area": result.map_area,
-        "classes": [
-            {"name": name, **_numbers_of(one)}
-            for name, one in zip(class_names, result.classes, strict=True)
-        ],
-        "left_out": result.left_out,
-        "proposals": recall,
-        "seconds": round(seconds, 2),
-    }
     name = "test" if len(workdirs) == 1 else f"test_of_{len(workdirs)}"
-    folder = workdirs[0] / name
-    run_folder.write_json(folder / "results.json", report)
-    text = _table(report)
-    (folder / "table.md").write_text(text)
-    names = [source.records[index]["name"] for index in range(len(source.records))]
-    result_files.write_voc_results(
-        folder / "voc",
-        table,
-        [Path(name).stem for name in names],
-        class_names,
-        split=source.split,
-    )
-    result_files.write_coco_results(folder / "coco_results.json", table)
-    result_files.write_coco_ground_truth(
-        folder / "coco_ground_truth.json",
-        names,
-        split.sizes,
+    return detection_results.write_results(
+        workdirs[0] / name,
+        source,
         split.objects,
-        class_names,
+        split.sizes,
+        split.proposals,
+        found,
+        least_score=_least_score(score, config),
+        about={
+            "workdirs": [str(workdir) for workdir in workdirs],
+            "seconds": round(seconds, 2),
+        },
     )
-    curves = [
-        detection_plots.Curve(name, one.recall, one.precision, one.ap_11_point)
-        for name, one in zip(class_names, result.classes, strict=True)
-        if one.ap_11_point is not None
-    ]
-    print(text)
-    if curves:
-        picture = folder / "precision_recall.png"
-        print(f"curves: {detection_plots.plot_precision_recall(curves, picture)}")
-    picture = _draw_examples(
-        split, found, class_names, _least_score(score, config), folder / "examples.png"
-    )
-    print(f"examples: {picture}")
-    return report
 
 
 def detect_in_files(
@@ -248,69 +204,6 @@ def _least_score(score: float | None, config: ConfigDict) -> float:
     return 0.5 if config.scorer == "softmax" else 0.0
 
 
-def _numbers_of(one: Any) -> dict[str, Any]:
-    numbers = one._asdict()
-    return {k: v for k, v in numbers.items() if k not in ("recall", "precision")}
-
-
-def _table(report: dict[str, Any]) -> str:
-    lines = [
-        f"{report['data']}, split {report['split']}, {report['images']} images",
-        "",
-        "| class | AP, 11 points | AP, area | objects | difficult | detections |",
-        "|---|---|---|---|---|---|",
-    ]
-    for row in report["classes"]:
-        precisions = [
-            "–" if row[name] is None else f"{100 * row[name]:.1f}"
-            for name in ("ap_11_point", "ap_area")
-        ]
-        counts = [f"{row[n]:,}" for n in ("ground_truths", "difficult", "detections")]
-        lines.append(f"| {' | '.join([row['name'], *precisions, *counts])} |")
-    lines.append(
-        f"| mean | {100 * report['map_11_point']:.1f} | {100 * report['map_area']:.1f} "
-        "| | | |"
-    )
-    proposals = report["proposals"]
-    lines += [
-        "",
-        f"proposals: {proposals['mean_proposals']:.0f} an image, recall at IoU 0.5 "
-        f"{proposals['recall']:.1%}",
-        "",
-    ]
-    return "\n".join(lines)
-
-
-def _draw_examples(
-    split: Any, found: Any, class_names: Sequence[str], least: float, path: Path
-) -> Path:
-    import numpy as np
-
-    from sppnet_jax import detection_plots
-    from sppnet_jax.data.images import decode_image
-
-    spaced = np.linspace(0, len(found) - 1, min(EXAMPLES, len(found))).astype(int)
-    shown = []
-    for index in spaced:
-        try:
-            image = decode_image(split.source.records[int(index)]["image"])
-        except ValueError:
-            continue
-        kept, truth = found[index].above(least), split.objects[index]
-        shown.append(
-            detection_plots.Shown(
-                image,
-                kept.boxes,
-                kept.labels,
-                kept.scores,
-                truth.boxes,
-                truth.labels,
-                truth.difficult,
-            )
-        )
-    return detection_plots.plot_detections(shown, class_names, path)
-
-
 def _configs_of(config: ConfigDict, workdirs: Sequence[Path]) -> list[ConfigDict]:
     others = [saved_config.get_config(str(workdir)) for workdir in workdirs[1:]]
     return [config, *others]
@@ -319,6 +212,11 @@ def _configs_of(config: ConfigDict, workdirs: Sequence[Path]) -> list[ConfigDict
 def _load_all(configs: Sequence[ConfigDict], workdirs: Sequence[Path]) -> list[Any]:
     from sppnet_jax import from_detection_config
 
+    if len({config.scorer for config in configs}) > 1:
+        raise ValueError(
+            "these detectors can't be combined: some score by SVMs, others by softmax. "
+            "Give all the same --config.scorer"
+        )
     detectors = []
     for config, workdir in zip(configs, workdirs, strict=True):
         from_detection_config.check_trained_as(config, workdir)

@@ -33,7 +33,7 @@ from sppnet_jax.data.detection_sources import (
 )
 from sppnet_jax.data.sources import Source, available_splits
 from sppnet_jax.detection import rcnn, stages
-from sppnet_jax.detection.box_regression import BoxRegressors, train_box_regressors
+from sppnet_jax.detection.box_regression import BoxRegressors
 from sppnet_jax.detection.detector import (
     Detections,
     Scored,
@@ -44,16 +44,15 @@ from sppnet_jax.detection.detector import (
 )
 from sppnet_jax.detection.examples import (
     finetuning_examples,
-    regression_examples,
     with_objects,
 )
 from sppnet_jax.detection.finetune import Finetuning, finetune, load_finetuned
-from sppnet_jax.detection.hard_negatives import (
-    Mining,
-    MiningState,
-    feature_scale,
-    mine_hard_negatives,
-    mining_report,
+from sppnet_jax.detection.hard_negatives import Mining
+from sppnet_jax.detection.learn import (
+    REGRESSION_FILE,
+    SVM_FILE,
+    learn_regression,
+    learn_svms,
 )
 from sppnet_jax.detection.low_rank import truncate_fc
 from sppnet_jax.detection.maps import convolve_split, decodable, image_sizes, subset
@@ -63,8 +62,6 @@ from sppnet_jax.detection.window_features import (
     from_maps,
     from_warped,
     make_program,
-    pooled_rows,
-    rows_of,
 )
 from sppnet_jax.geometry import Geometry
 from sppnet_jax.model import SPPNet
@@ -352,8 +349,15 @@ def train_detector(config: ConfigDict, workdir: Path) -> None:
             workdir,
             "svm",
             svm_inputs(config, before),
-            lambda folder: train_svms(
-                folder, config, network, fc, features, split, boxes
+            lambda folder: learn_svms(
+                folder,
+                features,
+                split.objects,
+                len(classes),
+                head=layer_head(config.layer, network.model.dtype),
+                fc=fc,
+                mining=make_mining(config),
+                feature_norm=config.svm.feature_norm,
             ),
         )
     if config.regression.enabled:
@@ -361,7 +365,17 @@ def train_detector(config: ConfigDict, workdir: Path) -> None:
             workdir,
             "regression",
             regression_inputs(config, objects),
-            lambda folder: train_regression(folder, config, features, split, boxes),
+            lambda folder: learn_regression(
+                folder,
+                features,
+                split.objects,
+                len(classes),
+                overlap=config.regression.overlap,
+                ridge=config.regression.ridge,
+                max_examples=config.regression.max_examples,
+                feature_norm=config.svm.feature_norm,
+                seed=config.seed,
+            ),
         )
     run_folder.write_json(workdir / CLASSES_FILE, list(classes))
 
@@ -420,61 +434,6 @@ def detector_fc(
     return {name: params[name] for name in FC_LAYERS}
 
 
-def train_svms(
-    folder: Path,
-    config: ConfigDict,
-    network: Network,
-    fc: Any,
-    features: WindowFeatures,
-    split: Split,
-    boxes: list[np.ndarray],
-) -> dict[str, Any]:
-    """Trains the SVMs, from the last whole round if there is one; writes svm.npz."""
-    program = make_program(features, layer_head(config.layer, network.model.dtype))
-    positives: list[np.ndarray] = []
-    labels: list[np.ndarray] = []
-    for image, found in enumerate(split.objects):
-        rows = np.flatnonzero(~found.difficult)
-        if len(rows):  # an image's objects are the first of its boxes
-            positives.append(rows_of(features, program, fc, image, rows))
-            labels.append(found.labels[rows])
-    if not positives:
-        raise ValueError(
-            f"split {split.source.split!r} of {split.source.name!r} has no objects to "
-            "train on, or difficult ones only"
-        )
-    scale = feature_scale(np.concatenate(positives), config.svm.feature_norm)
-
-    def features_of(image: int, chosen: np.ndarray) -> np.ndarray:
-        return rows_of(features, program, fc, image, chosen) * scale
-
-    saved = folder / "rounds.npz"
-    state = None
-    if saved.exists():
-        with np.load(saved) as arrays:
-            state = MiningState(**dict(arrays))
-        log.info("mining goes on after round %d", len(state.seconds) - 1)
-
-    def save(state: MiningState) -> None:
-        _save_arrays(saved, **state._asdict())
-
-    svms, state = mine_hard_negatives(
-        features_of,
-        boxes,
-        split.objects,
-        np.concatenate(positives) * scale,
-        np.concatenate(labels),
-        len(split.source.class_names),
-        make_mining(config),
-        state=state,
-        on_round=save,
-    )
-    weights = (svms.weights * scale).astype(np.float32)
-    _save_arrays(folder / "svm.npz", weights=weights, biases=svms.biases)
-    saved.unlink()
-    return {"feature_scale": float(scale), **mining_report(state)}
-
-
 def make_mining(config: ConfigDict) -> Mining:
     """The settings of hard-negative mining."""
     given = config.svm
@@ -489,51 +448,6 @@ def make_mining(config: ConfigDict) -> Mining:
         bias_multiplier=given.bias_multiplier,
         seed=config.seed,
     )
-
-
-def train_regression(
-    folder: Path,
-    config: ConfigDict,
-    features: WindowFeatures,
-    split: Split,
-    boxes: list[np.ndarray],
-) -> dict[str, Any]:
-    """Trains the box regression on pooled features; writes regression.npz."""
-    found = [
-        regression_examples(own, objects, overlap=config.regression.overlap)
-        for own, objects in zip(boxes, split.objects, strict=True)
-    ]
-    pairs = [
-        (image, number)
-        for image, (rows, _, _) in enumerate(found)
-        for number in range(len(rows))
-    ]
-    if len(pairs) > config.regression.max_examples:
-        rng = np.random.default_rng((config.seed, 3))
-        kept = rng.choice(len(pairs), config.regression.max_examples, replace=False)
-        pairs = [pairs[index] for index in np.sort(kept)]
-    program = make_program(features, pooled_rows)
-    pooled, own_boxes, targets, labels = [], [], [], []
-    for image in sorted({image for image, _ in pairs}):
-        numbers = np.array([number for other, number in pairs if other == image])
-        rows, wanted, classes = (part[numbers] for part in found[image])
-        pooled.append(rows_of(features, program, None, image, rows))
-        own_boxes.append(boxes[image][rows])
-        targets.append(wanted)
-        labels.append(classes)
-    values = np.concatenate(pooled)
-    scale = feature_scale(values, config.svm.feature_norm)
-    regressors = train_box_regressors(
-        values * scale,
-        np.concatenate(own_boxes),
-        np.concatenate(targets),
-        np.concatenate(labels),
-        len(split.source.class_names),
-        ridge=config.regression.ridge,
-    )
-    weights = (regressors.weights * scale).astype(np.float32)
-    _save_arrays(folder / "regression.npz", weights=weights, biases=regressors.biases)
-    return {"examples": len(values), "feature_scale": float(scale)}
 
 
 class Detector(NamedTuple):
@@ -563,9 +477,11 @@ def load_detector(config: ConfigDict, workdir: Path) -> Detector:
         fc = truncate_fc(fc, ranks)
     svms = regressors = None
     if config.scorer == "svm":
-        svms = LinearSVMs(**_load_arrays(workdir, "svm"))
+        svms = LinearSVMs(**_load_arrays(workdir, "svm", SVM_FILE))
     if config.regression.enabled:
-        regressors = BoxRegressors(**_load_arrays(workdir, "regression"))
+        regressors = BoxRegressors(
+            **_load_arrays(workdir, "regression", REGRESSION_FILE)
+        )
     head, weights = scoring_head(
         network.model, fc, layer=config.layer, svms=svms, regressors=regressors
     )
@@ -684,18 +600,10 @@ def _no_objects() -> Objects:
     return Objects(np.zeros((0, 4)), np.zeros(0, np.int32), np.zeros(0, bool))
 
 
-def _save_arrays(path: Path, **arrays: Any) -> None:
-    partial = path.with_suffix(".partial")
-    with partial.open("wb") as file:
-        np.savez(file, **arrays)
-    partial.rename(path)
-
-
-def _load_arrays(workdir: Path, stage: str) -> dict[str, np.ndarray]:
+def _load_arrays(workdir: Path, stage: str, file: str) -> dict[str, np.ndarray]:
     if not stages.is_done(workdir, stage):
         raise FileNotFoundError(
             f"the stage {stage!r} of the detector in {workdir} was not run: run "
             "python -m sppnet_jax.detect train"
         )
-    with np.load(workdir / stage / f"{stage}.npz") as arrays:
-        return dict(arrays)
+    return run_folder.read_arrays(workdir / stage / file)

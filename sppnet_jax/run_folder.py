@@ -60,16 +60,25 @@ def load_training_data(workdir: Path) -> TrainingData:
 
 def save_statistics(workdir: Path, arrays: dict[str, np.ndarray]) -> None:
     """Writes the mean image and the colour covariance."""
-    partial = workdir / ("partial_" + STATISTICS_FILE)
-    np.savez(partial, **arrays)  # type: ignore[arg-type]
-    partial.rename(workdir / STATISTICS_FILE)
+    write_arrays(workdir / STATISTICS_FILE, **arrays)
 
 
 def load_statistics(workdir: Path) -> dict[str, np.ndarray] | None:
     """The mean image and the colour covariance, or None if they were not computed."""
     path = workdir / STATISTICS_FILE
-    if not path.exists():
-        return None
+    return read_arrays(path) if path.exists() else None
+
+
+def write_arrays(path: Path, **arrays: Any) -> None:
+    """Writes arrays by name into an .npz file that is whole or not there."""
+    partial = path.with_suffix(".partial")
+    with partial.open("wb") as file:
+        np.savez(file, **arrays)
+    partial.rename(path)
+
+
+def read_arrays(path: Path) -> dict[str, np.ndarray]:
+    """The arrays of an .npz file, by name."""
     with np.load(path) as arrays:
         return dict(arrays)
 

@@ -25,6 +25,7 @@ from sppnet_jax import detect, from_config, from_detection_config, run_folder
 from sppnet_jax import saved_config as saved
 from sppnet_jax.checkpoints import Checkpoints
 from sppnet_jax.data.detection_sources import open_detection_source, read_objects
+from sppnet_jax.detection import learn
 from sppnet_jax.detection.average_precision import evaluate_detections
 from sppnet_jax.detection.detector import score_boxes
 from sppnet_jax.detection.examples import with_objects
@@ -296,14 +297,14 @@ def test_scores_are_those_of_the_svms_as_they_were_trained(
 ) -> None:
     """Their weights hold the scale of the features, their biases do not."""
     seen: list[Any] = []
-    mine = from_detection_config.mine_hard_negatives
+    mine = learn.mine_hard_negatives
 
     def spy(features_of: Any, boxes: Any, *rest: Any, **options: Any) -> Any:
         svms, state = mine(features_of, boxes, *rest, **options)
         seen.append(svms.scores(features_of(0, np.arange(len(boxes[0])))))
         return svms, state
 
-    monkeypatch.setattr(from_detection_config, "mine_hard_negatives", spy)
+    monkeypatch.setattr(learn, "mine_hard_negatives", spy)
     workdir = tmp_path / "copy"
     shutil.copytree(trained, workdir, ignore=shutil.ignore_patterns("svm"))
     config = train(base, workdir)
@@ -406,14 +407,14 @@ def test_killed_in_every_stage_it_ends_as_if_it_had_never_been(
     ]
     assert "stage finetune begins" not in told[0]
     assert "stage finetune begins" in told[1]
-    save = from_detection_config._save_arrays
+    save = learn.write_arrays
 
     def stop(path: Path, **arrays: Any) -> None:
         save(path, **arrays)
         if path.name == "rounds.npz":
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(from_detection_config, "_save_arrays", stop)
+    monkeypatch.setattr(learn, "write_arrays", stop)
     with pytest.raises(KeyboardInterrupt):
         train(base, workdir, **changes)
     assert re.search("fine-tuning goes on at step [48] of 12", log.text)

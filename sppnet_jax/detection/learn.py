@@ -1,0 +1,150 @@
+"""What is learnt from window features, and kept in a stage's folder: SVMs, regression.
+
+Features are scaled to a mean length before learning, as the R-CNN release does; what is
+kept has that scale in its weights, so it takes features as they come.
+"""
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sppnet_jax.data.sources import Objects
+from sppnet_jax.detection.box_regression import train_box_regressors
+from sppnet_jax.detection.examples import regression_examples
+from sppnet_jax.detection.hard_negatives import (
+    Mining,
+    MiningState,
+    feature_scale,
+    mine_hard_negatives,
+    mining_report,
+)
+from sppnet_jax.detection.window_features import (
+    Head,
+    WindowFeatures,
+    make_program,
+    pooled_rows,
+    rows_of,
+)
+from sppnet_jax.run_folder import write_arrays
+
+SVM_FILE = "svm.npz"
+REGRESSION_FILE = "regression.npz"
+ROUNDS_FILE = "rounds.npz"
+
+log = logging.getLogger(__name__)
+
+
+def learn_svms(
+    folder: Path,
+    features: WindowFeatures,
+    objects: Sequence[Objects],
+    num_classes: int,
+    *,
+    head: Head,
+    fc: Any,
+    mining: Mining,
+    feature_norm: float,
+) -> dict[str, Any]:
+    """Trains an SVM for each class, from the last whole round if there is one.
+
+    `features`: of boxes that begin with each image's objects. `head`, `fc`: give the
+    layer that the SVMs see. `feature_norm`: the mean length to scale it to.
+
+    Returns: a report of plain values. The result is `SVM_FILE` in the folder.
+    Raises: ValueError if there are no objects to train on.
+    """
+    program = make_program(features, head)
+    positives: list[np.ndarray] = []
+    labels: list[np.ndarray] = []
+    for image, found in enumerate(objects):
+        rows = np.flatnonzero(~found.difficult)
+        if len(rows):
+            positives.append(rows_of(features, program, fc, image, rows))
+            labels.append(found.labels[rows])
+    if not positives:
+        raise ValueError(
+            f"the {len(objects)} training images have no objects, or difficult ones "
+            "only: there is nothing to train SVMs on"
+        )
+    scale = feature_scale(np.concatenate(positives), feature_norm)
+
+    def features_of(image: int, chosen: np.ndarray) -> np.ndarray:
+        return rows_of(features, program, fc, image, chosen) * scale
+
+    saved = folder / ROUNDS_FILE
+    state = None
+    if saved.exists():
+        with np.load(saved) as arrays:
+            state = MiningState(**dict(arrays))
+        log.info("mining goes on after round %d", len(state.seconds) - 1)
+    svms, state = mine_hard_negatives(
+        features_of,
+        features.boxes,
+        objects,
+        np.concatenate(positives) * scale,
+        np.concatenate(labels),
+        num_classes,
+        mining,
+        state=state,
+        on_round=lambda state: write_arrays(saved, **state._asdict()),
+    )
+    weights = (svms.weights * scale).astype(np.float32)
+    write_arrays(folder / SVM_FILE, weights=weights, biases=svms.biases)
+    saved.unlink()
+    return {"feature_scale": float(scale), **mining_report(state)}
+
+
+def learn_regression(
+    folder: Path,
+    features: WindowFeatures,
+    objects: Sequence[Objects],
+    num_classes: int,
+    *,
+    overlap: float,
+    ridge: float,
+    max_examples: int,
+    feature_norm: float,
+    seed: int,
+) -> dict[str, Any]:
+    """Trains the box regression of each class on pooled features.
+
+    `overlap`: of the boxes to learn from with an object, at least. `max_examples`: if
+    there are more, so many are drawn at random.
+
+    Returns: a report of plain values. The result is `REGRESSION_FILE` in the folder.
+    """
+    found = [
+        regression_examples(own, those, overlap=overlap)
+        for own, those in zip(features.boxes, objects, strict=True)
+    ]
+    counts = np.array([len(rows) for rows, _, _ in found])
+    kept = np.arange(counts.sum())
+    if len(kept) > max_examples:
+        rng = np.random.default_rng((seed, 3))
+        kept = np.sort(rng.choice(kept, max_examples, replace=False))
+    image_of = np.repeat(np.arange(len(found)), counts)[kept]
+    number_of = kept - (np.cumsum(counts) - counts)[image_of]
+    program = make_program(features, pooled_rows)
+    parts = []
+    for image in np.unique(image_of):
+        rows, targets, labels = (
+            part[number_of[image_of == image]] for part in found[image]
+        )
+        pooled = rows_of(features, program, None, int(image), rows)
+        parts.append((pooled, features.boxes[image][rows], targets, labels))
+    if not parts:
+        raise ValueError(
+            f"no box of the {len(objects)} training images overlaps an object by "
+            f"{overlap:g}: lower regression.overlap, or leave the regression out"
+        )
+    values, boxes, targets, labels = map(np.concatenate, zip(*parts, strict=True))
+    scale = feature_scale(values, feature_norm)
+    regressors = train_box_regressors(
+        values * scale, boxes, targets, labels, num_classes, ridge=ridge
+    )
+    weights = (regressors.weights * scale).astype(np.float32)
+    write_arrays(folder / REGRESSION_FILE, weights=weights, biases=regressors.biases)
+    return {"examples": len(values), "feature_scale": float(scale)}
