@@ -10,6 +10,7 @@ interrupted, and redoes only what a changed setting makes different.
 `--workdir=runs/a,runs/b` tests several detectors together.
 """
 
+import json
 import logging
 import tempfile
 import time
@@ -27,6 +28,8 @@ from sppnet_jax.detection_config import check_detection_config, detection_base_c
 log = logging.getLogger(__name__)
 
 COMMANDS = ("train", "test", "image")
+# Settings that may be others in a test than they were in training.
+TEST_ONLY = ("scorer", "fc_rank", "regression", "test", "proposals")
 
 _SCORE = flags.DEFINE_float(
     "score",
@@ -108,10 +111,21 @@ def evaluate_from_config(
             f"split {source.split!r} of {source.name!r} has no objects to find, or "
             "difficult ones only: test on another --config.data.test_split"
         )
+    detection_results.image_ids(source)  # before hours of work
+    seen = [sum(i in d.images for i in split.images) for d in detectors]
+    if any(seen):
+        log.warning(
+            "%d of the %d images to test on were trained on: the result says little. "
+            "Give another --config.data.test_split",
+            max(seen),
+            len(split.images),
+        )
+    custom = _differs_from_training(config, workdirs[0])
     started = time.perf_counter()
     found = from_detection_config.detect_split(configs, workdirs, detectors, split)
     seconds = time.perf_counter() - started
-    name = "test" if len(workdirs) == 1 else f"test_of_{len(workdirs)}"
+    combined = f"_of_{len(workdirs)}" if len(workdirs) > 1 else ""
+    name = f"test{combined}{'_custom' if custom else ''}"
     return detection_results.write_results(
         workdirs[0] / name,
         source,
@@ -123,6 +137,8 @@ def evaluate_from_config(
         about={
             "workdirs": [str(workdir) for workdir in workdirs],
             "seconds": round(seconds, 2),
+            "trained_on": max(seen),
+            "settings": _test_settings(config),
         },
     )
 
@@ -205,8 +221,28 @@ def _least_score(score: float | None, config: ConfigDict) -> float:
 
 
 def _configs_of(config: ConfigDict, workdirs: Sequence[Path]) -> list[ConfigDict]:
-    others = [saved_config.get_config(str(workdir)) for workdir in workdirs[1:]]
+    """The config of each detector; what is said of tests is said to all of them."""
+    from sppnet_jax import from_detection_config
+
+    for workdir in workdirs:
+        from_detection_config.check_is_detector(workdir)
+    first, *others = (saved_config.get_config(str(workdir)) for workdir in workdirs)
+    trained, given = _test_settings(first), _test_settings(config)
+    for name in TEST_ONLY:
+        if given[name] != trained[name]:
+            for other in others:
+                other[name] = config[name]
     return [config, *others]
+
+
+def _differs_from_training(config: ConfigDict, workdir: Path) -> bool:
+    trained = saved_config.get_config(str(workdir))
+    return _test_settings(trained) != _test_settings(config)
+
+
+def _test_settings(config: ConfigDict) -> dict[str, Any]:
+    """What decides a test besides the trained stages, as JSON gives it back."""
+    return {name: json.loads(config.to_json())[name] for name in TEST_ONLY}
 
 
 def _load_all(configs: Sequence[ConfigDict], workdirs: Sequence[Path]) -> list[Any]:

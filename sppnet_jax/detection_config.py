@@ -65,6 +65,7 @@ def detection_base_config() -> ConfigDict:
     config.finetune.weight_decay = 5e-4
     config.finetune.dropout = 0.5
     config.finetune.checkpoint_steps = 500
+    config.finetune.memory_gb = 4.0  # of pooled windows kept for later steps
 
     config.scorer = "svm"  # or softmax, the fine-tuned fc8
     config.layer = "fc7"  # that the SVMs see: pyramid, fc6, fc7
@@ -77,6 +78,7 @@ def detection_base_config() -> ConfigDict:
     config.svm.thinning = 0.7  # a negative that overlaps another by more is dropped
     config.svm.max_rounds = 1  # of hard-negative mining
     config.svm.initial_per_image = 5  # negatives at random, for each class
+    config.svm.max_rows = 100_000  # negatives in memory, of all classes together
     config.svm.hard_per_image = 20  # at most, for each class and round
 
     config.regression = ConfigDict()
@@ -122,6 +124,7 @@ def check_detection_config(config: ConfigDict) -> None:
         "finetune.weight_decay",
         "finetune.dropout",
         "finetune.checkpoint_steps",
+        "finetune.memory_gb",
         "svm.max_rounds",
         "svm.thinning",
         "svm.negative_overlap",
@@ -139,6 +142,7 @@ def check_detection_config(config: ConfigDict) -> None:
         "finetune.drop_factor",
         "svm.initial_per_image",
         "svm.hard_per_image",
+        "svm.max_rows",
         "regression.max_examples",
         "test.max_per_class",
     ):
@@ -172,7 +176,25 @@ def _check_together(config: ConfigDict) -> None:
             f"config.finetune.positives must be in (0, 1), got "
             f"{config.finetune.positives}"
         )
+    for name in (
+        "finetune.positive_overlap",
+        "svm.negative_overlap",
+        "svm.thinning",
+        "regression.overlap",
+        "test.nms",
+    ):
+        group, field = name.split(".")
+        if config[group][field] > 1:
+            raise ValueError(
+                f"config.{name} is an overlap (IoU), at most 1, got "
+                f"{config[group][field]}"
+            )
     low, high = config.finetune.negative_overlap
+    if config.finetune.positive_overlap < high:
+        raise ValueError(
+            f"config.finetune.positive_overlap, {config.finetune.positive_overlap}, "
+            f"must be at least the upper negative_overlap, {high}: a box would be both"
+        )
     if not 0 <= low < high <= 1:
         raise ValueError(
             "config.finetune.negative_overlap must be (low, high) with 0 ≤ low < high "

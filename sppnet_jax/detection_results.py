@@ -4,6 +4,7 @@ results.json  table.md  precision_recall.png  examples.png
 voc/comp4_det_SPLIT_CLASS.txt  coco_results.json  coco_ground_truth.json
 """
 
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -65,7 +66,7 @@ def write_results(
     result_files.write_voc_results(
         folder / "voc",
         table,
-        [Path(name).stem for name in names],
+        image_ids(source),
         class_names,
         split=source.split,
     )
@@ -84,6 +85,23 @@ def write_results(
     picture = folder / "examples.png"
     print(f"examples: {_draw_examples(source, objects, found, least_score, picture)}")
     return report
+
+
+def image_ids(source: Source) -> list[str]:
+    """What VOC calls each image: the name of its file without the suffix.
+
+    Raises: ValueError where two images have the same.
+    """
+    names = [source.records[index]["name"] for index in range(len(source.records))]
+    ids = [str(Path(name).with_suffix("")) for name in names]
+    repeated = [name for name, count in Counter(ids).items() if count > 1]
+    if repeated:
+        raise ValueError(
+            f"{len(repeated)} images of {source.name!r} share a name with another, "
+            f"{repeated[0]!r} for instance: result files couldn't tell them apart. "
+            "Rename them"
+        )
+    return ids
 
 
 def markdown_table(report: dict[str, Any]) -> str:

@@ -1,13 +1,14 @@
 """Turns a detector's config into its stages: what each is made from, and what it makes.
 
     network      the trained classifier, copied: a detector needs nothing but its folder
-    maps         of every image (R-CNN: what the convolutions give each window)
     finetune     fc6, fc7 and a new fc8
     svm          an SVM for each class, with hard-negative mining
     regression   of boxes
-    detections   of the test split, and their average precision
 
 Each is run once, and again if what goes into it changes; see detection/stages.py.
+Proposals and maps are no stages but a cache that detectors may share: each image has
+its own entry. detector.json, the last that training writes, says which stages belong
+together.
 """
 
 import hashlib
@@ -20,7 +21,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from sppnet_jax import from_config, run_folder, saved_config
+from sppnet_jax import from_config, parallel, run_folder, saved_config
 from sppnet_jax.backbones import layers_geometry
 from sppnet_jax.checkpoints import Checkpoints
 from sppnet_jax.classification.preprocess import Preprocessing
@@ -36,7 +37,6 @@ from sppnet_jax.detection import rcnn, stages
 from sppnet_jax.detection.box_regression import BoxRegressors
 from sppnet_jax.detection.detector import (
     Detections,
-    Scored,
     layer_head,
     score_boxes,
     scoring_head,
@@ -50,13 +50,19 @@ from sppnet_jax.detection.finetune import Finetuning, finetune, load_finetuned
 from sppnet_jax.detection.hard_negatives import Mining
 from sppnet_jax.detection.learn import (
     REGRESSION_FILE,
+    ROUNDS_FILE,
     SVM_FILE,
     learn_regression,
     learn_svms,
 )
 from sppnet_jax.detection.low_rank import truncate_fc
 from sppnet_jax.detection.maps import convolve_split, decodable, image_sizes, subset
-from sppnet_jax.detection.proposals import ProposalSettings, load_proposals, propose
+from sppnet_jax.detection.proposals import (
+    ProposalSettings,
+    load_proposals,
+    proposal_recall,
+    propose,
+)
 from sppnet_jax.detection.window_features import (
     WindowFeatures,
     from_maps,
@@ -69,7 +75,7 @@ from sppnet_jax.model import SPPNet
 log = logging.getLogger(__name__)
 
 FC_LAYERS = ("fc6", "fc7", "fc8")
-CLASSES_FILE = "classes.json"  # the last that training writes
+DETECTOR_FILE = "detector.json"
 
 
 class Network(NamedTuple):
@@ -86,14 +92,14 @@ class Network(NamedTuple):
 class Split(NamedTuple):
     """A split's images, what is in them, and where to look for it.
 
-    `sizes`: (height, width) of each image, int [N, 2]. `digest`: of images and objects.
+    `sizes`: (height, width) of each image, int [N, 2]. `images`: a digest of each.
     """
 
     source: Source
     objects: list[Objects]
     sizes: np.ndarray
     proposals: list[np.ndarray]
-    digest: str
+    images: list[str]
 
 
 def cache_folder(config: ConfigDict, workdir: Path) -> Path:
@@ -103,20 +109,16 @@ def cache_folder(config: ConfigDict, workdir: Path) -> Path:
 
 def import_network(config: ConfigDict, workdir: Path) -> Network:
     """Copies the trained classifier into the detector's folder, unless it is there."""
-    origin = Path(config.network).expanduser().absolute()
-    copied = stages.is_done(workdir, "network")
-    if copied and origin.resolve() == (workdir / "network").resolve():
-        return load_network(workdir)
-    if not run_folder.has_checkpoint(origin) and copied:
+    origin = _origin(config)
+    if _copied_from(workdir) == str(origin) and not run_folder.has_checkpoint(origin):
         log.info("%s is gone; going on with the copy of it", origin)
         return load_network(workdir)
-    trained = saved_config.get_config(str(origin))
-    classes = run_folder.load_training_data(origin).class_names
-    _, params = from_config.load_model(trained, origin, len(classes))
-    step = from_config.checkpoint_step(origin)
+    if origin.resolve() == (workdir / "network").resolve():
+        return load_network(workdir)
+    network, step = _load_classifier(origin), from_config.checkpoint_step(origin)
 
     def copy(folder: Path) -> dict[str, Any]:
-        run_folder.save_config(folder, trained.to_dict())
+        run_folder.save_config(folder, network.config.to_dict())
         data = run_folder.load_training_data(origin)
         run_folder.save_training_data(folder, data)
         statistics = run_folder.load_statistics(origin)
@@ -125,34 +127,89 @@ def import_network(config: ConfigDict, workdir: Path) -> Network:
         with Checkpoints(folder / run_folder.CHECKPOINTS) as checkpoints:
             if checkpoints.latest_step() is None:
                 none = {"step": np.int32(step or 0)}
-                checkpoints.save(step or 0, params=params, training=none, host={})
+                checkpoints.save(
+                    step or 0, params=network.params, training=none, host={}
+                )
         return {"trained on": str(data)}
 
-    weights = _digest_arrays(jax.tree.leaves(params))
-    inputs = {"workdir": str(origin), "step": step, "weights": weights}
+    inputs = {"workdir": str(origin), "step": step, "network": network.digest}
     stages.run_stage(workdir, "network", inputs, copy)
     return load_network(workdir)
 
 
 def load_network(workdir: Path) -> Network:
     """The classifier in a detector's folder."""
-    folder = workdir / "network"
     if not stages.is_done(workdir, "network"):
         raise FileNotFoundError(
             f"{workdir} holds no detector: train one with python -m sppnet_jax.detect "
             "train, or check --workdir"
         )
-    config = saved_config.get_config(str(folder))
-    classes = run_folder.load_training_data(folder).class_names
-    model, params = from_config.load_model(config, folder, len(classes))
-    return Network(
-        config,
-        model,
-        params,
-        from_config.make_preprocessing(config, folder),
-        layers_geometry(model.backbone.layers),
-        _digest_arrays(jax.tree.leaves(params)),
+    return _load_classifier(workdir / "network")
+
+
+def check_network(config: ConfigDict, workdir: Path) -> None:
+    """Raises an error if there is no classifier, or it can't do what a config asks."""
+    origin = _origin(config)
+    if not run_folder.has_checkpoint(origin):
+        if _copied_from(workdir) == str(origin):
+            return
+        raise FileNotFoundError(
+            f"config.network, {origin}, holds no trained classifier: train one with "
+            "python -m sppnet_jax.train, or correct --config.network"
+        )
+    trained = saved_config.get_config(str(origin))
+    model = from_config.make_model(trained, 1)
+    if config.system == "spp":
+        if model.levels is None:
+            raise ValueError(
+                f"the network in {origin} has no spatial pyramid (levels=None), so it "
+                "can't pool windows from the map of a whole image: train one with "
+                "levels such as (6, 3, 2, 1), or use --config.system=rcnn"
+            )
+        least = layers_geometry(model.backbone.layers).min_image_size
+        if min(config.scales) < least:
+            raise ValueError(
+                f"config.scales has {min(config.scales)} pixels, and the network in "
+                f"{origin} needs at least {least}"
+            )
+    elif 2 * config.context >= model.image_size:
+        raise ValueError(
+            f"config.context of {config.context} pixels on each side leaves nothing of "
+            f"the {model.image_size} that the network in {origin} takes"
+        )
+    if config.finetune.steps:
+        parallel.check_batch_size(config.finetune.batch_size)
+
+
+def _origin(config: ConfigDict) -> Path:
+    return Path(config.network).expanduser().absolute()
+
+
+def _copied_from(workdir: Path) -> str | None:
+    """Where the network in a detector's folder was copied from, if it is whole."""
+    if not stages.is_done(workdir, "network"):
+        return None
+    return run_folder.read_json(workdir / "network" / stages.STAGE_FILE)["inputs"][
+        "workdir"
+    ]
+
+
+def _load_classifier(workdir: Path) -> Network:
+    config = saved_config.get_config(str(workdir))
+    classes = run_folder.load_training_data(workdir).class_names
+    model, params = from_config.load_model(config, workdir, len(classes))
+    preprocessing = from_config.make_preprocessing(config, workdir)
+    # All that its activations depend on.
+    digest = stages.digest_of(
+        {
+            "model": _plain(config.model.to_dict()),
+            "image_size": config.data.image_size,
+            "weights": _digest_arrays(jax.tree.leaves(params)),
+            "inputs": _digest_arrays([preprocessing.mean, preprocessing.scale]),
+        }
     )
+    geometry = layers_geometry(model.backbone.layers)
+    return Network(config, model, params, preprocessing, geometry, digest)
 
 
 def open_split(config: ConfigDict, purpose: str, workdir: Path) -> Split:
@@ -175,7 +232,14 @@ def split_of(config: ConfigDict, source: Source, purpose: str, workdir: Path) ->
         read_objects(source, config.data.threads) if known else [_no_objects()] * count
     )
     proposals = find_proposals(config, source, purpose, workdir)
-    digest = _digest_split(source, objects)
+    if known:
+        recall = proposal_recall(proposals, objects, len(source.class_names))
+        log.info(
+            "%.0f proposals an image; they find %s of %d objects (IoU 0.5)",
+            recall["mean_proposals"],
+            "–" if recall["recall"] is None else f"{recall['recall']:.1%}",
+            recall["objects"],
+        )
     if purpose == "train":
         # Only what has no proposals may be broken, and takes decoding to know.
         without = [index for index, boxes in enumerate(proposals) if not len(boxes)]
@@ -187,7 +251,10 @@ def split_of(config: ConfigDict, source: Source, purpose: str, workdir: Path) ->
         objects,
         image_sizes(source, config.data.threads),
         proposals,
-        digest,
+        [
+            hashlib.sha256(source.records[index]["image"]).hexdigest()[:16]
+            for index in range(count)
+        ],
     )
 
 
@@ -223,13 +290,13 @@ def window_features(
     split: Split,
     boxes: list[np.ndarray],
     workdir: Path,
-) -> tuple[WindowFeatures, str]:
-    """The pooled features of boxes in a split's images, and the digest of their making.
+) -> tuple[WindowFeatures, dict[str, Any]]:
+    """The pooled features of boxes in a split's images, and what decides them.
 
     Convolves what is not in the cache yet.
     """
     settings = feature_settings(config, network)
-    inputs = {"images": split.digest, **settings}
+    inputs = {"images": stages.digest_of({"images": split.images}), **settings}
     stored = ["network", "images", "dtype"]
     if config.system == "rcnn":
         inputs["boxes"] = _digest_arrays(boxes)
@@ -279,7 +346,7 @@ def window_features(
             rule=config.rule,
             max_buckets=config.buckets,
         )
-    return features, stages.digest_of(inputs)
+    return features, inputs
 
 
 def feature_settings(config: ConfigDict, network: Network) -> dict[str, Any]:
@@ -309,26 +376,44 @@ def train_detector(config: ConfigDict, workdir: Path) -> None:
 
     Raises: ValueError for a folder that holds something else; and as stages do.
     """
-    _check_is_detectors(workdir)
-    # Until all stages are done, some may be of other settings than the config's.
-    (workdir / CLASSES_FILE).unlink(missing_ok=True)
-    run_folder.save_config(workdir, config.to_dict())
+    check_is_detector(workdir)
+    check_network(config, workdir)
+    with stages.locked(workdir):
+        split = open_split(config, "train", workdir)
+        # From here on stages may be of other settings than the config's.
+        (workdir / DETECTOR_FILE).unlink(missing_ok=True)
+        run_folder.save_config(workdir, config.to_dict())
+        digests = _run_stages(config, workdir, split)
+        made = {
+            "classes": list(split.source.class_names),
+            "stages": digests,
+            "images": split.images,
+        }
+        run_folder.write_json(workdir / DETECTOR_FILE, made)
+
+
+def _run_stages(config: ConfigDict, workdir: Path, split: Split) -> dict[str, str]:
+    """Runs what is not done; returns the digest of each stage."""
     network = import_network(config, workdir)
-    split = open_split(config, "train", workdir)
     boxes = with_objects(split.objects, split.proposals)
     features, made_of = window_features(config, network, split, boxes, workdir)
-    objects = {"boxes": _digest_arrays(boxes), "features": made_of}
-    classes = split.source.class_names
-    before: dict[str, Any] = {**objects, "seed": config.seed}
+    num_classes = len(split.source.class_names)
+    shared: dict[str, Any] = {
+        **made_of,
+        "boxes": _digest_arrays(boxes),
+        "objects": _digest_arrays(part for found in split.objects for part in found),
+        "classes": list(split.source.class_names),
+        "seed": config.seed,
+    }
+    digests: dict[str, str] = {}
     if config.finetune.steps:
-        settings = make_finetuning(config)
-        before["finetune"] = stages.run_stage(
+        digests["finetune"] = stages.run_stage(
             workdir,
             "finetune",
-            finetune_inputs(config, before),
+            {**shared, "finetune": _deciding(config.finetune)},
             lambda folder: finetune(
                 folder,
-                finetuned_model(config, network, len(classes)),
+                finetuned_model(config, network, num_classes),
                 network.params,
                 features,
                 [
@@ -340,36 +425,40 @@ def train_detector(config: ConfigDict, workdir: Path) -> None:
                     )
                     for own, found in zip(boxes, split.objects, strict=True)
                 ],
-                settings,
+                make_finetuning(config),
             ),
         )
     if config.scorer == "svm":
-        fc = detector_fc(config, network, workdir, len(classes))
-        stages.run_stage(
+        fc = detector_fc(config, network, workdir, num_classes)
+        learnt_on = {"finetuned": digests.get("finetune", ""), "layer": config.layer}
+        digests["svm"] = stages.run_stage(
             workdir,
             "svm",
-            svm_inputs(config, before),
+            {**shared, **learnt_on, "svm": config.svm.to_dict()},
             lambda folder: learn_svms(
                 folder,
                 features,
                 split.objects,
-                len(classes),
+                num_classes,
                 head=layer_head(config.layer, network.model.dtype),
                 fc=fc,
                 mining=make_mining(config),
                 feature_norm=config.svm.feature_norm,
             ),
         )
+        # Large, and of use to a run that is cut off only.
+        (workdir / "svm" / ROUNDS_FILE).unlink(missing_ok=True)
     if config.regression.enabled:
-        stages.run_stage(
+        scaled = {"feature_norm": config.svm.feature_norm}
+        digests["regression"] = stages.run_stage(
             workdir,
             "regression",
-            regression_inputs(config, objects),
+            {**shared, **scaled, "regression": config.regression.to_dict()},
             lambda folder: learn_regression(
                 folder,
                 features,
                 split.objects,
-                len(classes),
+                num_classes,
                 overlap=config.regression.overlap,
                 ridge=config.regression.ridge,
                 max_examples=config.regression.max_examples,
@@ -377,25 +466,15 @@ def train_detector(config: ConfigDict, workdir: Path) -> None:
                 seed=config.seed,
             ),
         )
-    run_folder.write_json(workdir / CLASSES_FILE, list(classes))
+    return digests
 
 
-def finetune_inputs(config: ConfigDict, before: dict[str, Any]) -> dict[str, Any]:
-    """What decides the fine-tuned layers, how often they are saved left out."""
-    settings = config.finetune.to_dict()
-    del settings["checkpoint_steps"]
-    return {**before, **settings}
-
-
-def svm_inputs(config: ConfigDict, before: dict[str, Any]) -> dict[str, Any]:
-    """What decides the SVMs."""
-    return {**before, "layer": config.layer, **config.svm.to_dict()}
-
-
-def regression_inputs(config: ConfigDict, objects: dict[str, Any]) -> dict[str, Any]:
-    """What decides the box regression."""
-    settings = {"seed": config.seed, "feature_norm": config.svm.feature_norm}
-    return {**objects, **settings, **config.regression.to_dict()}
+def _deciding(finetune: ConfigDict) -> dict[str, Any]:
+    """The settings of fine-tuning that decide its result."""
+    settings = finetune.to_dict()
+    for name in ("checkpoint_steps", "memory_gb"):
+        del settings[name]
+    return settings
 
 
 def make_finetuning(config: ConfigDict) -> Finetuning:
@@ -406,6 +485,7 @@ def make_finetuning(config: ConfigDict) -> Finetuning:
         batch_size=given.batch_size,
         positives=given.positives,
         images_per_batch=given.images,
+        memory=given.memory_gb * 1e9,
         learning_rate=given.learning_rate,
         drop_steps=tuple(given.drop_steps),
         drop_factor=given.drop_factor,
@@ -443,6 +523,7 @@ def make_mining(config: ConfigDict) -> Mining:
         initial_per_image=given.initial_per_image,
         hard_per_image=given.hard_per_image,
         max_rounds=given.max_rounds,
+        max_rows=given.max_rows,
         C=given.C,
         positive_weight=given.positive_weight,
         bias_multiplier=given.bias_multiplier,
@@ -451,12 +532,16 @@ def make_mining(config: ConfigDict) -> Mining:
 
 
 class Detector(NamedTuple):
-    """A trained detector: what scores boxes, and of which classes."""
+    """A trained detector: what scores boxes, and of which classes.
+
+    `images`: the digests of those that it was trained on.
+    """
 
     network: Network
     head: Any
     weights: Any
     class_names: tuple[str, ...]
+    images: frozenset[str]
 
 
 def load_detector(config: ConfigDict, workdir: Path) -> Detector:
@@ -465,27 +550,41 @@ def load_detector(config: ConfigDict, workdir: Path) -> Detector:
     Raises: FileNotFoundError where a stage that the config needs was not run.
     """
     network = load_network(workdir)
-    if not (workdir / CLASSES_FILE).exists():
+    if not (workdir / DETECTOR_FILE).exists():
         raise FileNotFoundError(
             f"the training of the detector in {workdir} has not come to its end: run "
             "python -m sppnet_jax.detect train, it goes on where it stopped"
         )
-    class_names = tuple(run_folder.read_json(workdir / CLASSES_FILE))
+    made = run_folder.read_json(workdir / DETECTOR_FILE)
+    class_names = tuple(made["classes"])
+    needed = {
+        "finetune": bool(config.finetune.steps),
+        "svm": config.scorer == "svm",
+        "regression": config.regression.enabled,
+    }
+    for name, used in needed.items():
+        digest = stages.done_digest(workdir, name)
+        if used and (digest is None or made["stages"].get(name) != digest):
+            raise FileNotFoundError(
+                f"the last training of the detector in {workdir} left out the stage "
+                f"{name!r}: run python -m sppnet_jax.detect train with the settings "
+                "that you test with"
+            )
     fc = detector_fc(config, network, workdir, len(class_names))
     ranks = dict(zip(("fc6", "fc7"), config.fc_rank, strict=True))
     if any(ranks.values()):
         fc = truncate_fc(fc, ranks)
     svms = regressors = None
     if config.scorer == "svm":
-        svms = LinearSVMs(**_load_arrays(workdir, "svm", SVM_FILE))
+        svms = LinearSVMs(**run_folder.read_arrays(workdir / "svm" / SVM_FILE))
     if config.regression.enabled:
-        regressors = BoxRegressors(
-            **_load_arrays(workdir, "regression", REGRESSION_FILE)
-        )
+        file = workdir / "regression" / REGRESSION_FILE
+        regressors = BoxRegressors(**run_folder.read_arrays(file))
     head, weights = scoring_head(
         network.model, fc, layer=config.layer, svms=svms, regressors=regressors
     )
-    return Detector(network, head, jax.device_put(weights), class_names)
+    images = frozenset(made["images"])
+    return Detector(network, head, jax.device_put(weights), class_names, images)
 
 
 def detect_split(
@@ -495,32 +594,34 @@ def detect_split(
     split: Split,
 ) -> list[Detections]:
     """What one detector, or several together, find in each image of a split."""
-    found: list[list[Scored]] = [[] for _ in split.proposals]
+    parts = []
     for config, workdir, detector in zip(configs, workdirs, detectors, strict=True):
         features, _ = window_features(
             config, detector.network, split, split.proposals, workdir
         )
-        program = make_program(features, detector.head)
-        with progress_bar("detecting", len(found)) as bar:
-            for image, size in enumerate(split.sizes):
-                scored = score_boxes(
+        parts.append((features, make_program(features, detector.head), detector))
+    found = []
+    with progress_bar("detecting", len(split.sizes)) as bar:
+        for image, (height, width) in enumerate(split.sizes.tolist()):
+            scored = [
+                score_boxes(
                     features,
                     program,
                     detector.weights,
                     image,
-                    (int(size[0]), int(size[1])),
+                    (height, width),
                     len(detector.class_names),
                 )
-                found[image].append(scored)
-                bar.update()
-    return [
-        suppress(
-            scored,
-            threshold=configs[0].test.nms,
-            max_per_class=configs[0].test.max_per_class,
-        )
-        for scored in found
-    ]
+                for features, program, detector in parts
+            ]
+            kept = suppress(
+                scored,
+                threshold=configs[0].test.nms,
+                max_per_class=configs[0].test.max_per_class,
+            )
+            found.append(kept)
+            bar.update()
+    return found
 
 
 def check_trained_as(config: ConfigDict, workdir: Path) -> None:
@@ -528,7 +629,7 @@ def check_trained_as(config: ConfigDict, workdir: Path) -> None:
 
     What only tests use may differ: `scorer`, `fc_rank`, `test`, splits and the like.
     """
-    _check_is_detectors(workdir)
+    check_is_detector(workdir)
     known = run_folder.load_config(workdir)
     given = config.to_dict()
     shared = ["system", "scales", "rule", "window_side", "context", "maps_dtype"]
@@ -549,7 +650,8 @@ def _plain(value: Any) -> Any:
     return list(value) if isinstance(value, tuple | list) else value
 
 
-def _check_is_detectors(workdir: Path) -> None:
+def check_is_detector(workdir: Path) -> None:
+    """Raises ValueError if a folder holds a trained classifier and no detector."""
     known = (workdir / run_folder.CONFIG_FILE).exists()
     if known and "proposals" not in run_folder.load_config(workdir):
         raise ValueError(
@@ -559,12 +661,14 @@ def _check_is_detectors(workdir: Path) -> None:
 
 
 def _default_split(config: ConfigDict, purpose: str) -> str:
+    """A split to test on, and one to train on that has none of its images."""
     splits = available_splits(
         config.data.name, root=config.data.root, data_dir=config.data.data_dir
     )
+    joined = ("trainval", "train+validation", "train+val")
     choices = {
-        "train": ("trainval", "train+validation", "train+val", "train"),
         "test": ("test", "validation", "val"),
+        "train": (*(joined if "test" in splits else ()), "train"),
     }
     for choice in choices[purpose]:
         if all(part in splits for part in choice.split("+")):
@@ -574,18 +678,6 @@ def _default_split(config: ConfigDict, purpose: str) -> str:
         f"{config.data.name} has no split to {purpose} on, only {', '.join(splits)}: "
         f"give --config.data.{purpose}_split"
     )
-
-
-def _digest_split(source: Source, objects: list[Objects]) -> str:
-    digest = hashlib.sha256(repr(source.class_names).encode())
-    for index, found in enumerate(objects):
-        record = source.records[index]
-        digest.update(
-            record["name"].encode() + hashlib.sha256(record["image"]).digest()
-        )
-        for array in found:
-            digest.update(np.ascontiguousarray(array).tobytes())
-    return digest.hexdigest()[:16]
 
 
 def _digest_arrays(arrays: Any) -> str:
@@ -598,12 +690,3 @@ def _digest_arrays(arrays: Any) -> str:
 
 def _no_objects() -> Objects:
     return Objects(np.zeros((0, 4)), np.zeros(0, np.int32), np.zeros(0, bool))
-
-
-def _load_arrays(workdir: Path, stage: str, file: str) -> dict[str, np.ndarray]:
-    if not stages.is_done(workdir, stage):
-        raise FileNotFoundError(
-            f"the stage {stage!r} of the detector in {workdir} was not run: run "
-            "python -m sppnet_jax.detect train"
-        )
-    return run_folder.read_arrays(workdir / stage / file)

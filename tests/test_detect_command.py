@@ -324,6 +324,12 @@ def test_the_folder_is_enough_when_the_classifier_is_gone(
     base: Path, trained: Path, tmp_path: Path, log: pytest.LogCaptureFixture
 ) -> None:
     shutil.copytree(trained, tmp_path / "copy")
+    stage = tmp_path / "copy/network/stage.json"
+    record = json.loads(stage.read_text())
+    record["inputs"]["workdir"] = str(tmp_path / "gone")
+    stage.write_text(json.dumps(record))
+    with pytest.raises(FileNotFoundError, match="another, holds no trained classifier"):
+        train(base, tmp_path / "copy", network=str(tmp_path / "another"))
     for network in (tmp_path / "gone", tmp_path / "copy/network"):
         train(base, tmp_path / "copy", network=str(network))
     assert "going on with the copy of it" in log.text
@@ -553,7 +559,7 @@ def test_mistakes_are_told_before_anything_is_loaded(base: Path) -> None:
         detect.main(["fly"])
     with pytest.raises(ValueError, match="say what to do"):
         detect.main([])
-    with pytest.raises(FileNotFoundError, match="nowhere holds no trained run"):
+    with pytest.raises(FileNotFoundError, match="nowhere, holds no trained classifier"):
         train(base, base / "new", network=str(base / "nowhere"))
 
 

@@ -17,6 +17,7 @@ import numpy as np
 from sppnet_jax.boxes import nms_per_class
 from sppnet_jax.classification.svm import LinearSVMs
 from sppnet_jax.detection.box_regression import BoxRegressors, regress_boxes
+from sppnet_jax.detection.hard_negatives import NEVER
 from sppnet_jax.detection.low_rank import fc_layers
 from sppnet_jax.detection.window_features import CHUNK, Head, WindowFeatures, rows_of
 from sppnet_jax.model import SPPNet
@@ -121,7 +122,7 @@ def score_boxes(
     if deltas is None:
         moved = np.broadcast_to(boxes[:, None], (*scores.shape, 4))
     else:
-        moved = np.asarray(regress_boxes(boxes, deltas, *image_size))
+        moved = np.asarray(regress_boxes(boxes, deltas, *image_size), np.float32)
     return Scored(moved, scores)
 
 
@@ -145,7 +146,9 @@ def suppress(
     all_boxes = np.zeros((padded, classes, 4), np.float32)
     all_scores = np.zeros((padded, classes), np.float32)
     all_boxes[:count], all_scores[:count] = boxes, scores
-    kept = _suppress(all_boxes, all_scores, threshold, np.arange(padded) < count)
+    # A class that was never trained is not there, whatever is asked of it.
+    valid = (np.arange(padded) < count)[:, None] & (all_scores > NEVER / 2)
+    kept = _suppress(all_boxes, all_scores, threshold, valid)
     rows, labels = np.nonzero(np.asarray(kept)[:count])
     order = np.argsort(-scores[rows, labels], kind="stable")
     rank_in_class = np.zeros(len(order), np.int64)

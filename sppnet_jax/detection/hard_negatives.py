@@ -248,13 +248,19 @@ def _find(
                 chosen = _hardest(own, scores, hard, taken, settings)
             else:
                 rng = np.random.default_rng((settings.seed, image))
-                chosen = _first(own, rng.permutation(len(own)), candidates, settings)
+                order = rng.permutation(len(own))
+                chosen = _first(own, order, candidates, settings)
+                scores = -np.argsort(order)[:, None]
             joined[seen] |= chosen[state.windows[seen]]
             new = np.flatnonzero(chosen.any(axis=1))
             new = new[~np.isin(new, state.windows[seen])]
-            room = settings.max_rows - held
-            left_out += max(len(new) - room, 0)
-            new = new[: max(room, 0)]
+            # An equal share of the room for every image to come; the hardest first.
+            room = -(-(settings.max_rows - held) // (len(boxes) - image))
+            if len(new) > room:
+                left_out += len(new) - max(room, 0)
+                hardness = np.where(chosen, scores, -np.inf).max(axis=1)[new]
+                order = np.argsort(-hardness, kind="stable")[: max(room, 0)]
+                new = np.sort(new[order])
             held += len(new)
             if len(new):
                 rows.append(features[new] if round_number else look(image, new))

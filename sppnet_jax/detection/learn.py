@@ -53,7 +53,8 @@ def learn_svms(
     `features`: of boxes that begin with each image's objects. `head`, `fc`: give the
     layer that the SVMs see. `feature_norm`: the mean length to scale it to.
 
-    Returns: a report of plain values. The result is `SVM_FILE` in the folder.
+    Returns: a report of plain values. The result is `SVM_FILE` in the folder;
+    `ROUNDS_FILE` is of no use afterwards.
     Raises: ValueError if there are no objects to train on.
     """
     program = make_program(features, head)
@@ -93,7 +94,6 @@ def learn_svms(
     )
     weights = (svms.weights * scale).astype(np.float32)
     write_arrays(folder / SVM_FILE, weights=weights, biases=svms.biases)
-    saved.unlink()
     return {"feature_scale": float(scale), **mining_report(state)}
 
 

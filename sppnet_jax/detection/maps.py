@@ -32,6 +32,7 @@ from sppnet_jax.data.images import decode_image, image_size, whole_size
 from sppnet_jax.data.sources import Record, Source
 from sppnet_jax.detection.scales import Size, map_size_of
 from sppnet_jax.model import SPPNet
+from sppnet_jax.run_folder import whole_file
 
 DTYPES = ("float32", "float16")
 
@@ -144,10 +145,8 @@ def map_file(folder: Path, side: int, index: int) -> Path:
 
 def save_array(path: Path, array: np.ndarray) -> None:
     """Writes an array to a file that is whole or not there."""
-    partial = path.with_suffix(".partial")
-    with partial.open("wb") as file:
+    with whole_file(path) as file:
         np.save(file, array)
-    partial.rename(path)
 
 
 def image_sizes(source: Source, threads: int = 8) -> np.ndarray:

@@ -8,12 +8,14 @@ empty folder, and the log says what has changed. A folder that no stage has made
 never removed.
 """
 
+import contextlib
+import fcntl
 import hashlib
 import json
 import logging
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +67,30 @@ def run_stage(
     return digest
 
 
+def done_digest(workdir: Path, name: str) -> str | None:
+    """The digest of a finished stage's inputs; None if it isn't finished."""
+    known = _read(workdir / name / STAGE_FILE)
+    return digest_of(known["inputs"]) if known and known["done"] else None
+
+
+@contextlib.contextmanager
+def locked(workdir: Path) -> Iterator[None]:
+    """Keeps other processes from running stages in the same folder.
+
+    Raises: ValueError if one does.
+    """
+    workdir.mkdir(parents=True, exist_ok=True)
+    with (workdir / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise ValueError(
+                f"another process is training in {workdir}: wait for it, or use "
+                "another --workdir"
+            ) from error
+        yield  # released by the system if we are killed
+
+
 def is_done(workdir: Path, name: str) -> bool:
     """Whether a stage has been finished."""
     known = _read(workdir / name / STAGE_FILE)
@@ -80,7 +106,7 @@ def digest_of(inputs: dict[str, Any]) -> str:
 def _check_is_stage(folder: Path) -> None:
     held = {path.name for path in folder.iterdir()}
     # A run killed before its first record leaves an empty folder, or a partial record.
-    foreign = held - {Path(STAGE_FILE).with_suffix(".partial").name}
+    foreign = {name for name in held if not name.endswith(".partial")}
     if foreign and STAGE_FILE not in held:
         raise ValueError(
             f"{folder} would be a stage's folder, but holds something else "
@@ -100,11 +126,21 @@ def _read(path: Path) -> dict[str, Any] | None:
 
 
 def _differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    before, now = _flat(before), _flat(now)
     return [
         f"{name} was {_short(before.get(name))}, now {_short(now.get(name))}"
         for name in sorted(before | now)
         if before.get(name) != now.get(name)
     ]
+
+
+def _flat(values: dict[str, Any], path: str = "") -> dict[str, Any]:
+    """Nested dicts as one, its keys joined by dots."""
+    found: dict[str, Any] = {}
+    for name, value in values.items():
+        inner = _flat(value, f"{path}{name}.") if isinstance(value, dict) else None
+        found |= {f"{path}{name}": value} if inner is None else inner
+    return found
 
 
 def _short(value: Any) -> str:
