@@ -1,4 +1,4 @@
-# make demo: a small SPP-net, trained and tested in a few minutes.
+# make demo: a small SPP-net and its detector, trained and tested in some minutes.
 # make test: the whole test suite.        PYTHON=python3.13 make test: on that Python.
 
 PYTHON ?= python3
@@ -14,9 +14,13 @@ RUN := runs/demo
 demo: $(VENV)/demo
 	$(VENV)/bin/python -m sppnet_jax.train --config=configs/digits.py --workdir=$(RUN)
 	$(VENV)/bin/python -m sppnet_jax.evaluate --workdir=$(RUN) --protocol=single
+	$(VENV)/bin/python -m sppnet_jax.detect train --config=configs/detect_digits.py \
+	    --config.network=$(RUN) --workdir=$(RUN)/detect
+	$(VENV)/bin/python -m sppnet_jax.detect test --workdir=$(RUN)/detect
 	@echo
-	@echo "The run is in $(RUN): curves in training.png, predictions in"
+	@echo "The classifier is in $(RUN): curves in training.png, predictions in"
 	@echo "evaluate_single.png, numbers in evaluate_single.json and metrics.jsonl."
+	@echo "The detector is in $(RUN)/detect: test/examples.png, test/results.json."
 
 test: $(VENV)/dev
 	$(VENV)/bin/python -m pytest -n 2

@@ -26,5 +26,5 @@ def get_config() -> ConfigDict:
     config.finetune.learning_rate = 0.01
     config.finetune.drop_steps = (700,)
     config.svm.initial_per_image = 2
-    config.svm.hard_per_image = 5
+    config.svm.hard_per_image = 10
     return config

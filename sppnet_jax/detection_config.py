@@ -76,10 +76,11 @@ def detection_base_config() -> ConfigDict:
     config.svm.feature_norm = 20.0  # features are scaled to this mean length
     config.svm.negative_overlap = 0.3  # at most this with the class's objects
     config.svm.thinning = 0.7  # a negative that overlaps another by more is dropped
-    config.svm.max_rounds = 1  # of hard-negative mining
+    config.svm.max_rounds = 3  # of hard-negative mining; the release's one pass over
+    # the images trains the SVMs again and again on the way
     config.svm.initial_per_image = 5  # negatives at random, for each class
     config.svm.max_rows = 100_000  # negatives in memory, of all classes together
-    config.svm.hard_per_image = 20  # at most, for each class and round
+    config.svm.hard_per_image = 50  # at most, for each class and round
 
     config.regression = ConfigDict()
     config.regression.enabled = True

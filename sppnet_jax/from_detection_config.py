@@ -56,7 +56,13 @@ from sppnet_jax.detection.learn import (
     learn_svms,
 )
 from sppnet_jax.detection.low_rank import truncate_fc
-from sppnet_jax.detection.maps import convolve_split, decodable, image_sizes, subset
+from sppnet_jax.detection.maps import (
+    convolve_split,
+    decodable,
+    image_sizes,
+    mean_cells,
+    subset,
+)
 from sppnet_jax.detection.proposals import (
     ProposalSettings,
     load_proposals,
@@ -71,6 +77,7 @@ from sppnet_jax.detection.window_features import (
 )
 from sppnet_jax.geometry import Geometry
 from sppnet_jax.model import SPPNet
+from sppnet_jax.spp import num_bins
 
 log = logging.getLogger(__name__)
 
@@ -151,12 +158,12 @@ def check_network(config: ConfigDict, workdir: Path) -> None:
     """Raises an error if there is no classifier, or it can't do what a config asks."""
     origin = _origin(config)
     if not run_folder.has_checkpoint(origin):
-        if _copied_from(workdir) == str(origin):
-            return
-        raise FileNotFoundError(
-            f"config.network, {origin}, holds no trained classifier: train one with "
-            "python -m sppnet_jax.train, or correct --config.network"
-        )
+        if _copied_from(workdir) != str(origin):
+            raise FileNotFoundError(
+                f"config.network, {origin}, holds no trained classifier: train one "
+                "with python -m sppnet_jax.train, or correct --config.network"
+            )
+        origin = workdir / "network"
     trained = saved_config.get_config(str(origin))
     model = from_config.make_model(trained, 1)
     if config.system == "spp":
@@ -179,6 +186,7 @@ def check_network(config: ConfigDict, workdir: Path) -> None:
         )
     if config.finetune.steps:
         parallel.check_batch_size(config.finetune.batch_size)
+    _load_classifier(origin)  # whether it can be read
 
 
 def _origin(config: ConfigDict) -> Path:
@@ -304,8 +312,12 @@ def window_features(
     # The maps of a scale serve every list of scales, and both rules.
     name = stages.digest_of({name: inputs[name] for name in stored})
     cache = cache_folder(config, workdir)
-    model, params = network.model, network.params
+    model, params, geometry = network.model, network.params, network.geometry
+    windows = np.mean([len(own) for own in boxes])
     if config.system == "rcnn":
+        pooled = rcnn.stores_pooled(model)
+        kept = "pooled vectors" if pooled else "maps of windows"
+        log.info("on disk: %s, the smaller; %.0f windows an image", kept, windows)
         folder = cache / f"windows-{name}"
         rcnn.convolve_windows(
             model,
@@ -319,9 +331,15 @@ def window_features(
             threads=config.data.threads,
             dtype=config.maps_dtype,
         )
-        levels = None if rcnn.stores_pooled(model) else model.levels
-        features = from_warped(folder, boxes, levels)
+        features = from_warped(folder, boxes, None if pooled else model.levels)
     else:
+        log.info(
+            "on disk: maps, %.0f cells an image; the %.0f windows' pooled vectors "
+            "would be %.0f bins",
+            mean_cells(split.sizes[split.sizes.all(axis=1)], config.scales, geometry),
+            windows,
+            windows * num_bins(model.levels or ()),
+        )
         folder = cache / f"maps-{name}"
         convolve_split(
             model,
@@ -340,7 +358,7 @@ def window_features(
             boxes,
             split.sizes,
             sides=tuple(config.scales),
-            geometry=network.geometry,
+            geometry=geometry,
             levels=model.levels or (),
             area=settings["area"],
             rule=config.rule,

@@ -25,9 +25,9 @@ from sppnet_jax import detect, from_config, from_detection_config, run_folder
 from sppnet_jax import saved_config as saved
 from sppnet_jax.checkpoints import Checkpoints
 from sppnet_jax.data.detection_sources import open_detection_source, read_objects
-from sppnet_jax.detection import learn
+from sppnet_jax.detection import learn, maps
 from sppnet_jax.detection.average_precision import evaluate_detections
-from sppnet_jax.detection.detector import score_boxes
+from sppnet_jax.detection.detector import Scored, score_boxes, suppress
 from sppnet_jax.detection.examples import with_objects
 from sppnet_jax.detection.proposals import save_proposals
 from sppnet_jax.detection.result_files import read_voc_results
@@ -67,7 +67,8 @@ def write_scenes(root: Path) -> Path:
     """Scenes to train and to test on, in VOC's layout."""
     scenes = {key: draw_scene(seed) for seed, key in enumerate(EVERY)}
     annotations = {key: voc_xml(*xml, size=SIZE) for key, (_, xml) in scenes.items()}
-    lists = {"trainval.txt": "\n".join(TRAIN), "test.txt": "\n".join(TEST)}
+    parts = {"trainval": TRAIN, "test": TEST, "mixed": [*TRAIN[:2], *TEST[:3]]}
+    lists = {f"{name}.txt": "\n".join(keys) for name, keys in parts.items()}
     write_voc_folder(root, annotations, lists, size=SIZE)
     for key, (image, _) in scenes.items():
         path = root / f"JPEGImages/{key}.png"
@@ -168,6 +169,63 @@ def test_the_detector_finds_what_it_was_trained_on(report: dict[str, Any]) -> No
     assert [row["ground_truths"] for row in report["classes"]] == [5, 6]
     assert [row["difficult"] for row in report["classes"]] == [1, 0]
     assert report["proposals"]["recall"] > 0.8
+
+
+@pytest.mark.parametrize(
+    ("splits", "train_split", "test_split"),
+    [
+        (("train", "val"), "train", "val"),
+        (("train", "validation"), "train", "validation"),
+        (("trainval", "train", "val"), "train", "val"),
+        (("trainval", "train", "val", "test"), "trainval", "test"),
+        (("train", "validation", "test"), "train+validation", "test"),
+        (("train", "val", "test"), "train+val", "test"),
+        (("trainval", "test"), "trainval", "test"),
+        (("train", "test"), "train", "test"),
+        (("all",), None, None),
+        (("test",), None, "test"),
+        (("train",), "train", None),
+    ],
+)
+def test_no_image_is_in_both_of_the_default_splits(
+    splits: tuple[str, ...],
+    train_split: str | None,
+    test_split: str | None,
+    base: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(
+        from_detection_config, "available_splits", lambda *_, **__: splits
+    )
+    config = small_config(base)
+    for purpose, expected in (("train", train_split), ("test", test_split)):
+        if expected:
+            found = from_detection_config._default_split(config, purpose)
+            assert found == expected
+        else:
+            message = f"{', '.join(splits)}: give --config.data.{purpose}_split"
+            with pytest.raises(ValueError, match=re.escape(message)):
+                from_detection_config._default_split(config, purpose)
+
+
+@pytest.mark.parametrize(("split", "seen", "count"), [("mixed", 2, 5), ("test", 0, 6)])
+def test_tested_images_that_were_trained_on_are_counted(
+    split: str,
+    seen: int,
+    count: int,
+    base: Path,
+    trained: Path,
+    tmp_path: Path,
+    log: pytest.LogCaptureFixture,
+) -> None:
+    workdir = tmp_path / "copy"
+    shutil.copytree(trained, workdir)
+    config = small_config(base, **{"data.test_split": split})
+    assert detect.evaluate_from_config(config, [workdir])["trained_on"] == seen
+    stored = json.loads((workdir / "test/results.json").read_text())
+    assert (stored["trained_on"], stored["images"]) == (seen, count)
+    told = f"{seen} of the {count} images to test on were trained on"
+    assert (told in log.text) == bool(seen)
 
 
 def test_broken_images_are_named_and_their_objects_count_as_missed(
@@ -292,6 +350,107 @@ def test_a_changed_setting_redoes_what_depends_on_it_and_says_why(
     assert why in log.text
 
 
+def test_a_changed_annotation_redoes_the_stages_but_no_map(
+    base: Path,
+    trained: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    log: pytest.LogCaptureFixture,
+) -> None:
+    shutil.copytree(trained, tmp_path / "copy")
+    shutil.copytree(base / "voc", tmp_path / "voc")
+    path = tmp_path / "voc/Annotations/a02.xml"
+    text = path.read_text()
+    assert "<difficult>0</difficult>" in text
+    path.write_text(text.replace("difficult>0</", "difficult>1</", 1))
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise AssertionError("a map is computed")
+
+    monkeypatch.setattr(maps, "map_whole_images", refuse)
+    train(base, tmp_path / "copy", **{"data.root": str(tmp_path / "voc")})
+    told = stages_of(log)
+    assert told.pop("network") == "is done"
+    assert told.keys() == {"finetune", "svm", "regression"}
+    reasons = [line.partition(" changed: ")[2] for line in log.messages]
+    reasons = [reason for reason in reasons if reason]
+    assert len(reasons) == 3
+    assert all("objects was " in reason for reason in reasons)
+    assert not any("images was " in reason for reason in reasons)
+
+
+def test_a_stage_that_the_last_training_left_out_is_not_used(
+    base: Path, trained: Path, tmp_path: Path
+) -> None:
+    """The SVMs in the folder are of another fine-tuning than the one beside them."""
+    workdir = tmp_path / "copy"
+    shutil.copytree(trained, workdir)
+    changes = {"finetune.steps": 4, "regression.enabled": False}
+    config = train(base, workdir, scorer="softmax", **changes)
+    assert (workdir / "svm/svm.npz").exists()
+    detect.evaluate_from_config(config, [workdir])
+    asked = small_config(base, **changes)
+    with pytest.raises(FileNotFoundError, match="left out the stage 'svm'"):
+        detect.evaluate_from_config(asked, [workdir])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"data.root": "absent"}, "absent"),
+        ({"network": "absent"}, "absent, holds no trained classifier"),
+        ({"network": "torn"}, "torn holds no trained run"),
+        ({"proposals.file": "absent", "proposals.method": "file"}, "absent"),
+        ({"network": "gone", "finetune.batch_size": 30}, "number of devices, 4"),
+    ],
+)
+def test_a_training_that_cannot_begin_leaves_the_finished_detector(
+    changes: dict[str, Any],
+    message: str,
+    base: Path,
+    trained: Path,
+    report: dict[str, Any],
+    tmp_path: Path,
+) -> None:
+    workdir, places = tmp_path / "copy", ("data.root", "network", "proposals.file")
+    shutil.copytree(trained, workdir)
+    if changes.get("network") == "gone":
+        copied_from(workdir, tmp_path / "gone")
+    shutil.copytree(base / "classifier", tmp_path / "torn")
+    (tmp_path / "torn/data.json").unlink()
+    given = {
+        name: str(tmp_path / value) if name in places else value
+        for name, value in changes.items()
+    }
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        train(base, workdir, **given)
+    again = detect.evaluate_from_config(saved.get_config(str(workdir)), [workdir])
+    assert again["classes"] == report["classes"]
+
+
+def test_a_class_without_objects_to_train_on_is_never_detected(
+    base: Path, tmp_path: Path, log: pytest.LogCaptureFixture
+) -> None:
+    """Its squares are difficult, but for those to test on."""
+    shutil.copytree(base / "voc", tmp_path / "voc")
+    for key in TRAIN:
+        path = tmp_path / f"voc/Annotations/{key}.xml"
+        objects = path.read_text().split("<object>")
+        hidden = [
+            text.replace("<difficult>0", "<difficult>1") if "square" in text else text
+            for text in objects
+        ]
+        path.write_text("<object>".join(hidden))
+    changes = {"data.root": str(tmp_path / "voc"), "finetune.steps": 0}
+    config = train(base, tmp_path / "run", **changes)
+    assert "classes [1] have no objects to train on" in log.text
+    report = detect.evaluate_from_config(config, [tmp_path / "run"])
+    disc, square = report["classes"]
+    assert disc["detections"] > 0
+    assert (square["detections"], square["ground_truths"]) == (0, 6)
+    assert square["ap_area"] == 0
+
+
 def test_scores_are_those_of_the_svms_as_they_were_trained(
     base: Path, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -320,14 +479,19 @@ def test_scores_are_those_of_the_svms_as_they_were_trained(
     assert scored.boxes.shape == (len(boxes[0]), len(CLASSES), 4)
 
 
+def copied_from(workdir: Path, origin: Path) -> None:
+    """Makes a detector believe that its network is the copy of another."""
+    stage = workdir / "network/stage.json"
+    record = json.loads(stage.read_text())
+    record["inputs"]["workdir"] = str(origin)
+    stage.write_text(json.dumps(record))
+
+
 def test_the_folder_is_enough_when_the_classifier_is_gone(
     base: Path, trained: Path, tmp_path: Path, log: pytest.LogCaptureFixture
 ) -> None:
     shutil.copytree(trained, tmp_path / "copy")
-    stage = tmp_path / "copy/network/stage.json"
-    record = json.loads(stage.read_text())
-    record["inputs"]["workdir"] = str(tmp_path / "gone")
-    stage.write_text(json.dumps(record))
+    copied_from(tmp_path / "copy", tmp_path / "gone")
     with pytest.raises(FileNotFoundError, match="another, holds no trained classifier"):
         train(base, tmp_path / "copy", network=str(tmp_path / "another"))
     for network in (tmp_path / "gone", tmp_path / "copy/network"):
@@ -485,6 +649,77 @@ def test_two_detectors_are_combined(
         assert twice[name] == report[name]
 
 
+def test_a_combination_suppresses_the_boxes_of_both(
+    base: Path, trained: Path, rcnn: Path
+) -> None:
+    workdirs = [trained, rcnn]
+    configs = [small_config(base), saved.get_config(str(rcnn))]
+    detectors = detect._load_all(configs, workdirs)
+    split = from_detection_config.open_split(configs[0], "test", trained)
+    found = from_detection_config.detect_split(configs, workdirs, detectors, split)
+    image = 2
+    parts = []
+    for config, workdir, detector in zip(configs, workdirs, detectors, strict=True):
+        features, _ = from_detection_config.window_features(
+            config, detector.network, split, split.proposals, workdir
+        )
+        program = make_program(features, detector.head)
+        part = score_boxes(features, program, detector.weights, image, SIZE, 2)
+        assert len(part.scores) > 5
+        parts.append(part)
+    union = Scored(*(np.concatenate(pair) for pair in zip(*parts, strict=True)))
+    expected = suppress([union], threshold=0.3, max_per_class=100)
+    for one, other in zip(found[image], expected, strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+def test_what_is_said_of_a_test_is_said_to_every_detector(
+    base: Path, trained: Path, report: dict[str, Any]
+) -> None:
+    """Else the whole weights of the second would find more than the truncated ones."""
+    config = small_config(base, fc_rank=(150, 150))
+    alone = detect.evaluate_from_config(config, [trained])
+    twice = detect.evaluate_from_config(config, [trained, trained])
+    assert twice["classes"] == alone["classes"] != report["classes"]
+
+
+def test_scores_of_different_kinds_are_not_combined(
+    base: Path, trained: Path, tmp_path: Path
+) -> None:
+    other = tmp_path / "copy"
+    shutil.copytree(trained, other)
+    run_folder.save_config(other, small_config(base, scorer="softmax").to_dict())
+    for pair in ([trained, other], [other, trained]):
+        config = saved.get_config(str(pair[0]))
+        with pytest.raises(ValueError, match="some score by SVMs, others by softmax"):
+            detect.evaluate_from_config(config, pair)
+        config.scorer = "softmax" if config.scorer == "svm" else "svm"
+        assert len(detect._load_all(detect._configs_of(config, pair), pair)) == 2
+
+
+def test_images_that_share_a_name_are_refused_before_detection(
+    base: Path, trained: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    split = from_detection_config.open_split(small_config(base), "test", trained)
+    count = len(split.source.records)
+    records = [dict(split.source.records[index]) for index in range(count)]
+    records[1]["name"], records[4]["name"] = "x/one.png", "x/one.jpg"
+    source = split.source._replace(records=records)
+    monkeypatch.setattr(
+        from_detection_config, "open_split", lambda *_: split._replace(source=source)
+    )
+
+    def refuse(*_: Any) -> None:
+        raise AssertionError("it detects")
+
+    monkeypatch.setattr(from_detection_config, "detect_split", refuse)
+    with pytest.raises(ValueError, match=r"1 images of .* 'x/one' for instance"):
+        detect.evaluate_from_config(small_config(base), [trained])
+    records[4]["name"] = "y/one.jpg"
+    with pytest.raises(AssertionError, match="it detects"):
+        detect.evaluate_from_config(small_config(base), [trained])
+
+
 @pytest.mark.parametrize(
     "changes",
     [
@@ -552,6 +787,14 @@ def test_mistakes_are_told_before_anything_is_loaded(base: Path) -> None:
         ("data.root", "", "--config.data.root=FOLDER"),
         ("finetune.positives", 1.0, r"in \(0, 1\), got 1.0"),
         ("fc_rank", (3,), "ranks of fc6 and fc7"),
+        ("finetune.positive_overlap", 0.4, "a box would be both"),
+        ("finetune.negative_overlap", (0.1, 0.6), "a box would be both"),
+        ("finetune.negative_overlap", (0.5, 0.5), "0 ≤ low < high"),
+        ("finetune.positive_overlap", 1.1, "at most 1, got 1.1"),
+        ("svm.negative_overlap", 30, "at most 1, got 30"),
+        ("svm.thinning", 1.5, "at most 1, got 1.5"),
+        ("regression.overlap", 50, "at most 1, got 50"),
+        ("test.nms", 30, "at most 1, got 30"),
     ):
         with pytest.raises(ValueError, match=message):
             small_config(base, **{name: value})
@@ -561,6 +804,47 @@ def test_mistakes_are_told_before_anything_is_loaded(base: Path) -> None:
         detect.main([])
     with pytest.raises(FileNotFoundError, match="nowhere, holds no trained classifier"):
         train(base, base / "new", network=str(base / "nowhere"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "levels", "message"),
+    [
+        ({}, (), "has no spatial pyramid .* or use --config.system=rcnn"),
+        ({"scales": (90, 28)}, (2, 1), "has 28 pixels, .* needs at least 29"),
+        ({"system": "rcnn", "context": 32}, (2, 1), "leaves nothing of the 64"),
+        ({"finetune.batch_size": 30}, (2, 1), "number of devices, 4; got 30"),
+    ],
+)
+def test_what_the_network_cannot_do_is_told_before_proposals_are_made(
+    changes: dict[str, Any],
+    levels: tuple[int, ...],
+    message: str,
+    base: Path,
+    tmp_path: Path,
+) -> None:
+    network = tmp_path / "network"
+    shutil.copytree(base / "classifier", network)
+    stored = run_folder.load_config(network)
+    stored["model"]["levels"] = levels
+    run_folder.save_config(network, stored)
+    given = {"network": str(network), "cache": str(tmp_path / "cache")}
+    with pytest.raises(ValueError, match=message):
+        train(base, tmp_path / "run", **given, **changes)
+    assert not (tmp_path / "cache").exists()
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_the_network_can_just_do_is_not_refused(
+    base: Path, tmp_path: Path
+) -> None:
+    for changes in (
+        {"scales": (29,)},
+        {"system": "rcnn", "context": 31},
+        {"system": "rcnn", "context": -1, "scales": (1,)},
+        {"finetune.steps": 0, "finetune.batch_size": 30},
+    ):
+        config = small_config(base, **changes)
+        from_detection_config.check_network(config, tmp_path)
 
 
 def test_proposals_may_come_from_a_file(

@@ -275,6 +275,41 @@ def test_memory_is_bounded_and_the_log_says_when_it_is_full(
     assert "found no room among max_rows = 20" in caplog.text
 
 
+def test_memory_is_shared_by_all_images() -> None:
+    """Also by those after an image that has nothing to give."""
+    made = world()
+    made.boxes[1], made.features[1] = np.zeros((0, 4)), np.zeros((0, 2))
+    settings = EVERYTHING._replace(initial_per_image=12, max_rows=24, max_rounds=0)
+    _, _, state = made.mine(settings)
+    # A quarter for the first; what the second leaves is for the others.
+    assert np.bincount(state.images, minlength=4).tolist() == [6, 0, 9, 9]
+    assert (state.members.any(axis=1)).all()
+
+
+def test_where_memory_is_short_the_hardest_of_an_image_are_kept() -> None:
+    made = world()
+    settings = EVERYTHING._replace(initial_per_image=1, hard_per_image=6, max_rounds=0)
+    weights, biases, before = made.mine(settings)
+    more = settings._replace(max_rounds=1)
+    _, _, everything = made.mine(more, state=before)
+    held = len(before.features)
+    _, _, few = made.mine(more._replace(max_rows=held + 8), state=before)
+    assert len(everything.features) > held + 12
+    expected = set()
+    for image in range(4):
+        own = np.flatnonzero(everything.images[held:] == image) + held
+        ranked = []
+        for row in own:
+            scores = everything.features[row] @ weights.T + biases
+            hardness = max(scores[everything.members[row]])
+            ranked.append((hardness, image, int(everything.windows[row])))
+        expected |= {(image, window) for _, image, window in sorted(ranked)[-2:]}
+        assert len(ranked) > 2
+    found = zip(few.images[held:].tolist(), few.windows[held:].tolist(), strict=True)
+    assert set(found) == expected
+    assert len(few.features) == held + 8
+
+
 def test_images_without_boxes_are_passed_over(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.WARNING)
     made = world()

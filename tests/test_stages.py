@@ -3,13 +3,16 @@
 import json
 import logging
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from sppnet_jax.detection import stages
-from sppnet_jax.detection.stages import digest_of, is_done, run_stage
+from sppnet_jax.detection.stages import digest_of, is_done, locked, run_stage
+from tests.conftest import REPOSITORY
 
 
 class Killed(BaseException):
@@ -91,6 +94,61 @@ def test_changed_inputs_redo_it_from_nothing_and_the_log_says_why(
         "was [96, 128], now [96]" in log.messages
     )
     assert is_done(tmp_path, "svm")
+
+
+def test_a_changed_setting_of_a_group_is_named_alone(
+    tmp_path: Path, work: Work, log: pytest.LogCaptureFixture
+) -> None:
+    before = {"seed": 0, "finetune": {"learning_rate": 0.01, "steps": 5, "deep": {}}}
+    now = {"seed": 0, "finetune": {"learning_rate": 0.02, "steps": 5, "deep": {"C": 1}}}
+    run_stage(tmp_path, "svm", before, work)
+    run_stage(tmp_path, "svm", now, work)
+    assert (
+        "stage svm is redone, for its inputs have changed: finetune.deep.C was null, "
+        "now 1; finetune.learning_rate was 0.01, now 0.02" in log.messages
+    )
+
+
+def test_only_one_trains_in_a_folder_at_a_time(tmp_path: Path) -> None:
+    with locked(tmp_path / "run"):
+        with (
+            pytest.raises(ValueError, match=f"training in {tmp_path}/run: wait"),
+            locked(tmp_path / "run"),
+        ):
+            pass
+        with locked(tmp_path / "other"):
+            pass
+    with pytest.raises(Killed), locked(tmp_path / "run"):
+        raise Killed
+    with locked(tmp_path / "run"):
+        pass
+
+
+def test_a_killed_process_locks_its_folder_no_longer(tmp_path: Path) -> None:
+    script = (
+        "import sys, time\n"
+        "from pathlib import Path\n"
+        "from sppnet_jax.detection.stages import locked\n"
+        "with locked(Path(sys.argv[1])):\n"
+        "    print('locked', flush=True)\n"
+        "    time.sleep(300)\n"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", script, str(tmp_path)],
+        cwd=REPOSITORY,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "locked\n"
+        with pytest.raises(ValueError, match="another process"), locked(tmp_path):
+            pass
+    finally:
+        process.kill()
+        process.communicate()
+    with locked(tmp_path):
+        pass
 
 
 def test_a_removed_folder_is_made_anew(tmp_path: Path, work: Work) -> None:

@@ -31,6 +31,7 @@ from sppnet_jax.data.broken import BrokenImages
 from sppnet_jax.data.images import decode_image, image_size, whole_size
 from sppnet_jax.data.sources import Record, Source
 from sppnet_jax.detection.scales import Size, map_size_of
+from sppnet_jax.geometry import Geometry
 from sppnet_jax.model import SPPNet
 from sppnet_jax.run_folder import whole_file
 
@@ -114,6 +115,18 @@ def convolve_split(
     broken.summarize()
     report["broken"] = len(broken)
     return report
+
+
+def mean_cells(sizes: np.ndarray, sides: Sequence[int], geometry: Geometry) -> float:
+    """How many cells the maps of an image have at all scales together, on average.
+
+    `sizes`: (height, width) of the images, int [N, 2].
+    """
+    totals = np.zeros(len(sizes))
+    for side in sides:
+        for index, size in enumerate(scaled_sizes(sizes, side)):
+            totals[index] += np.prod(map_size_of(tuple(size), geometry))
+    return float(totals.sum() / max(len(sizes), 1))
 
 
 def map_function(model: SPPNet, preprocessing: Preprocessing) -> Any:

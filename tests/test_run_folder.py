@@ -1,0 +1,109 @@
+"""A run's files are whole or not there, whoever writes them at the same time."""
+
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from sppnet_jax.run_folder import (
+    read_arrays,
+    read_json,
+    whole_file,
+    write_arrays,
+    write_json,
+)
+
+ROUNDS = 60
+
+
+def write_whole_arrays(path: Path, number: int) -> None:
+    write_arrays(path, numbers=np.full(20_000, number))
+
+
+def read_whole_arrays(path: Path) -> set[int]:
+    numbers = read_arrays(path)["numbers"]
+    assert len(numbers) == 20_000
+    return set(numbers.tolist())
+
+
+def write_whole_json(path: Path, number: int) -> None:
+    write_json(path, [number] * 20_000)
+
+
+def read_whole_json(path: Path) -> set[int]:
+    numbers = read_json(path)
+    assert len(numbers) == 20_000
+    return set(numbers)
+
+
+@pytest.mark.parametrize(
+    ("write", "read"),
+    [(write_whole_arrays, read_whole_arrays), (write_whole_json, read_whole_json)],
+)
+def test_two_that_write_one_file_never_leave_a_mixture(
+    write: Callable[[Path, int], None],
+    read: Callable[[Path], set[int]],
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / "file"
+    write(path, 0)
+    errors: list[BaseException] = []
+    start = threading.Barrier(3)
+
+    def work(number: int) -> None:
+        try:
+            start.wait()
+            for _ in range(ROUNDS):
+                write(path, number)
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in (1, 2)]
+    for thread in threads:
+        thread.start()
+    start.wait()
+    reads = 0
+    while any(thread.is_alive() for thread in threads):
+        assert len(read(path)) == 1
+        reads += 1
+    for thread in threads:
+        thread.join()
+    assert not errors
+    assert reads > 5
+    assert read(path) in ({1}, {2})
+    assert [found.name for found in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.parametrize("failure", [OSError, KeyboardInterrupt])
+@pytest.mark.parametrize("before", [None, b"whole"])
+def test_a_write_that_fails_leaves_what_was_there_and_nothing_else(
+    before: bytes | None, failure: Any, tmp_path: Path
+) -> None:
+    path = tmp_path / "file"
+    if before is not None:
+        path.write_bytes(before)
+
+    def fail() -> None:
+        with whole_file(path) as file:
+            file.write(b"half")
+            file.flush()
+            raise failure
+
+    with pytest.raises(failure):
+        fail()
+    found = {one.name: one.read_bytes() for one in tmp_path.iterdir()}
+    assert found == ({} if before is None else {"file": before})
+
+
+def test_what_was_written_is_read(tmp_path: Path) -> None:
+    write_json(tmp_path / "new/folder/value.json", {"a": [1, None]})
+    assert read_json(tmp_path / "new/folder/value.json") == {"a": [1, None]}
+    write_arrays(tmp_path / "arrays.npz", a=np.arange(3), b=np.zeros((0, 2)))
+    found = read_arrays(tmp_path / "arrays.npz")
+    assert {name: array.shape for name, array in found.items()} == {
+        "a": (3,),
+        "b": (0, 2),
+    }
