@@ -6,6 +6,10 @@ python -m sppnet_jax.detect test --workdir=runs/detect_folder
 python -m sppnet_jax.detect image --workdir=runs/detect_folder photo.jpg
 
 The network is a classifier of 96-pixel crops, trained by configs/folder.py.
+
+Measured with one of 1/6 width, two CPU cores: on 143 photographs of raccoons 1 min 20 s
+(after proposals and maps), mAP 58.3 on 53 others; on 292 images of blood cells 4 min
+50 s, mAP 54.8 on 72 others.
 """
 
 from ml_collections import ConfigDict
