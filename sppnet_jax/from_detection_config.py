@@ -416,6 +416,14 @@ def _run_stages(config: ConfigDict, workdir: Path, split: Split) -> dict[str, st
     boxes = with_objects(split.objects, split.proposals)
     features, made_of = window_features(config, network, split, boxes, workdir)
     num_classes = len(split.source.class_names)
+    labels = np.concatenate([f.labels[~f.difficult] for f in split.objects])
+    absent = np.setdiff1d(np.arange(num_classes), labels)
+    if len(absent):
+        log.warning(
+            "no object to train on, or difficult ones only: %s; they will never be "
+            "detected",
+            ", ".join(split.source.class_names[label] for label in absent),
+        )
     shared: dict[str, Any] = {
         **made_of,
         "boxes": _digest_arrays(boxes),
