@@ -60,7 +60,12 @@ from sppnet_jax import from_detection_config, saved_config
 from sppnet_jax.classification.preprocess import Preprocessing
 from sppnet_jax.data.images import decode_image
 from sppnet_jax.detection.detector import layer_head
-from sppnet_jax.detection.low_rank import multiplications, spectrum_kept, truncate_fc
+from sppnet_jax.detection.low_rank import (
+    FC_LAYERS,
+    multiplications,
+    spectrum_kept,
+    truncate_fc,
+)
 from sppnet_jax.detection.proposers import edge_boxes, selective_search
 from sppnet_jax.detection.rcnn import PAPER_CONTEXT
 from sppnet_jax.detection_plots import plot_times
@@ -154,7 +159,7 @@ def on_paper(folder: Path, options: argparse.Namespace) -> None:
     network = _random_network(options.width)
     photo, proposal_seconds, note = _paper_photo(options)
     batch, batch_note = _batch(network, [photo], options.batch)
-    fc = {name: network.params[name] for name in from_detection_config.FC_LAYERS}
+    fc = {name: network.params[name] for name in FC_LAYERS}
     program = timing.fc_program(layer_head("fc7", jnp.float32))
     notes = [note, batch_note]
     wanted = [tuple(options.fc_rank)] if options.fc_rank else PAPER_RANKS

@@ -55,7 +55,7 @@ from sppnet_jax.detection.learn import (
     learn_regression,
     learn_svms,
 )
-from sppnet_jax.detection.low_rank import truncate_fc
+from sppnet_jax.detection.low_rank import FC_LAYERS, truncate_fc
 from sppnet_jax.detection.maps import (
     convolve_split,
     decodable,
@@ -81,7 +81,6 @@ from sppnet_jax.spp import num_bins
 
 log = logging.getLogger(__name__)
 
-FC_LAYERS = ("fc6", "fc7", "fc8")
 DETECTOR_FILE = "detector.json"
 
 

@@ -611,3 +611,11 @@ def test_recall_of_nothing_is_none_and_bad_labels_are_refused() -> None:
     wrong = Objects(np.ones((1, 4)), np.array([2]), np.zeros(1, bool))
     with pytest.raises(ValueError, match=r"image 0 has labels \[2\], outside of 0…1"):
         proposal_recall([BOXES[0]], [wrong], 2)
+
+
+def test_a_matlab_7_3_file_is_refused_with_what_to_do(tmp_path: Path) -> None:
+    path = tmp_path / "boxes.mat"
+    # The header of that format: its version is 2.0.
+    path.write_bytes(b"MATLAB 7.3 MAT-file".ljust(124) + b"\0\2IM" + bytes(64))
+    with pytest.raises(ValueError, match=r"7\.3 file.*'-v7'"):
+        load_proposals(path, make_source(1))

@@ -30,6 +30,7 @@ from sppnet_jax.data.broken import BrokenImages
 from sppnet_jax.data.pipeline import Batches, eval_batches, warped_batches
 from sppnet_jax.data.sources import Source
 from sppnet_jax.model import SPPNet
+from sppnet_jax.run_folder import write_arrays
 
 MODES = ("crop", "warp", "full")
 
@@ -204,19 +205,16 @@ def save_features(path: Path, features: Features, provenance: dict[str, Any]) ->
     `provenance`: plain values, for JSON. The file is there only when it is whole.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"partial_{path.name}")
-    with partial.open("wb") as file:
-        np.savez(
-            file,
-            features=features.values,
-            labels=features.labels,
-            indices=features.indices,
-            names=np.array(features.names, str),
-            class_names=np.array(features.class_names, str),
-            broken=np.array(features.broken),
-            provenance=np.array(json.dumps(provenance)),
-        )
-    partial.rename(path)
+    write_arrays(
+        path,
+        features=features.values,
+        labels=features.labels,
+        indices=features.indices,
+        names=np.array(features.names, str),
+        class_names=np.array(features.class_names, str),
+        broken=np.array(features.broken),
+        provenance=np.array(json.dumps(provenance)),
+    )
 
 
 def load_features(path: str | Path) -> tuple[Features, dict[str, Any]]:

@@ -33,8 +33,6 @@ from sppnet_jax.metrics import MetricsLog, read_metrics
 from sppnet_jax.model import SPPNet
 from sppnet_jax.run_folder import CHECKPOINTS
 
-FC_LAYERS = ("fc6", "fc7", "fc8")
-
 log = logging.getLogger(__name__)
 
 

@@ -27,6 +27,7 @@ from sppnet_jax.detection.detection_table import (
     check_detections,
     check_ground_truth,
 )
+from sppnet_jax.run_folder import whole_file
 
 
 def write_voc_results(
@@ -270,7 +271,5 @@ def _json_list(records: Iterable[dict[str, Any]]) -> Iterator[str]:
 
 def _write_lines(path: Path, lines: Iterable[str]) -> None:
     """Writes a file that is whole or not there."""
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("w", encoding="utf-8") as file:
-        file.writelines(lines)
-    partial.replace(path)
+    with whole_file(path) as file:
+        file.writelines(line.encode() for line in lines)

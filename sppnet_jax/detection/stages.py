@@ -93,8 +93,7 @@ def locked(workdir: Path) -> Iterator[None]:
 
 def is_done(workdir: Path, name: str) -> bool:
     """Whether a stage has been finished."""
-    known = _read(workdir / name / STAGE_FILE)
-    return bool(known and known["done"])
+    return done_digest(workdir, name) is not None
 
 
 def digest_of(inputs: dict[str, Any]) -> str:
