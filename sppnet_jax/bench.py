@@ -1,0 +1,62 @@
+"""Measures the speed of this package on this machine, beside its alternatives.
+
+    python -m sppnet_jax.bench pyramid windows --out=runs/bench
+
+prints a table for each suite and writes SUITE.json and SUITE.png; without names it runs
+all suites. Alternatives are timed in turn, so ratios hold on a busy machine too. Peers
+(PyTorch, ONNX Runtime) are optional: `pip install -r requirements-bench.txt`.
+None of the suites needs data; what takes data or whole command lines is measured by
+experiments/*_speed.py.
+"""
+
+import argparse
+import importlib
+import sys
+import traceback
+from pathlib import Path
+
+from sppnet_jax.benchmarks.report import Setting, show
+
+SUITES = {
+    "buckets": "compile time, FLOPs, bytes and images/s of every bucket",
+    "variable_sizes": "images of 500 sizes: buckets, one jit a shape, warping, batch 1",
+    "pyramid": "the layer, forward and backward, beside PyTorch's pools",
+    "windows": "thousands of windows, beside masks, MaxRoiPool and roi_pool",
+    "training_step": "a training step of all backbones, beside PyTorch",
+    "scaling": "a training step over 1, 2, 4 devices and 1, 2 processes",
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m sppnet_jax.bench",
+        description=__doc__,
+        epilog="suites:\n" + "\n".join(f"  {k:15} {v}" for k, v in SUITES.items()),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("suites", nargs="*", metavar="SUITE", help="default: all")
+    parser.add_argument("--out", default="runs/bench", help="folder of the results")
+    parser.add_argument("--rounds", type=int, default=10, help="timings of each")
+    parser.add_argument("--quick", action="store_true", help="small, to see it run")
+    parser.add_argument("--traceback", action="store_true")
+    given = parser.parse_args()
+    unknown = [name for name in given.suites if name not in SUITES]
+    if unknown:
+        parser.error(f"unknown suite {unknown[0]!r}: choose from {', '.join(SUITES)}")
+    if given.rounds < 1:
+        parser.error(f"--rounds must be at least 1, got {given.rounds}")
+    setting = Setting(given.rounds, given.quick, Path(given.out).expanduser())
+    try:
+        for name in given.suites or SUITES:
+            suite = importlib.import_module(f"sppnet_jax.benchmarks.{name}")
+            show(suite.run(setting), setting)
+    except KeyboardInterrupt:
+        sys.exit("interrupted; the suites before are written")
+    except (ValueError, OSError, RuntimeError) as error:
+        if given.traceback:
+            traceback.print_exc()
+        sys.exit(f"error: {error}\n(--traceback shows where it came from)")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Measurements of speed: one module per suite, run by `python -m sppnet_jax.bench`."""

@@ -1,0 +1,130 @@
+"""What a suite found, as a table on the screen, JSON and a picture in a folder."""
+
+import os
+import platform
+from collections.abc import Callable, Mapping, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+
+from sppnet_jax.run_folder import write_json
+
+Row = Mapping[str, Any]
+PACKAGES = ("jax", "jaxlib", "flax", "numpy", "torch", "torchvision", "onnxruntime")
+
+
+class Setting(NamedTuple):
+    """How a suite runs.
+
+    `rounds`: how often each alternative is timed. `quick`: small shapes, to see that
+    everything runs; its numbers mean nothing. `folder`: where files go.
+    """
+
+    rounds: int
+    quick: bool
+    folder: Path
+
+
+class Report(NamedTuple):
+    """What a suite found.
+
+    `rows`: the table, one dict of column → value each; seconds have the unit in the
+    column's name. `notes`: what a reader must know, such as a peer that is missing.
+    `plot`: draws the rows into a matplotlib figure. `results`: whatever else goes into
+    the JSON file, such as ratios.
+    """
+
+    suite: str
+    title: str
+    rows: Sequence[Row]
+    plot: Callable[[Sequence[Row]], Any]
+    notes: Sequence[str] = ()
+    results: Mapping[str, Any] = {}
+
+
+def machine() -> dict[str, Any]:
+    """What the numbers of a report depend on: device, cores, versions."""
+    device = jax.devices()[0]
+    versions = {}
+    for name in PACKAGES:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return {
+        "device": device.device_kind if device.platform != "cpu" else _processor(),
+        "platform": device.platform,
+        "devices": jax.device_count(),
+        "cores": len(os.sched_getaffinity(0)),
+        "load": round(os.getloadavg()[0], 2),
+        "python": platform.python_version(),
+        "versions": versions,
+    }
+
+
+def show(report: Report, setting: Setting) -> None:
+    """Prints a report and writes SUITE.json and SUITE.png into the setting's folder."""
+    seen = machine()
+    versions = ", ".join(f"{name} {v}" for name, v in seen["versions"].items())
+    print(f"\n{report.title}")
+    print(f"{seen['device']} × {seen['devices']}, {seen['cores']} cores, {versions}")
+    print(table(report.rows))
+    for note in report.notes:
+        print(note)
+    if setting.quick:
+        print("quick: small shapes, these numbers mean nothing")
+    path = setting.folder / f"{report.suite}.json"
+    write_json(
+        path,
+        {
+            "suite": report.suite,
+            "title": report.title,
+            "machine": seen,
+            "rounds": setting.rounds,
+            "quick": setting.quick,
+            "rows": [dict(row) for row in report.rows],
+            "notes": list(report.notes),
+            **report.results,
+        },
+    )
+    picture = path.with_suffix(".png")
+    report.plot(report.rows).savefig(picture, dpi=150)
+    print(f"written: {path}, {picture}", flush=True)
+
+
+def table(rows: Sequence[Row]) -> str:
+    """Rows as aligned text; the columns of all rows, in the order they appear."""
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    lines = [columns, *([cell(row.get(name)) for name in columns] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    text = [isinstance(row.get(columns[0]), str) for row in rows[:1]]
+    return "\n".join(
+        "  ".join(
+            c.ljust(w) if not n and all(text) else c.rjust(w)
+            for n, (c, w) in enumerate(zip(line, widths, strict=True))
+        ).rstrip()
+        for line in lines
+    )
+
+
+def cell(value: Any) -> str:
+    """A value as a person reads it: three digits, a dash for what there is not."""
+    if value is None:
+        return "–"
+    if isinstance(value, float):
+        return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
+    if isinstance(value, int) and not isinstance(value, bool):
+        return f"{value:,}"
+    return str(value)
+
+
+def _processor() -> str:
+    """The processor's name, as Linux tells it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    names = [line.partition(":")[2].strip() for line in lines if "model name" in line]
+    return names[0] if names else platform.machine()
