@@ -9,8 +9,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
 from sppnet_jax.backbones import (
@@ -22,6 +22,9 @@ from sppnet_jax.backbones import (
     layers_geometry,
     output_size,
 )
+from sppnet_jax.image_conv import image_conv
+from sppnet_jax.response_norm import local_response_norm
+from sppnet_jax.span_max import span_max
 from sppnet_jax.spp import check_levels, spatial_pyramid_pool
 
 Images = Float[Array, "batch height width 3"]
@@ -55,6 +58,7 @@ class SPPNet(nn.Module):
                 dtype=self.dtype,
                 kernel_init=self._kernel_init(),
                 bias_init=self._bias_init(layer.bias),
+                conv_general_dilated=image_conv if number == 1 else None,
             )
             setattr(self, f"conv{number}", conv)
         self.fc6 = self._dense(_scaled(4096, self.width), bias=1.0)
@@ -212,34 +216,15 @@ def create_model(
     )
 
 
-def local_response_norm(
-    maps: Float[Array, "*batch channels"],
-    size: int = 5,
-    k: float = 2.0,
-    alpha: float = 1e-4,
-    beta: float = 0.75,
-) -> Float[Array, "*batch channels"]:
-    """Divides each value by (k + α Σ x²)^β, the sum over the `size` channels around it.
-
-    Krizhevsky et al. 2012, section 3.3, whose α is not divided by the number of
-    channels (Caffe's and PyTorch's is). Channels beyond the ends count as zero.
-    """
-    half = size // 2
-    energy = jax.lax.reduce_window(
-        jnp.square(maps.astype(jnp.float32)),
-        0.0,
-        jax.lax.add,
-        window_dimensions=(1,) * (maps.ndim - 1) + (size,),
-        window_strides=(1,) * maps.ndim,
-        padding=((0, 0),) * (maps.ndim - 1) + ((half, size - 1 - half),),
-    )
-    return (maps * (k + alpha * energy) ** -beta).astype(maps.dtype)
-
-
 def _max_pool(maps: Array, layer: MaxPool) -> Array:
-    pad = (layer.padding, layer.padding)
-    window, stride = (layer.kernel,) * 2, (layer.stride,) * 2
-    return nn.max_pool(maps, window, stride, (pad, pad))
+    rows, columns = (_windows(layer, size) for size in maps.shape[1:3])
+    return span_max(maps, rows, columns)
+
+
+def _windows(layer: MaxPool, size: int) -> list[tuple[int, int]]:
+    """The spans that a pooling sees along a side, less what is padding."""
+    starts = layer.stride * np.arange(output_size(layer, size)) - layer.padding
+    return [(max(0, s), min(size, s + layer.kernel)) for s in starts.tolist()]
 
 
 def _zero_beyond(maps: Array, size: ValidSize | None) -> Array:

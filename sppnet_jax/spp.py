@@ -18,6 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, ArrayLike, Float, Int
 
+from sppnet_jax.span_max import span_max
+
 Maps = Float[Array, "batch height width channels"]
 Sizes = Int[Array, "batch 2"]
 Pooled = dict[int, jax.Array]  # by level: [batch, level, level, channels]
@@ -124,7 +126,9 @@ def _pool_whole(maps: Maps, levels: tuple[int, ...], rule: str, reducer: str) ->
     def pool(level: int) -> jax.Array:
         rows = pyramid_bins(maps.shape[1], level, rule)
         columns = pyramid_bins(maps.shape[2], level, rule)
-        return _reduce_spans(_reduce_spans(maps, rows, 1, reducer), columns, 2, reducer)
+        if reducer == "max":
+            return span_max(maps, rows, columns)
+        return _mean_of_spans(_mean_of_spans(maps, rows, 1), columns, 2)
 
     return _pool_levels(levels, pool, nested=(rule == "adaptive" and reducer == "max"))
 
@@ -135,8 +139,8 @@ def _pool_valid(
     """Each level of the valid part of every map."""
 
     def pool(level: int) -> jax.Array:
-        rows = _reduce_masked(maps, sizes[:, 0], level, 1, reducer)
-        return _reduce_masked(rows, sizes[:, 1], level, 2, reducer)
+        rows = _reduce_gathered(maps, sizes[:, 0], level, 1, reducer)
+        return _reduce_gathered(rows, sizes[:, 1], level, 2, reducer)
 
     return _pool_levels(levels, pool, nested=reducer == "max")
 
@@ -153,48 +157,47 @@ def _pool_levels(
     for level in sorted(set(levels), reverse=True):
         finer = [m for m in pooled if m % level == 0]
         if nested and finer:
-            source = min(finer)
-            batch, *_, channels = pooled[source].shape
-            side = source // level
-            blocks = pooled[source].reshape(batch, level, side, level, side, channels)
-            pooled[level] = blocks.max(axis=(2, 4))
+            blocks = pyramid_bins(min(finer), level)
+            pooled[level] = span_max(pooled[min(finer)], blocks, blocks)
         else:
             pooled[level] = pool(level)
     return pooled
 
 
-def _reduce_spans(
-    maps: jax.Array, spans: np.ndarray, axis: int, reducer: str
-) -> jax.Array:
-    """Reduces static spans along an axis: a reshape if they tile it, else slices."""
-    reduce: Any = {"max": jnp.max, "mean": jnp.mean}[reducer]
+def _mean_of_spans(maps: jax.Array, spans: np.ndarray, axis: int) -> jax.Array:
+    """The mean of static spans along an axis: a reshape where they tile it."""
     size, level = maps.shape[axis], len(spans)
     if size % level == 0:
         tiles = (*maps.shape[:axis], level, size // level, *maps.shape[axis + 1 :])
-        return reduce(maps.reshape(tiles), axis=axis + 1)
+        return jnp.mean(maps.reshape(tiles), axis=axis + 1)
     parts = [
-        reduce(jax.lax.slice_in_dim(maps, start, stop, axis=axis), axis=axis)
+        jnp.mean(jax.lax.slice_in_dim(maps, start, stop, axis=axis), axis=axis)
         for start, stop in spans.tolist()
     ]
     return jnp.stack(parts, axis=axis)
 
 
-def _reduce_masked(
+def _reduce_gathered(
     maps: jax.Array, sizes: jax.Array, level: int, axis: int, reducer: str
 ) -> jax.Array:
-    """Reduces the adaptive bins of traced sizes along one axis."""
-    position = jnp.arange(maps.shape[axis])
-    along_axis = [1] * maps.ndim
-    along_axis[0], along_axis[axis] = maps.shape[0], maps.shape[axis]
-    parts = []
-    for index in range(level):
-        start, stop = adaptive_span(index, sizes[:, None], level)
-        inside = ((start <= position) & (position < stop)).reshape(along_axis)
-        if reducer == "max":
-            parts.append(jnp.max(maps, axis=axis, initial=-jnp.inf, where=inside))
-        else:
-            parts.append(jnp.mean(maps, axis=axis, where=inside))
-    return jnp.stack(parts, axis=axis)
+    """Reduces the adaptive bins of traced sizes along one axis.
+
+    All bins are gathered at once, each as long as the longest that there can be: masks
+    over the whole axis, bin by bin, take several times as long to compile and to run.
+    """
+    batch, size = len(maps), maps.shape[axis]
+    longest = min(-(-size // level) + 1, size)
+    bins = jnp.arange(level)[None, :, None]
+    start, stop = adaptive_span(bins, sizes[:, None, None], level)
+    position = start + jnp.arange(longest)
+    before, after = [1] * (axis - 1), [1] * (maps.ndim - axis - 1)
+    index = position.reshape(batch, *before, level * longest, *after)
+    cells = jnp.take_along_axis(maps, index, axis, mode="clip")
+    cells = cells.reshape(*maps.shape[:axis], level, longest, *maps.shape[axis + 1 :])
+    inside = (position < stop).reshape(batch, *before, level, longest, *after)
+    if reducer == "max":
+        return jnp.max(cells, axis=axis + 1, initial=-jnp.inf, where=inside)
+    return jnp.mean(cells, axis=axis + 1, where=inside)
 
 
 def _count(outputs: int) -> str:

@@ -7,7 +7,8 @@ import pytest
 
 import sppnet_jax as sn
 from sppnet_jax.backbones import BACKBONES
-from sppnet_jax.model import local_response_norm
+from sppnet_jax.image_conv import image_conv
+from sppnet_jax.response_norm import local_response_norm
 
 # Counted by hand from Table 1: kernel² · in · out + out, fc6 from 36 or Σn² bins.
 PARAMETERS = {
@@ -179,3 +180,53 @@ def test_local_response_norm_is_krizhevsky_s_formula(size):
 def test_what_cannot_be_built_is_refused_at_once(arguments, message):
     with pytest.raises(ValueError, match=message):
         sn.create_model(**{"name": "zf5", **arguments})
+
+
+@pytest.mark.parametrize("filters", [4, 32])
+def test_the_first_convolution_and_its_gradients_are_those_of_the_formula(filters):
+    random = np.random.default_rng(0)
+    images = random.normal(size=(2, 15, 18, 3)).astype(np.float32)
+    kernel = random.normal(size=(5, 4, 3, filters)).astype(np.float32)
+    strides, padding = (2, 3), ((1, 2), (0, 1))
+
+    def convolve(images, kernel):
+        return image_conv(images, kernel, strides, padding)
+
+    padded = np.pad(images, ((0, 0), *padding, (0, 0))).astype(np.float64)
+    outputs, back = jax.vjp(convolve, images, kernel)
+    expected = np.zeros(outputs.shape)
+    weights = random.normal(size=outputs.shape).astype(np.float32)
+    for_images, for_kernel = np.zeros(padded.shape), np.zeros(kernel.shape)
+    for y, x in np.ndindex(outputs.shape[1:3]):
+        seen = (slice(None), slice(2 * y, 2 * y + 5), slice(3 * x, 3 * x + 4))
+        expected[:, y, x] = np.einsum("bijc,ijcf->bf", padded[seen], kernel)
+        own = weights[:, y, x]
+        for_images[seen] += np.einsum("bf,ijcf->bijc", own, kernel)
+        for_kernel += np.einsum("bijc,bf->ijcf", padded[seen], own)
+    ours = back(jnp.asarray(weights))
+    np.testing.assert_allclose(outputs, expected, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(ours[0], for_images[:, 1:-2, :-1], rtol=1e-4, atol=1e-3)
+    np.testing.assert_allclose(ours[1], for_kernel, rtol=1e-4, atol=1e-3)
+
+
+def test_the_first_convolution_refuses_what_it_does_not_do():
+    images, kernel = jnp.ones((1, 9, 9, 3)), jnp.ones((3, 3, 3, 2))
+    with pytest.raises(ValueError, match=r"takes no rhs_dilation, got \(2, 2\)"):
+        image_conv(images, kernel, (1, 1), ((0, 0), (0, 0)), rhs_dilation=(2, 2))
+
+
+@pytest.mark.parametrize("size", [5, 4])
+def test_the_gradient_of_response_norm_is_that_of_finite_differences(size):
+    with jax.enable_x64(True):
+        maps = np.random.default_rng(0).normal(size=(2, 11), scale=50)
+        weights = np.random.default_rng(1).normal(size=(2, 11))
+
+        def total(maps):
+            return (weights * local_response_norm(jnp.asarray(maps), size)).sum()
+
+        ours = jax.grad(total)(jnp.asarray(maps))
+        for cell in np.ndindex(maps.shape):
+            step = np.zeros_like(maps)
+            step[cell] = 1e-4
+            slope = (total(maps + step) - total(maps - step)) / 2e-4
+            np.testing.assert_allclose(ours[cell], slope, rtol=1e-5, atol=1e-9)

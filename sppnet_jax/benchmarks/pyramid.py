@@ -91,7 +91,7 @@ def _rows(case: Case, dtype: str, torch: Any, setting: Setting) -> list[Row]:
 
 
 def _inputs(case: Case) -> tuple[np.ndarray, np.ndarray]:
-    """Maps without equal values in a channel, exact in bfloat16, and weights of bins."""
+    """Maps of distinct values in a channel, exact in bfloat16, and weights of bins."""
     random = np.random.default_rng(0)
     shape = (case.batch, case.side, case.side, case.channels)
     # bfloat16 holds 2^16 patterns: distinct ones for every cell of a map.
