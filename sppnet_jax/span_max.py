@@ -19,6 +19,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from sppnet_jax.materialized import materialized
+
 Spans = tuple[tuple[int, int], ...]  # half-open, along one side of a map
 # Bins of more cells, or more uneven ones, are reduced along rows, then along columns.
 MOST_CELLS = 16
@@ -59,7 +61,7 @@ def _span_max(maps: jax.Array, rows: Spans, columns: Spans) -> jax.Array:
     def block(some_rows: Run, some_columns: Run) -> jax.Array:
         return functools.reduce(jnp.maximum, _cells(maps, some_rows, some_columns))
 
-    return _materialized(_from_blocks(block, rows, columns))
+    return materialized(_from_blocks(block, rows, columns))
 
 
 def _forward(
@@ -179,24 +181,6 @@ def _max_of_slices(maps: jax.Array, spans: Spans, axis: int) -> jax.Array:
         for start, stop in spans
     ]
     return jnp.stack(parts, axis=axis)
-
-
-def _materialized(maps: jax.Array) -> jax.Array:
-    """The same values, which XLA's CPU compiler will not compute anew for each reader.
-
-    It fuses elementwise operations into all that read them (`optimization_barrier` is
-    gone by then), but not a reduce-window; this one is over a single cell.
-    """
-
-    def on_cpu(maps: jax.Array) -> jax.Array:
-        windows, strides = (1, 1, 1, 2, 1), (1, 1, 1, 1, 1)
-        padding = ((0, 0), (0, 0), (0, 0), (1, 0), (0, 0))
-        lowest = jnp.array(-jnp.inf, maps.dtype)
-        return jax.lax.reduce_window(
-            maps[:, :, :, None], lowest, jax.lax.max, windows, strides, padding
-        )[:, :, :, 0]
-
-    return jax.lax.platform_dependent(maps, cpu=on_cpu, default=lambda maps: maps)
 
 
 def _longest(spans: Spans) -> int:

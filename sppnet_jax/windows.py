@@ -23,10 +23,15 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, ArrayLike, Float, Int
 
+from sppnet_jax.materialized import materialized
 from sppnet_jax.spp import adaptive_span, check_levels, num_bins, pyramid_bins
 
-# Windows pooled at a time: few enough that what they gather stays in the cache.
-CHUNK = 64
+# Windows pooled at a time, and channels of a table: few enough that both the table and
+# what is gathered from it stay in a CPU's cache.
+CHUNK = 128
+CHANNELS = 64
+_BITS = {2: jnp.uint16}  # by bytes of a float
+FEWEST_CHANNELS = 16  # of a table, if all tables are to have as many
 
 
 def window_pyramid_pool(
@@ -44,8 +49,8 @@ def window_pyramid_pool(
 
     The result and the gradient are those of `spatial_pyramid_pool` on the map cropped
     to the window; only cells that tie for a maximum share its gradient differently.
-    Memory beside the result: twice the table, which is one map for each size of block
-    (16 for (6, 3, 2, 1) on 43×58).
+    Memory beside the result: the table, which is one map for each size of block (16 for
+    (6, 3, 2, 1) on 43×58), of 64 channels at a time on a CPU.
 
     Returns: float [N, bins, channels] of the features' dtype.
     Raises: ValueError or TypeError for arguments that do not fit.
@@ -68,30 +73,131 @@ def window_pyramid_pool(
 def _pool_windows(
     features: jax.Array, windows: jax.Array, levels: tuple[int, ...]
 ) -> jax.Array:
-    """Pools chunk after chunk of the windows into one array of results."""
-    count = len(windows)
-    pooled = jnp.zeros((count, num_bins(levels), features.shape[2]), features.dtype)
-    if not count:
-        return pooled
-    table, offsets = _block_table(features, *_block_counts(features.shape, levels))
+    return _differentiable(features, windows, levels)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _differentiable(
+    features: jax.Array, windows: jax.Array, levels: tuple[int, ...]
+) -> jax.Array:
+    dtype = features.dtype
+
+    def on_cpu(features: jax.Array, windows: jax.Array) -> jax.Array:
+        # A CPU has no arithmetic for less than float32, and would convert all results
+        # back and forth at each update; it leaves integers alone.
+        store = _BITS.get(dtype.itemsize, dtype)
+        bits = _pool(features, windows, levels, table=_wide(dtype), store=store)
+        return jax.lax.bitcast_convert_type(bits, dtype)
+
+    def elsewhere(features: jax.Array, windows: jax.Array) -> jax.Array:
+        return _pool_at_once(features, windows, levels)
+
+    return jax.lax.platform_dependent(features, windows, cpu=on_cpu, default=elsewhere)
+
+
+def _forward(
+    features: jax.Array, windows: jax.Array, levels: tuple[int, ...]
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    return _differentiable(features, windows, levels), (features, windows)
+
+
+def _backward(
+    levels: tuple[int, ...], saved: tuple[jax.Array, jax.Array], gradient: jax.Array
+) -> tuple[jax.Array, None]:
+    features, windows = saved
+
+    def again(features: jax.Array) -> jax.Array:
+        def on_cpu(features: jax.Array) -> jax.Array:
+            wide = features.astype(_wide(features.dtype))
+            pooled = _pool(wide, windows, levels, table=wide.dtype, store=wide.dtype)
+            return pooled.astype(features.dtype)
+
+        def elsewhere(features: jax.Array) -> jax.Array:
+            return _pool_at_once(features, windows, levels)
+
+        return jax.lax.platform_dependent(features, cpu=on_cpu, default=elsewhere)
+
+    return jax.vjp(again, features)[1](gradient)[0], None
+
+
+_differentiable.defvjp(_forward, _backward)
+
+
+def _pool(
+    features: jax.Array,
+    windows: jax.Array,
+    levels: tuple[int, ...],
+    *,
+    table: Any,
+    store: Any,
+    channels: int = CHANNELS,
+    chunk: int = CHUNK,
+) -> jax.Array:
+    """Pools some windows and some channels at a time into one array of results.
+
+    `table`, `store`: the dtypes of the table and of the results; an integer one stores
+    their bits. `channels`: of a table, or fewer, so that all tables have as many.
+    """
+    count, (height, width, depth) = len(windows), features.shape
+    results = jax.lax.empty((count, num_bins(levels), depth), store)
+    if not results.size:
+        return results
+    counts = _block_counts(features.shape, levels)
+    corners = {
+        level: _corners(windows, level, counts, height * width, width)
+        for level in levels
+        if _finer(level, levels) is None
+    }
+    channels = max(n for n in range(1, min(channels, depth) + 1) if depth % n == 0)
+    if channels < FEWEST_CHANNELS:
+        channels = depth
+    chunk = min(count, chunk)
 
     # Differentiation gathers again: what it would keep is many times the result.
     @jax.checkpoint
-    def pool(table: jax.Array, windows: jax.Array) -> jax.Array:
-        def pool_one(window: jax.Array) -> jax.Array:
-            return _pool_window(table, offsets, features.shape[1], window, levels)
+    def pool(blocks: jax.Array, some: dict[int, jax.Array]) -> jax.Array:
+        bins = _pool_bins(blocks, some, levels).astype(features.dtype)
+        return (
+            jax.lax.bitcast_convert_type(bins, store) if store != bins.dtype else bins
+        )
 
-        return jax.vmap(pool_one)(windows)
+    def pool_channels(number: jax.Array, results: jax.Array) -> jax.Array:
+        first = number * channels
+        some_features = jax.lax.dynamic_slice_in_dim(features, first, channels, axis=2)
+        blocks = _block_table(some_features.astype(table), *counts)
 
-    chunk = min(count, CHUNK)
+        def pool_chunk(index: jax.Array, results: jax.Array) -> jax.Array:
+            # The last chunk overlaps the one before it: no padding, no copy.
+            start = jnp.minimum(index * chunk, count - chunk)
+            some = {
+                level: jax.lax.dynamic_slice_in_dim(cells, start, chunk, axis=1)
+                for level, cells in corners.items()
+            }
+            pooled = pool(blocks, some)
+            return jax.lax.dynamic_update_slice(results, pooled, (start, 0, first))
 
-    def step(index: jax.Array, pooled: jax.Array) -> jax.Array:
-        # The last chunk overlaps the one before it: no padding, no copy of the result.
-        start = jnp.minimum(index * chunk, count - chunk)
-        some = jax.lax.dynamic_slice_in_dim(windows, start, chunk)
-        return jax.lax.dynamic_update_slice_in_dim(pooled, pool(table, some), start, 0)
+        return jax.lax.fori_loop(0, -(-count // chunk), pool_chunk, results)
 
-    return jax.lax.fori_loop(0, -(-count // chunk), step, pooled)
+    return jax.lax.fori_loop(0, depth // channels, pool_channels, results)
+
+
+def _pool_at_once(
+    features: jax.Array, windows: jax.Array, levels: tuple[int, ...]
+) -> jax.Array:
+    """As an accelerator wants it: large pieces, nothing converted."""
+    return _pool(
+        features,
+        windows,
+        levels,
+        table=features.dtype,
+        store=features.dtype,
+        channels=features.shape[2],
+        chunk=8 * CHUNK,
+    )
+
+
+def _wide(dtype: Any) -> Any:
+    return jnp.promote_types(dtype, jnp.float32)
 
 
 def _block_counts(shape: Sequence[int], levels: tuple[int, ...]) -> tuple[int, int]:
@@ -105,62 +211,38 @@ def _block_counts(shape: Sequence[int], levels: tuple[int, ...]) -> tuple[int, i
     return count(shape[0]), count(shape[1])
 
 
-def _block_table(
-    features: jax.Array, row_blocks: int, column_blocks: int
-) -> tuple[jax.Array, np.ndarray]:
-    """Maxima of all blocks, and where those of each size begin.
+def _block_table(features: jax.Array, row_blocks: int, column_blocks: int) -> jax.Array:
+    """Maxima of all blocks, those of each size one after another as flat maps.
 
-    Row offsets[r, c] + y·width + x is the maximum of the 2^r × 2^c cells from (y, x).
-    On the flat map a shift by rows or by columns is one shift. Blocks that would leave
-    the map at its right wrap around; no bin asks for those.
+    Row (r·column_blocks + c)·height·width + y·width + x is the maximum of the
+    2^r × 2^c cells from (y, x): on a flat map a shift by rows or columns is one shift.
+    Blocks that would leave the map hold anything; no bin asks for those.
     """
-    _, width, channels = features.shape
-    tall = features.reshape(-1, channels)
-    blocks = []
-    for r in range(row_blocks):
-        if r:
-            tall = _double(tall, width << (r - 1))
-        wide = tall
-        for c in range(column_blocks):
-            if c:
-                wide = _double(wide, 1 << (c - 1))
-            blocks.append(wide)
-    lengths = [len(block) for block in blocks]
-    offsets = np.cumsum([0, *lengths[:-1]], dtype=np.int32)
-    return jnp.concatenate(blocks), offsets.reshape(row_blocks, column_blocks)
+    height, width, channels = features.shape
+    cells, sizes = height * width, row_blocks * column_blocks
+    last_shift = (width << row_blocks) + (1 << column_blocks)
+    table = jax.lax.empty((cells * sizes + last_shift, channels), features.dtype)
+    flat = features.reshape(cells, channels)
+    table = jax.lax.dynamic_update_slice(table, flat, (0, 0))
+    for number in range(1, sizes):
+        r, c = divmod(number, column_blocks)
+        half = (number - 1 if c else number - column_blocks) * cells
+        shift = 1 << (c - 1) if c else width << (r - 1)
+        blocks = jnp.maximum(
+            table[half : half + cells], table[half + shift : half + shift + cells]
+        )
+        table = jax.lax.dynamic_update_slice(table, blocks, (number * cells, 0))
+    return table
 
 
-def _double(blocks: jax.Array, step: int) -> jax.Array:
-    return jnp.maximum(blocks[:-step], blocks[step:])
-
-
-def _pool_window(
-    table: jax.Array,
-    offsets: np.ndarray,
-    width: int,
-    window: jax.Array,
-    levels: tuple[int, ...],
+def _corners(
+    windows: jax.Array, level: int, counts: tuple[int, int], cells: int, width: int
 ) -> jax.Array:
-    """All bins [bins, channels] of one window, the finest level first."""
-    pooled: dict[int, jax.Array] = {}  # by level: [level, level, channels]
-    for level in sorted(set(levels), reverse=True):
-        finer = _finer(level, levels)
-        if finer is None:
-            pooled[level] = _gather_bins(table, offsets, width, window, level)
-        else:
-            rows = _max_of_neighbours(pooled[finer], finer // level)
-            columns = _max_of_neighbours(rows.swapaxes(0, 1), finer // level)
-            pooled[level] = columns.swapaxes(0, 1)
-    return jnp.concatenate(
-        [pooled[level].reshape(level * level, -1) for level in levels]
-    )
+    """Where in the table each bin's four blocks are: int32 [4, windows, level·level].
 
-
-def _gather_bins(
-    table: jax.Array, offsets: np.ndarray, width: int, window: jax.Array, level: int
-) -> jax.Array:
-    """The n×n bins of one window, each the maximum of the blocks in its corners."""
-    top, left, bottom, right = window
+    They lie in the corners of the bin, and are as large as fit into it.
+    """
+    top, left, bottom, right = windows.T[:, :, None]
     index = jnp.arange(level)
     row_starts, row_stops = adaptive_span(index, bottom - top, level)
     column_starts, column_stops = adaptive_span(index, right - left, level)
@@ -168,20 +250,36 @@ def _gather_bins(
     c = _log2(column_stops - column_starts)
     rows = top + jnp.stack([row_starts, row_stops - (1 << r)])
     columns = left + jnp.stack([column_starts, column_stops - (1 << c)])
-    begin = jnp.asarray(offsets)[r[:, None], c]
-
-    def corner(i: int, j: int) -> jax.Array:
-        cells = begin + rows[i][:, None] * width + columns[j]
-        return table.at[cells].get(mode="promise_in_bounds")
-
-    return jnp.maximum(
-        jnp.maximum(corner(0, 0), corner(0, 1)), jnp.maximum(corner(1, 0), corner(1, 1))
-    )
+    block = (r[:, :, None] * counts[1] + c[:, None, :]) * cells
+    places = (rows * width)[:, None, :, :, None] + columns[None, :, :, None, :]
+    return (block + places).reshape(4, len(windows), level * level)
 
 
-def _max_of_neighbours(bins: jax.Array, side: int) -> jax.Array:
-    """The maximum of each `side` neighbours along axis 0; slices beat a reduction."""
-    return functools.reduce(jnp.maximum, [bins[k::side] for k in range(side)])
+def _pool_bins(
+    table: jax.Array, corners: dict[int, jax.Array], levels: tuple[int, ...]
+) -> jax.Array:
+    """All bins of some windows, [windows, bins, channels], the finest level first."""
+    pooled: dict[int, jax.Array] = {}  # by level: [windows, level, level, channels]
+    for level in sorted(set(levels), reverse=True):
+        finer = _finer(level, levels)
+        if finer is None:
+            blocks = [table.at[c].get(mode="promise_in_bounds") for c in corners[level]]
+            bins = functools.reduce(jnp.maximum, blocks)
+            pooled[level] = materialized(bins.reshape(len(bins), level, level, -1))
+        else:
+            side = finer // level
+            rows = _max_of_neighbours(pooled[finer], side, axis=1)
+            pooled[level] = _max_of_neighbours(rows, side, axis=2)
+    flat = [pooled[n].reshape(len(pooled[n]), n * n, -1) for n in levels]
+    return jnp.concatenate(flat, axis=1)
+
+
+def _max_of_neighbours(bins: jax.Array, side: int, axis: int) -> jax.Array:
+    """The maximum of each `side` neighbours along an axis; slices beat a reduction."""
+    parts = [
+        jax.lax.slice_in_dim(bins, k, None, stride=side, axis=axis) for k in range(side)
+    ]
+    return functools.reduce(jnp.maximum, parts)
 
 
 def _finer(level: int, levels: tuple[int, ...]) -> int | None:

@@ -1,0 +1,36 @@
+"""A stop for XLA's fusion on a CPU, which may compute a value once for each reader."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+
+@jax.custom_vjp
+def materialized(
+    maps: Float[Array, "batch rows columns channels"],
+) -> Float[Array, "batch rows columns channels"]:
+    """The same values, held in memory of their own on a CPU.
+
+    XLA fuses elementwise operations, slices and gathers into all that read them, also
+    where each reader then computes them anew; its `optimization_barrier` is gone by
+    then. It does not fuse a reduce-window, and this one is over a single cell.
+    """
+    return jax.lax.platform_dependent(maps, cpu=_window_of_one, default=_unchanged)
+
+
+materialized.defvjp(
+    lambda maps: (materialized(maps), None), lambda _, gradient: (gradient,)
+)
+
+
+def _window_of_one(maps: jax.Array) -> jax.Array:
+    windows, strides = (1, 1, 1, 2, 1), (1, 1, 1, 1, 1)
+    padding = ((0, 0), (0, 0), (0, 0), (1, 0), (0, 0))
+    lowest = jnp.array(-jnp.inf, maps.dtype)
+    return jax.lax.reduce_window(
+        maps[:, :, :, None], lowest, jax.lax.max, windows, strides, padding
+    )[:, :, :, 0]
+
+
+def _unchanged(maps: jax.Array) -> jax.Array:
+    return maps
