@@ -142,7 +142,7 @@ def _pool(
     results = jax.lax.empty((count, num_bins(levels), depth), store)
     if not results.size:
         return results
-    counts = _block_counts(features.shape, levels)
+    counts = block_counts(features.shape, levels)
     corners = {
         level: _corners(windows, level, counts, height * width, width)
         for level in levels
@@ -200,8 +200,11 @@ def _wide(dtype: Any) -> Any:
     return jnp.promote_types(dtype, jnp.float32)
 
 
-def _block_counts(shape: Sequence[int], levels: tuple[int, ...]) -> tuple[int, int]:
-    """How many block sizes 1, 2, 4, … the largest gathered bin needs on each side."""
+def block_counts(shape: Sequence[int], levels: tuple[int, ...]) -> tuple[int, int]:
+    """How many block sizes 1, 2, 4, … the largest gathered bin needs on each side.
+
+    The table of a map of this shape (height, width, …) is their product times the map.
+    """
     gathered = min(n for n in levels if _finer(n, levels) is None)
 
     def count(side: int) -> int:

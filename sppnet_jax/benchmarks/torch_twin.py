@@ -1,0 +1,262 @@
+"""The same network and training step in PyTorch, built from the same table of layers.
+
+It is what people write in PyTorch: `nn.LocalResponseNorm`, one `adaptive_max_pool2d`
+per level, channels before bins in the vector that fc6 sees. `load_params` reorders
+fc6's weights accordingly, so both networks compute the same function.
+
+This is the only module that imports PyTorch, which is optional.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn import functional
+
+from sppnet_jax.backbones import LRN, Conv, MaxPool, get_backbone, layers_geometry
+from sppnet_jax.classification.step import Optimizer
+from sppnet_jax.spp import check_levels, num_bins
+
+Params = Mapping[str, Mapping[str, np.ndarray]]  # layer → kernel, bias
+
+
+class Twin(nn.Module):
+    """`sppnet_jax.model.SPPNet` in PyTorch; made by `create_twin`.
+
+    Images: float [batch, 3, height, width]. Returns float logits [batch, classes].
+    """
+
+    def __init__(
+        self,
+        name: str,
+        levels: tuple[int, ...] | None,
+        num_classes: int,
+        width: float,
+        image_size: int,
+        dropout: float,
+    ) -> None:
+        super().__init__()
+        backbone = get_backbone(name)
+        layers: list[nn.Module] = []
+        channels = 3
+        for layer in backbone.layers:
+            if isinstance(layer, Conv):
+                filters = _scaled(layer.filters, width)
+                layers += [
+                    nn.Conv2d(
+                        channels, filters, layer.kernel, layer.stride, layer.padding
+                    ),
+                    nn.ReLU(inplace=True),
+                ]
+                channels = filters
+            elif isinstance(layer, LRN):
+                # PyTorch divides α by the number of channels in the window.
+                layers.append(
+                    nn.LocalResponseNorm(
+                        layer.size, layer.alpha * layer.size, layer.beta, layer.k
+                    )
+                )
+            else:
+                layers.append(_pool(layer))
+        self.stack = nn.Sequential(*layers)
+        self.levels = levels
+        if levels is None:
+            self.last_pool = _pool(backbone.last_pool)
+            stack = layers_geometry((*backbone.layers, backbone.last_pool))
+            self.bins = stack.map_size(image_size) ** 2
+        else:
+            self.bins = num_bins(levels)
+        self.fc6 = nn.Linear(self.bins * channels, _scaled(4096, width))
+        self.fc7 = nn.Linear(self.fc6.out_features, _scaled(4096, width))
+        self.fc8 = nn.Linear(self.fc7.out_features, num_classes)
+        self.dropout = dropout
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        pooled = self.pool(self.stack(images))
+        fc6 = self.drop(functional.relu(self.fc6(pooled)))
+        fc7 = self.drop(functional.relu(self.fc7(fc6)))
+        return self.fc8(fc7)
+
+    def pool(self, features: torch.Tensor) -> torch.Tensor:
+        """The last map's pyramid (or last pooling), channels before bins."""
+        if self.levels is None:
+            return self.last_pool(features).flatten(1)
+        pooled = [
+            functional.adaptive_max_pool2d(features, n).flatten(2) for n in self.levels
+        ]
+        return torch.cat(pooled, dim=2).flatten(1)
+
+    def drop(self, values: torch.Tensor) -> torch.Tensor:
+        return functional.dropout(values, self.dropout, self.training)
+
+    def named_layers(self) -> dict[str, Any]:  # Conv2d or Linear
+        """The layers with parameters, by the names of the Flax model."""
+        convs = [layer for layer in self.stack if isinstance(layer, nn.Conv2d)]
+        named: dict[str, Any] = {
+            f"conv{n}": conv for n, conv in enumerate(convs, start=1)
+        }
+        return {**named, "fc6": self.fc6, "fc7": self.fc7, "fc8": self.fc8}
+
+
+class TwinState(NamedTuple):
+    """A network and its optimizer; both are changed in place by a step."""
+
+    twin: Twin
+    optimizer: torch.optim.SGD
+
+
+def create_twin(
+    name: str,
+    levels: Sequence[int] | None = (6, 3, 2, 1),
+    num_classes: int = 1000,
+    *,
+    width: float = 1.0,
+    image_size: int = 224,
+    dropout: float = 0.5,
+) -> Twin:
+    """The network that `sppnet_jax.model.create_model` makes of the same arguments.
+
+    Raises: ValueError for an unknown backbone or levels that are none.
+    """
+    checked = None if levels is None else check_levels(levels)
+    return Twin(name, checked, num_classes, width, image_size, dropout)
+
+
+def load_params(twin: Twin, params: Params) -> None:
+    """Copies the parameters of the Flax model of the same arguments.
+
+    `params`: layer → "kernel" (float [kernel, kernel, in, out] or [in, out]) and
+    "bias".
+    Raises: ValueError for parameters of another network.
+    """
+    layers = twin.named_layers()
+    if sorted(layers) != sorted(params):
+        raise ValueError(
+            f"parameters of {sorted(params)} do not fit a network of {sorted(layers)}"
+        )
+    for name, layer in layers.items():
+        kernel, bias = np.array(params[name]["kernel"]), np.array(params[name]["bias"])
+        weight = _to_torch(kernel, twin.bins if name == "fc6" else 1)
+        if weight.shape != tuple(layer.weight.shape):
+            raise ValueError(
+                f"the kernel of {name}, {kernel.shape}, makes weights {weight.shape}, "
+                f"not {tuple(layer.weight.shape)}: it is of another network"
+            )
+        with torch.no_grad():
+            layer.weight.copy_(torch.from_numpy(weight))
+            layer.bias.copy_(torch.from_numpy(bias))
+
+
+def flax_arrays(twin: Twin, *, gradients: bool = False) -> dict[str, Any]:
+    """The twin's parameters, or their gradients, named and ordered as in Flax."""
+    found = {}
+    for name, layer in twin.named_layers().items():
+        weight, bias = [p.grad if gradients else p for p in layer.parameters()]
+        kernel = weight.detach().float().cpu().numpy()
+        if kernel.ndim == 4:
+            kernel = kernel.transpose(2, 3, 1, 0)
+        else:
+            bins = twin.bins if name == "fc6" else 1
+            kernel = kernel.reshape(len(kernel), -1, bins).transpose(2, 1, 0)
+            kernel = kernel.reshape(-1, kernel.shape[-1])
+        found[name] = {"kernel": kernel, "bias": bias.detach().float().cpu().numpy()}
+    return found
+
+
+def create_twin_state(twin: Twin, optimizer: Optimizer) -> TwinState:
+    """SGD as ours: momentum, and weight decay on kernels only.
+
+    Raises: ValueError for label smoothing, which `make_twin_step` does not do.
+    """
+    if optimizer.label_smoothing:
+        raise ValueError("the twin has no label smoothing, set it to 0")
+    kernels = [layer.weight for layer in twin.named_layers().values()]
+    biases = [layer.bias for layer in twin.named_layers().values()]
+    groups = [
+        {"params": kernels, "weight_decay": optimizer.weight_decay},
+        {"params": biases, "weight_decay": 0.0},
+    ]
+    sgd = torch.optim.SGD(
+        groups,
+        lr=0.0,
+        momentum=optimizer.momentum,
+        nesterov=optimizer.nesterov,
+        fused=True,  # several times as fast as a pass for each operation
+    )
+    return TwinState(twin, sgd)
+
+
+def make_twin_step(
+    state: TwinState,
+    mean: float,
+    *,
+    layout: str = "contiguous_format",
+    bfloat16: bool = False,
+    compiled: bool = False,
+) -> Callable[[torch.Tensor, torch.Tensor, float], tuple[torch.Tensor, torch.Tensor]]:
+    """The step `(images, labels, learning_rate) -> (sum of losses, correct)`.
+
+    `images`: uint8 [batch, 3, height, width] on the host, in the layout that the maps
+    are to have; `labels`: int64 [batch].
+    `layout`: "contiguous_format" or "channels_last", of the weights.
+    `bfloat16`: under autocast. `compiled`: the network through `torch.compile`.
+    The results stay on the device.
+    """
+    form = getattr(torch, layout)
+    # PyTorch's annotations don't know this argument.
+    device = _device(state.twin.to(memory_format=form))  # type: ignore[call-overload]
+    network = torch.compile(state.twin) if compiled else state.twin
+
+    def step(
+        images: torch.Tensor, labels: torch.Tensor, learning_rate: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        state.twin.train()
+        for group in state.optimizer.param_groups:
+            group["lr"] = learning_rate
+        state.optimizer.zero_grad(set_to_none=True)
+        pixels = images.to(device, non_blocking=True).float() - mean
+        labels = labels.to(device, non_blocking=True)
+        with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
+            logits = network(pixels)
+        loss = functional.cross_entropy(logits.float(), labels)
+        loss.backward()
+        state.optimizer.step()
+        correct = (logits.detach().argmax(dim=1) == labels).sum()
+        return loss.detach() * len(labels), correct
+
+    return step
+
+
+def twin_logits(
+    twin: Twin, images: torch.Tensor, mean: float, *, bfloat16: bool = False
+) -> np.ndarray:
+    """Logits [batch, classes] of uint8 images [batch, 3, height, width], no dropout."""
+    device = _device(twin.eval())
+    with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
+        logits = twin(images.to(device).float() - mean)
+    return logits.float().cpu().numpy()
+
+
+def _device(twin: Twin) -> torch.device:
+    return twin.fc8.weight.device
+
+
+def _to_torch(kernel: np.ndarray, bins: int) -> np.ndarray:
+    """A kernel in PyTorch's order, where fc6 sees channels before bins."""
+    if kernel.ndim == 4:
+        return np.ascontiguousarray(kernel.transpose(3, 2, 0, 1))
+    rows, units = kernel.shape
+    if rows % bins:
+        raise ValueError(f"fc6 has {rows} inputs, no multiple of the {bins} bins")
+    ordered = kernel.reshape(bins, rows // bins, units).transpose(2, 1, 0)
+    return np.ascontiguousarray(ordered.reshape(units, rows))
+
+
+def _pool(layer: MaxPool) -> nn.MaxPool2d:
+    return nn.MaxPool2d(layer.kernel, layer.stride, layer.padding)
+
+
+def _scaled(units: int, width: float) -> int:
+    return max(1, round(units * width))

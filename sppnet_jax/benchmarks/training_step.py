@@ -1,0 +1,387 @@
+"""A training step of every backbone, beside the same network in PyTorch.
+
+Same parameters, same batch, same work: uint8 images to the device, mean subtraction,
+dropout of 0.5, loss, gradients, SGD with momentum and weight decay. Colours are not
+altered. Compilation happens before the clock starts.
+"""
+
+import contextlib
+import ctypes
+import importlib
+import multiprocessing
+from collections.abc import Callable, Sequence
+from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from matplotlib.figure import Figure
+
+from sppnet_jax import caches
+from sppnet_jax.backbones import BACKBONES
+from sppnet_jax.benchmarks.peak import measured_peak
+from sppnet_jax.benchmarks.peers import find_peers
+from sppnet_jax.benchmarks.report import Report, Row, Setting
+from sppnet_jax.benchmarks.timing import spread, time_in_turn, times_as_fast
+from sppnet_jax.classification.preprocess import Preprocessing
+from sppnet_jax.classification.step import (
+    Optimizer,
+    TrainState,
+    init_params,
+    make_train_step,
+)
+from sppnet_jax.model import SPPNet, create_model
+
+OURS = "sppnet_jax"
+LEVELS = (6, 3, 2, 1)
+MEAN = 128.0
+LEARNING_RATE = 1e-9  # parameters stay finite, whatever random images do
+
+
+class Size(NamedTuple):
+    """How large a suite is: batch, rounds at most, dtypes, and the networks' sizes."""
+
+    batch: int
+    rounds: int
+    dtypes: tuple[str, ...]
+    width: float = 1.0
+    image_size: int = 224
+    num_classes: int = 1000
+    networks: tuple[str, ...] = tuple(BACKBONES)
+
+
+SIZES = {  # by platform
+    "cpu": Size(16, 4, ("float32",)),
+    "gpu": Size(128, 20, ("float32", "bfloat16")),
+    "tpu": Size(128, 20, ("float32", "bfloat16")),
+}
+QUICK = Size(2, 2, ("float32",), 1 / 32, 64, 5, networks=("zf5",))
+
+
+class Peer(NamedTuple):
+    """One way to run PyTorch's step; the fields are those of `make_twin_step`."""
+
+    layout: str
+    bfloat16: bool
+    compiled: bool
+
+    def name(self) -> str:
+        layout = self.layout.removesuffix("_format")
+        return f"PyTorch, {layout}" + (", compiled" if self.compiled else "")
+
+
+class Step(NamedTuple):
+    """A step that changes its own state, and its peak memory where that is known."""
+
+    step: Callable[[], Any]
+    peak_bytes: int | None
+
+
+def run(setting: Setting) -> Report:
+    """Times every backbone, and measures the memory of each alternative."""
+    platform = jax.devices()[0].platform
+    size = QUICK if setting.quick else SIZES.get(platform, SIZES["cpu"])
+    peers, notes = find_peers("torch")
+    torch = peers.get("torch")
+    if torch is not None and (problem := _no_match(torch, platform)):
+        torch = None
+        notes.append(problem)
+    rounds = min(setting.rounds, size.rounds)
+    if rounds < setting.rounds:
+        notes.append(f"{rounds} rounds, not {setting.rounds}: a step takes seconds")
+    if "bfloat16" not in size.dtypes:
+        notes.append("bfloat16 is left out: processors are slower in it")
+    rows: list[Row] = []
+    for dtype in size.dtypes:
+        peak = measured_peak(dtype)
+        for name in size.networks:
+            found, said = _rows(name, dtype, size, torch, rounds, peak)
+            rows += found
+            notes += said
+    notes += _explanations(platform, torch)
+    title = f"A training step, batch {size.batch}, {size.image_size} pixels"
+    return Report("training_step", title, rows, plot, notes)
+
+
+def _no_match(torch: Any, platform: str) -> str:
+    """Why PyTorch can't be compared with, or ""."""
+    if platform == "gpu" and not torch.cuda.is_available():
+        return "this PyTorch can't use the GPU, so its rows are missing"
+    if platform not in ("cpu", "gpu"):
+        return f"PyTorch has no {platform} here, so its rows are missing"
+    return ""
+
+
+def _explanations(platform: str, torch: Any) -> list[str]:
+    """What the columns mean."""
+    notes = [
+        "GFLOP: as XLA counts our step; share of peak: of the fastest matrix product"
+    ]
+    if platform == "cpu":
+        notes.append(
+            "peak MB: of resident memory in a second step, above that of a process "
+            "with the packages loaded; each alternative in a process of its own"
+        )
+    else:
+        notes.append(
+            "peak MB: ours as XLA plans it (arguments, temporary buffers), PyTorch's "
+            "as its allocator counts it in a second step"
+        )
+    if torch is not None:
+        notes.append(
+            "differs by: the logits from ours for the same parameters and images, "
+            "without dropout, relative to the largest"
+        )
+    return notes
+
+
+def _rows(
+    name: str, dtype: str, size: Size, torch: Any, rounds: int, peak: float
+) -> tuple[list[Row], list[str]]:
+    """The rows of one backbone in one dtype, and notes on what did not work."""
+    peers = {peer.name(): peer for peer in _peers(dtype)} if torch is not None else {}
+    params = _random_params(name, dtype, size)
+    step, flops = _our_step(name, dtype, size, params)
+    running, differ, notes = {OURS: step}, {}, []
+    logits = _our_logits(name, dtype, size, params)
+    for what, peer in peers.items():
+        try:
+            running[what], theirs = _torch_step(name, size, peer, params)
+        except Exception as error:  # whatever another package's compiler raises
+            if not peer.compiled:
+                raise
+            del peers[what]
+            notes.append(f"{what}, {name}, {dtype}: {type(error).__name__}: {error}")
+            continue
+        differ[what] = float(np.abs(theirs - logits).max() / np.abs(logits).max())
+    seconds = time_in_turn(
+        {what: own.step for what, own in running.items()},
+        rounds=rounds,
+        label=f"{name} {dtype}",
+    )
+    peaks = {what: own.peak_bytes for what, own in running.items()}
+    running.clear()  # frees their states
+    if jax.devices()[0].platform == "cpu":
+        peaks = _resident_peaks(name, dtype, size, [None, *peers.values()])
+    rows: list[Row] = []
+    for what, times in seconds.items():
+        middle = spread(times * 1e3)
+        ratio = times_as_fast(seconds[OURS], times)
+        rows.append(
+            {
+                "network": name,
+                "dtype": dtype,
+                "what": what,
+                "images/s": size.batch / middle.median * 1e3,
+                "ms": middle.median,
+                "low": middle.low,
+                "high": middle.high,
+                "ours is × as fast": None if what == OURS else ratio.median,
+                "peak MB": _megabytes(peaks.get(what)),
+                "GFLOP": flops / 1e9,
+                "share of peak": flops / (middle.median / 1e3) / peak,
+                "differs by": differ.get(what),
+            }
+        )
+    return rows, notes
+
+
+def _peers(dtype: str) -> list[Peer]:
+    """PyTorch's layouts; on a GPU also what `torch.compile` makes of the faster."""
+    bfloat16 = dtype == "bfloat16"
+    peers = [
+        Peer("contiguous_format", bfloat16, False),
+        Peer("channels_last", bfloat16, False),
+    ]
+    if jax.devices()[0].platform == "gpu":
+        peers.append(Peer("channels_last", bfloat16, True))
+    return peers
+
+
+def _model(name: str, dtype: str, size: Size) -> SPPNet:
+    return create_model(
+        name,
+        LEVELS,
+        size.num_classes,
+        width=size.width,
+        image_size=size.image_size,
+        weight_init="he",  # so that logits go by all layers, and differences show
+        dtype=jnp.dtype(dtype),
+    )
+
+
+def _random_params(name: str, dtype: str, size: Size) -> Any:
+    """The parameters that all alternatives start from, on the host."""
+    model = _model(name, dtype, size)
+    init = jax.jit(lambda rng: init_params(model, rng))
+    return jax.tree.map(np.asarray, init(jax.random.PRNGKey(0)))
+
+
+def _batch(size: Size) -> tuple[np.ndarray, np.ndarray]:
+    """Images, uint8 [batch, side, side, 3], and labels, int32 [batch]."""
+    random = np.random.default_rng(0)
+    shape = (size.batch, size.image_size, size.image_size, 3)
+    images = random.integers(0, 256, shape, np.uint8)
+    return images, random.integers(0, size.num_classes, size.batch, np.int32)
+
+
+def _our_step(name: str, dtype: str, size: Size, params: Any) -> tuple[Step, float]:
+    """Our step on the first device, and its FLOPs."""
+    preprocessing = Preprocessing(np.array(MEAN), 1.0, np.zeros((3, 3), np.float32))
+    optimizer = Optimizer()
+    train_step = make_train_step(_model(name, dtype, size), optimizer, preprocessing)
+    images, labels = _batch(size)
+    # A leading axis of one takes the first device, however many there are.
+    batch = {
+        "image": images[None],
+        "label": labels[None],
+        "mask": np.ones((1, size.batch), bool),
+    }
+    rate = np.float32(LEARNING_RATE)
+    fresh = TrainState(
+        jnp.zeros((), jnp.int32),
+        params,
+        optimizer.transform().init(params),
+        jax.random.PRNGKey(1),
+    )
+    copy = jax.pmap(lambda _, tree: tree, in_axes=(0, None))
+    held = [copy(np.arange(1), fresh)]
+    lowered = train_step.lower(held[0], batch, rate)
+    peak_bytes = None
+    if jax.devices()[0].platform != "cpu":
+        plan = lowered.compile().memory_analysis()
+        peak_bytes = plan.argument_size_in_bytes + plan.temp_size_in_bytes
+        peak_bytes += plan.output_size_in_bytes - plan.alias_size_in_bytes
+
+    def step() -> Any:
+        held[0], metrics = train_step(held[0], batch, rate)
+        return held[0], metrics
+
+    return Step(step, peak_bytes), float(lowered.cost_analysis()["flops"])
+
+
+def _our_logits(name: str, dtype: str, size: Size, params: Any) -> np.ndarray:
+    """Of the batch's first two images."""
+    model = _model(name, dtype, size)
+    images = _batch(size)[0][:2].astype(np.float32) - MEAN
+    logits = jax.jit(lambda params, x: model.apply({"params": params}, x)[0])
+    return np.asarray(logits(params, images))
+
+
+def _torch_step(
+    name: str, size: Size, peer: Peer, params: Any
+) -> tuple[Step, np.ndarray]:
+    """PyTorch's step, after its first two calls, and its logits before them."""
+    torch = importlib.import_module("torch")
+    twins = importlib.import_module("sppnet_jax.benchmarks.torch_twin")
+    on_gpu = torch.cuda.is_available()
+    device = "cuda" if on_gpu else "cpu"
+    if on_gpu:  # as JAX does by default: TF32, and the fastest algorithm of several
+        torch.set_float32_matmul_precision("high")
+        torch.backends.cudnn.benchmark = True
+        before = torch.cuda.memory_allocated()
+    twin = twins.create_twin(
+        name,
+        LEVELS,
+        size.num_classes,
+        width=size.width,
+        image_size=size.image_size,
+    )
+    twins.load_params(twin, params)
+    state = twins.create_twin_state(twin.to(device), Optimizer())
+    train_step = twins.make_twin_step(state, MEAN, **peer._asdict())
+    form = getattr(torch, peer.layout)
+    images, labels = _batch(size)
+    pixels = torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(memory_format=form)
+    targets = torch.from_numpy(labels).long()
+    logits = twins.twin_logits(twin, pixels[:2], MEAN, bfloat16=peer.bfloat16)
+
+    def step() -> Any:
+        results = train_step(pixels, targets, LEARNING_RATE)
+        if on_gpu:
+            torch.cuda.synchronize()
+        return results
+
+    peak_bytes = None
+    step()
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats()
+        step()
+        peak_bytes = torch.cuda.max_memory_allocated() - before
+    return Step(step, peak_bytes), logits
+
+
+def _resident_peaks(
+    name: str, dtype: str, size: Size, peers: Sequence[Peer | None]
+) -> dict[str, int | None]:
+    """Peak bytes of ours (None) and of PyTorch's steps, each in a process of its own.
+
+    None where a process did not live to tell, or the system does not count.
+    """
+    peaks: dict[str, int | None] = {}
+    spawn = multiprocessing.get_context("spawn")
+    for peer in peers:
+        with ProcessPoolExecutor(1, mp_context=spawn) as pool:
+            result = pool.submit(_resident_peak, name, dtype, size, peer)
+            with contextlib.suppress(BrokenExecutor, OSError):
+                peaks[peer.name() if peer else OURS] = result.result()
+    return peaks
+
+
+def _resident_peak(name: str, dtype: str, size: Size, peer: Peer | None) -> int:
+    """How much resident memory the second step needs at most, beyond the packages."""
+    caches.use_compilation_cache()
+    jax.block_until_ready(jnp.zeros(1))
+    if peer is not None:
+        find_peers("torch")
+        importlib.import_module("sppnet_jax.benchmarks.torch_twin")
+    before = _memory_status("VmRSS")
+    params = _random_params(name, dtype, size)
+    if peer is None:
+        step = _our_step(name, dtype, size, params)[0].step
+    else:
+        step = _torch_step(name, size, peer, params)[0].step
+    del params
+    jax.block_until_ready(step())
+    ctypes.CDLL(None).malloc_trim(0)  # what compiling freed is not the step's
+    Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
+    jax.block_until_ready(step())
+    return _memory_status("VmHWM") - before
+
+
+def _megabytes(size: int | None) -> float | None:
+    return None if size is None else size / 2**20
+
+
+def _memory_status(field: str) -> int:
+    """Bytes of a field of Linux's account of this process."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
+
+
+def plot(rows: Sequence[Row]) -> Figure:
+    """Images/s and peak memory of each alternative, by network."""
+    names = list(dict.fromkeys(r["network"] for r in rows))
+    kinds = list(dict.fromkeys((r["what"], r["dtype"]) for r in rows))
+    figure = Figure(figsize=(10, 4.6), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    width = 0.8 / max(1, len(kinds))
+    for n, (what, dtype) in enumerate(kinds):
+        own = {
+            r["network"]: r for r in rows if (r["what"], r["dtype"]) == (what, dtype)
+        }
+        for axes, column in ((left, "images/s"), (right, "peak MB")):
+            heights = [own.get(name, {}).get(column) or 0.0 for name in names]
+            places = np.arange(len(names)) + (n + 0.5) * width - 0.4
+            axes.bar(places, heights, width * 0.9, label=f"{what}, {dtype}")
+    left.set_ylabel("images/s")
+    right.set_ylabel("peak memory, MB")
+    for axes in (left, right):
+        axes.set_xticks(range(len(names)), names)
+        axes.grid(axis="y", alpha=0.3)
+    figure.legend(
+        *left.get_legend_handles_labels(), loc="outside lower center", ncols=3
+    )
+    return figure

@@ -1,0 +1,151 @@
+"""What the suite reports follows from what it measures, with PyTorch and without."""
+
+import importlib
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from sppnet_jax.benchmarks import peers, training_step
+from sppnet_jax.benchmarks.report import Report, Setting, show
+from sppnet_jax.benchmarks.training_step import OURS, QUICK, Peer
+
+SETTING = Setting(rounds=2, quick=True, folder=Path())
+
+
+def fake_seconds(
+    alternatives: Any, *, rounds: int, label: str
+) -> dict[str, np.ndarray]:
+    """Ours takes 0.1 and 0.3 s, the second 0.2 and 0.9, the third 0.05 and 0.6."""
+    for call in alternatives.values():
+        call()
+    times = ([0.1, 0.3], [0.2, 0.9], [0.05, 0.6])
+    return {name: np.array(t) for name, t in zip(alternatives, times, strict=False)}
+
+
+@pytest.fixture
+def quiet(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No clock and no processes."""
+    monkeypatch.setattr(training_step, "time_in_turn", fake_seconds)
+    monkeypatch.setattr(training_step, "measured_peak", lambda dtype: 1e12)
+    monkeypatch.setattr(
+        training_step,
+        "_resident_peaks",
+        lambda name, dtype, size, peers: {OURS: 3 * 2**20},
+    )
+
+
+def run_without_torch(monkeypatch: pytest.MonkeyPatch) -> Report:
+    real = importlib.import_module
+
+    def missing(name: str, *rest: Any) -> Any:
+        if name == "torch":
+            raise ImportError("no torch here")
+        return real(name, *rest)
+
+    monkeypatch.setattr(peers.importlib, "import_module", missing)
+    return training_step.run(SETTING)
+
+
+def test_columns_follow_from_seconds(quiet: None, tmp_path: Path) -> None:
+    pytest.importorskip("torch")
+    report = training_step.run(SETTING)
+    ours, first, last = report.rows
+    assert [row["what"] for row in report.rows] == [
+        "sppnet_jax",
+        "PyTorch, contiguous",
+        "PyTorch, channels_last",
+    ]
+    assert ours["ms"] == pytest.approx(200)
+    assert ours["images/s"] == pytest.approx(QUICK.batch / 0.2)
+    assert ours["ours is × as fast"] is None
+    # Round by round: 0.2/0.1 and 0.9/0.3; 0.05/0.1 and 0.6/0.3.
+    assert first["ours is × as fast"] == pytest.approx((2 + 3) / 2)
+    assert last["ours is × as fast"] == pytest.approx((0.5 + 2) / 2)
+    assert ours["share of peak"] == pytest.approx(ours["GFLOP"] * 1e9 / 0.2 / 1e12)
+    assert ours["peak MB"] == 3
+    assert first["peak MB"] is None
+    assert first["differs by"] < 1e-4
+    assert last["differs by"] < 1e-4
+    show(report, SETTING._replace(folder=tmp_path))
+    assert (tmp_path / "training_step.png").stat().st_size > 1000
+
+
+def test_without_pytorch_ours_is_measured_and_the_rest_noted(
+    quiet: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    report = run_without_torch(monkeypatch)
+    assert [row["what"] for row in report.rows] == [OURS]
+    assert "no torch here" in report.notes[0]
+    assert not any("differs by" in note for note in report.notes)
+
+
+def test_another_network_would_be_seen(quiet: None) -> None:
+    """The column "differs by" is no ornament: parameters that differ show in it."""
+    pytest.importorskip("torch")
+    params = training_step._random_params("zf5", "float32", QUICK)
+    logits = training_step._our_logits("zf5", "float32", QUICK, params)
+    params["conv2"]["kernel"] = 1.1 * params["conv2"]["kernel"]
+    peer = Peer("contiguous_format", False, False)
+    _, theirs = training_step._torch_step("zf5", QUICK, peer, params)
+    assert np.abs(theirs - logits).max() > 1e-4 * np.abs(logits).max()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.slow
+def test_resident_peak_holds_parameters_gradients_and_momentum() -> None:
+    size = QUICK._replace(width=1 / 4)
+    (peak,) = training_step._resident_peaks("zf5", "float32", size, [None]).values()
+    params = training_step._random_params("zf5", "float32", size)
+    held = sum(p.nbytes for layer in params.values() for p in layer.values())
+    assert peak is not None
+    assert 2 * held < peak < 20 * held
+
+
+def test_a_process_that_dies_leaves_its_memory_unknown(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    size = QUICK._replace(batch=-1)  # its process ends with an error of NumPy's
+
+    class Pool:
+        def __init__(self, *_: Any, **__: Any) -> None: ...
+        def __enter__(self) -> "Pool":
+            return self
+
+        def __exit__(self, *_: Any) -> None: ...
+        def submit(self, *_: Any) -> Any:
+            class Broken:
+                def result(self) -> int:
+                    raise training_step.BrokenExecutor("killed")
+
+            return Broken()
+
+    monkeypatch.setattr(training_step, "ProcessPoolExecutor", Pool)
+    assert training_step._resident_peaks("zf5", "float32", size, [None]) == {}
+
+
+def test_pytorch_is_left_out_where_it_has_not_our_device() -> None:
+    class Torch:
+        class cuda:
+            @staticmethod
+            def is_available() -> bool:
+                return False
+
+    assert "can't use the GPU" in training_step._no_match(Torch, "gpu")
+    assert "no tpu" in training_step._no_match(Torch, "tpu")
+    assert training_step._no_match(Torch, "cpu") == ""
+
+
+def test_the_suites_load_without_data_packages() -> None:
+    """A bare GPU machine has neither TFDS nor Grain nor OpenCV."""
+    blocked = ["tensorflow_datasets", "grain", "cv2", "ml_collections", "torch"]
+    code = (
+        "import sys\n"
+        f"for name in {[*blocked, 'matplotlib.pyplot']}: sys.modules[name] = None\n"
+        "import sppnet_jax.benchmarks.training_step, sppnet_jax.benchmarks.scaling\n"
+        "import sppnet_jax.benchmarks.allreduce\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
