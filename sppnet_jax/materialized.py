@@ -2,13 +2,14 @@
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+import numpy as np
+from jaxtyping import Array, Shaped
 
 
 @jax.custom_vjp
 def materialized(
-    maps: Float[Array, "batch rows columns channels"],
-) -> Float[Array, "batch rows columns channels"]:
+    maps: Shaped[Array, "batch rows columns channels"],
+) -> Shaped[Array, "batch rows columns channels"]:
     """The same values, held in memory of their own on a CPU.
 
     XLA fuses elementwise operations, slices and gathers into all that read them, also
@@ -26,9 +27,15 @@ materialized.defvjp(
 def _window_of_one(maps: jax.Array) -> jax.Array:
     windows, strides = (1, 1, 1, 2, 1), (1, 1, 1, 1, 1)
     padding = ((0, 0), (0, 0), (0, 0), (1, 0), (0, 0))
-    lowest = jnp.array(-jnp.inf, maps.dtype)
+    is_float = jnp.issubdtype(maps.dtype, jnp.floating)
+    lowest = -jnp.inf if is_float else jnp.iinfo(maps.dtype).min
     return jax.lax.reduce_window(
-        maps[:, :, :, None], lowest, jax.lax.max, windows, strides, padding
+        maps[:, :, :, None],
+        np.array(lowest, maps.dtype),
+        jax.lax.max,
+        windows,
+        strides,
+        padding,
     )[:, :, :, 0]
 
 

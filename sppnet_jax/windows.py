@@ -30,7 +30,6 @@ from sppnet_jax.spp import adaptive_span, check_levels, num_bins, pyramid_bins
 # what is gathered from it stay in a CPU's cache.
 CHUNK = 128
 CHANNELS = 64
-_BITS = {2: jnp.uint16}  # by bytes of a float
 FEWEST_CHANNELS = 16  # of a table, if all tables are to have as many
 
 
@@ -80,14 +79,11 @@ def _pool_windows(
 def _differentiable(
     features: jax.Array, windows: jax.Array, levels: tuple[int, ...]
 ) -> jax.Array:
-    dtype = features.dtype
-
     def on_cpu(features: jax.Array, windows: jax.Array) -> jax.Array:
-        # A CPU has no arithmetic for less than float32, and would convert all results
-        # back and forth at each update; it leaves integers alone.
-        store = _BITS.get(dtype.itemsize, dtype)
-        bits = _pool(features, windows, levels, table=_wide(dtype), store=store)
-        return jax.lax.bitcast_convert_type(bits, dtype)
+        if features.dtype.itemsize != 2:
+            return _pool(features, windows, levels)
+        # A CPU has no arithmetic for half floats; their order is that of integers.
+        return _from_order(_pool(_order(features), windows, levels), features.dtype)
 
     def elsewhere(features: jax.Array, windows: jax.Array) -> jax.Array:
         return _pool_at_once(features, windows, levels)
@@ -108,9 +104,8 @@ def _backward(
 
     def again(features: jax.Array) -> jax.Array:
         def on_cpu(features: jax.Array) -> jax.Array:
-            wide = features.astype(_wide(features.dtype))
-            pooled = _pool(wide, windows, levels, table=wide.dtype, store=wide.dtype)
-            return pooled.astype(features.dtype)
+            wide = features.astype(jnp.promote_types(features.dtype, jnp.float32))
+            return _pool(wide, windows, levels).astype(features.dtype)
 
         def elsewhere(features: jax.Array) -> jax.Array:
             return _pool_at_once(features, windows, levels)
@@ -128,18 +123,15 @@ def _pool(
     windows: jax.Array,
     levels: tuple[int, ...],
     *,
-    table: Any,
-    store: Any,
     channels: int = CHANNELS,
     chunk: int = CHUNK,
 ) -> jax.Array:
     """Pools some windows and some channels at a time into one array of results.
 
-    `table`, `store`: the dtypes of the table and of the results; an integer one stores
-    their bits. `channels`: of a table, or fewer, so that all tables have as many.
+    `channels`: of a table, or fewer, so that all tables have as many.
     """
     count, (height, width, depth) = len(windows), features.shape
-    results = jax.lax.empty((count, num_bins(levels), depth), store)
+    results = jax.lax.empty((count, num_bins(levels), depth), features.dtype)
     if not results.size:
         return results
     counts = block_counts(features.shape, levels)
@@ -155,16 +147,13 @@ def _pool(
 
     # Differentiation gathers again: what it would keep is many times the result.
     @jax.checkpoint
-    def pool(blocks: jax.Array, some: dict[int, jax.Array]) -> jax.Array:
-        bins = _pool_bins(blocks, some, levels).astype(features.dtype)
-        return (
-            jax.lax.bitcast_convert_type(bins, store) if store != bins.dtype else bins
-        )
+    def pool(table: jax.Array, some: dict[int, jax.Array]) -> jax.Array:
+        return _pool_bins(table, some, levels)
 
     def pool_channels(number: jax.Array, results: jax.Array) -> jax.Array:
         first = number * channels
         some_features = jax.lax.dynamic_slice_in_dim(features, first, channels, axis=2)
-        blocks = _block_table(some_features.astype(table), *counts)
+        table = _block_table(some_features, *counts)
 
         def pool_chunk(index: jax.Array, results: jax.Array) -> jax.Array:
             # The last chunk overlaps the one before it: no padding, no copy.
@@ -173,7 +162,7 @@ def _pool(
                 level: jax.lax.dynamic_slice_in_dim(cells, start, chunk, axis=1)
                 for level, cells in corners.items()
             }
-            pooled = pool(blocks, some)
+            pooled = pool(table, some)
             return jax.lax.dynamic_update_slice(results, pooled, (start, 0, first))
 
         return jax.lax.fori_loop(0, -(-count // chunk), pool_chunk, results)
@@ -184,20 +173,24 @@ def _pool(
 def _pool_at_once(
     features: jax.Array, windows: jax.Array, levels: tuple[int, ...]
 ) -> jax.Array:
-    """As an accelerator wants it: large pieces, nothing converted."""
-    return _pool(
-        features,
-        windows,
-        levels,
-        table=features.dtype,
-        store=features.dtype,
-        channels=features.shape[2],
-        chunk=8 * CHUNK,
-    )
+    """As an accelerator wants it: in large pieces."""
+    depth = features.shape[2]
+    return _pool(features, windows, levels, channels=depth, chunk=8 * CHUNK)
 
 
-def _wide(dtype: Any) -> Any:
-    return jnp.promote_types(dtype, jnp.float32)
+def _order(features: jax.Array) -> jax.Array:
+    """Half floats as int16 of the same order; NaN is above all, a maximum keeps it."""
+    features = jnp.where(jnp.isnan(features), jnp.nan, features)  # without a sign
+    return _flip_negative(jax.lax.bitcast_convert_type(features, jnp.int16))
+
+
+def _from_order(order: jax.Array, dtype: Any) -> jax.Array:
+    return jax.lax.bitcast_convert_type(_flip_negative(order), dtype)
+
+
+def _flip_negative(bits: jax.Array) -> jax.Array:
+    """Sign and magnitude to two's complement, and back."""
+    return bits ^ ((bits >> 15) & jnp.int16(0x7FFF))
 
 
 def block_counts(shape: Sequence[int], levels: tuple[int, ...]) -> tuple[int, int]:
