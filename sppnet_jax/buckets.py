@@ -16,7 +16,6 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeVar
 
-import cv2
 import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -25,6 +24,8 @@ from sppnet_jax.bucket_choice import Bucket, Sizes, check_sizes, sorted_buckets
 from sppnet_jax.bucket_choice import choose_buckets as choose_buckets
 
 Key = TypeVar("Key", bound=Hashable)
+
+_Pair = tuple[Any, np.ndarray]  # key and image
 
 _IN_FLIGHT = 2
 
@@ -57,8 +58,16 @@ def smallest_bucket(size: tuple[int, int], buckets: Sequence[Bucket]) -> Bucket:
 
 
 def pad_to_bucket(image: np.ndarray, bucket: Bucket) -> np.ndarray:
-    """The image [h, w, 3] at the top left of zeros of the bucket's size."""
+    """The image [h, w, 3] at the top left of zeros of the bucket's size.
+
+    Raises: ValueError for a bucket that does not hold the image.
+    """
     height, width = image.shape[:2]
+    if not _holds(bucket, image.shape):
+        raise ValueError(
+            f"an image of {height}×{width} does not fit into a bucket of "
+            + _names([bucket])
+        )
     padding = ((0, bucket[0] - height), (0, bucket[1] - width), (0, 0))
     return np.pad(image, padding)
 
@@ -161,12 +170,31 @@ class BucketTable:
         for bucket in self.buckets:
             self._program(bucket)
 
+    def program(self, bucket: Bucket) -> Callable[[Any, Any], Any]:
+        """The compiled program of a bucket, to time or to profile by itself.
+
+        Returns: a function of images uint8 [batch_size, height, width, 3], as large as
+        the bucket, and sizes int32 [batch_size, 2], that gives what `function` does, on
+        the devices. Arrays that lie there already are not copied.
+        Raises: ValueError for a bucket that the table does not have.
+        """
+        if bucket not in self._counts:
+            raise ValueError(
+                f"there is no bucket {_names([bucket])}; there are "
+                + _names(self.buckets)
+            )
+        run = self._program(bucket).run
+        return lambda images, sizes: run(
+            self._params, *jax.device_put((images, sizes), self._by_row)
+        )
+
     def map(self, pairs: Iterable[tuple[Key, np.ndarray]]) -> Iterator[tuple[Key, Any]]:
         """Runs every image through the program of its bucket.
 
-        A batch mixes images of all sizes that share a bucket; it runs when it is full,
-        or at the end, filled up with blank rows. The devices work on one batch while
-        the images of the next are read.
+        A batch mixes images of all sizes that share a bucket; it runs when it is full.
+        At the end, what is left of a bucket joins what is left of a larger one where
+        there is room, and blank rows fill up the rest. The devices work on one batch
+        while the images of the next are read.
 
         `pairs`: (key, image uint8 [h, w, 3]); the key comes back with the result.
 
@@ -238,7 +266,7 @@ class BucketTable:
                     yield bucket, waiting.pop(bucket)
         except ValueError as error:
             refused = error
-        yield from waiting.items()
+        yield from _joined(waiting, self.batch_size)
         if refused is not None:
             raise refused
 
@@ -323,13 +351,14 @@ class BucketTable:
             images = jax.ShapeDtypeStruct((self.batch_size, *bucket, 3), np.uint8)
             sizes = jax.ShapeDtypeStruct((self.batch_size, 2), np.int32)
             started = time.perf_counter()
-            run = self._function.lower(self._params, images, sizes).compile()
+            lowered = self._function.lower(self._params, images, sizes)
+            run = lowered.compile()
             seconds = time.perf_counter() - started
-            # XLA analyses the program of one device; they all run the same.
-            flops, read = (
-                cost and cost * self._device_count
-                for cost in _costs(run, "flops", "bytes accessed")
-            )
+            # Compiled, a convolution may be a library's, whose FLOPs XLA can't tell.
+            (flops,) = _costs(lowered, "flops")
+            (read,) = _costs(run, "bytes accessed")
+            # What is compiled is the program of one device; they all run the same.
+            read = read and read * self._device_count
             self._programs[bucket] = _Program(run, seconds, flops, read)
         return self._programs[bucket]
 
@@ -357,6 +386,20 @@ class _Batch(NamedTuple):
     result: Future[tuple[Any, float]]
 
 
+def _joined(
+    waiting: dict[Bucket, list[_Pair]], batch_size: int
+) -> list[tuple[Bucket, list[_Pair]]]:
+    """Batches that are not full, each in the smallest other bucket that has room."""
+    left = {bucket: waiting[bucket] for bucket in sorted_buckets(waiting)}
+    for bucket in list(left):
+        room = batch_size - len(left[bucket])
+        for larger, others in left.items():
+            if larger != bucket and _holds(larger, bucket) and len(others) <= room:
+                others.extend(left.pop(bucket))
+                break
+    return list(left.items())
+
+
 def _wait_for(result: Any) -> tuple[Any, float]:
     return jax.block_until_ready(result), time.perf_counter()
 
@@ -376,6 +419,8 @@ def _shrink(image: np.ndarray, buckets: Sequence[Bucket]) -> np.ndarray:
     """Scales an image down to the largest size, of its aspect, that a bucket holds."""
     height, width = image.shape[:2]
     scale = max(min(b[0] / height, b[1] / width) for b in buckets)
+    import cv2  # here, so that machines without OpenCV can use buckets that fit
+
     # A floor, but for what floating point takes from a whole number.
     size = [max(1, int(side * scale + 1e-6)) for side in (width, height)]
     return cv2.resize(image, size, interpolation=cv2.INTER_AREA)

@@ -45,6 +45,8 @@ def test_padding_keeps_the_image_at_the_top_left():
     padded = pad_to_bucket(image, (4, 8))
     np.testing.assert_array_equal(padded[:3, :5], image)
     assert (padded.shape, padded.sum()) == ((4, 8, 3), image.sum())
+    with pytest.raises(ValueError, match=r"an image of 3×5 does not fit into .* 9×4"):
+        pad_to_bucket(image, (9, 4))
 
 
 # Which buckets are best.
@@ -265,6 +267,51 @@ def test_padded_share_counts_blank_rows_too():
     list(table.map([("a", noise(10, 20)), ("b", noise(10, 10))]))
     (row,) = table.rows()
     assert (row.calls, row.images, row.padded_share) == (1, 2, 1 - 300 / 800)
+
+
+def test_what_is_left_of_a_bucket_joins_a_larger_one_that_has_room():
+    table = make_table([(64, 64), (64, 96), (96, 64), (96, 96)])
+    small = [(("small", n), noise(50, 60, seed=n)) for n in range(6)]  # 4 and 2 left
+    wide = [(("wide", n), noise(64, 90, seed=n)) for n in range(3)]  # room for one
+    large = [(("large", n), noise(96, 96, seed=n)) for n in range(2)]  # room for two
+    pairs = [*small, *wide, *large]
+    check(table.map(pairs), pairs)
+    calls = {row.bucket: (row.calls, row.images) for row in table.rows()}
+    assert calls == {
+        (64, 64): (1, 4),
+        (64, 96): (1, 3),
+        (96, 64): (0, 0),
+        (96, 96): (1, 4),
+    }
+    assert table.programs == 3
+
+
+def test_joining_never_computes_more_pixels_and_loses_no_image():
+    rng = np.random.default_rng(0)
+    saved = 0
+    for _ in range(200):
+        buckets = [tuple(b) for b in rng.integers(1, 9, (5, 2)).tolist()]
+        waiting = {b: [(b, n) for n in range(rng.integers(1, 5))] for b in buckets}
+        before = sum(h * w for h, w in waiting)
+        images = sorted(pair for own in waiting.values() for pair in own)
+        joined = buckets_module._joined(waiting, 4)
+        assert sorted(pair for _, own in joined for pair in own) == images
+        assert all(0 < len(own) <= 4 for _, own in joined)
+        for (height, width), own in joined:
+            assert all(height >= b[0] and width >= b[1] for b, _ in own)
+        saved += before - sum(h * w for (h, w), _ in joined)
+        assert before >= sum(h * w for (h, w), _ in joined)
+    assert saved > 0
+
+
+def test_a_buckets_program_can_be_called_by_itself():
+    table = make_table()
+    images, sizes = np.stack([noise(64, 96)] * 4), np.full((4, 2), (30, 96), np.int32)
+    result = table.program((64, 96))(images, sizes)
+    np.testing.assert_array_equal(result["sum"][0], 2 * images[0, :30].sum((0, 1)))
+    assert table.programs == 1
+    with pytest.raises(ValueError, match=r"no bucket 64×65; there are 64×64, 64×96"):
+        table.program((64, 65))
 
 
 def test_flops_and_bytes_are_those_of_the_whole_call():

@@ -1,0 +1,134 @@
+"""The command line of the suites, and the suites of the layer and of windows."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from sppnet_jax.bench import SUITES
+from sppnet_jax.benchmarks import peers, pyramid, report, timing, windows
+from sppnet_jax.benchmarks.report import Setting
+
+QUICK = ["--quick", "--rounds", "2"]
+
+
+@pytest.fixture
+def bench(command_line, tmp_path):
+    def run(*arguments, **options):
+        return command_line("bench", *arguments, "--out", tmp_path, **options)
+
+    return run
+
+
+@pytest.fixture
+def setting(tmp_path):
+    return Setting(rounds=2, quick=True, folder=tmp_path)
+
+
+def test_a_suite_prints_a_table_and_writes_json_and_a_picture(bench, tmp_path):
+    printed = bench("windows", *QUICK, devices=1).stdout
+    found = json.loads((tmp_path / "windows.json").read_text())
+    assert found["quick"] is True
+    assert found["rounds"] == 2
+    assert found["machine"]["device"]
+    assert found["machine"]["versions"]["jax"]
+    for row in found["rows"]:
+        assert row["low"] <= row["ms"] <= row["high"]
+        assert row["dtype"] in ("float32", "bfloat16")
+    assert "ours is × as fast" in printed
+    assert "these numbers mean nothing" in printed
+    assert (tmp_path / "windows.png").stat().st_size > 5_000
+
+
+def test_an_unknown_suite_is_refused_with_those_that_there_are(bench):
+    result = bench("piramid", check=False)
+    assert result.returncode == 2
+    assert "unknown suite 'piramid': choose from buckets" in result.stderr
+    assert "--rounds must be at least 1" in bench("--rounds=0", check=False).stderr
+
+
+def test_no_suite_imports_what_only_data_needs():
+    modules = ", ".join(f"sppnet_jax.benchmarks.{suite}" for suite in SUITES)
+    program = (
+        "import sys\n"
+        "for name in ('tensorflow_datasets', 'grain', 'cv2', 'array_record'):\n"
+        "    sys.modules[name] = None\n"
+        f"import sppnet_jax.bench, {modules}\n"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True)
+
+
+def test_a_peer_that_is_missing_is_noted_and_the_rest_runs(setting, monkeypatch):
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    found = windows.run(setting)
+    names = {row["what"] for row in found.rows}
+    assert names == {windows.OURS, windows.MASKS, windows.WRITING}
+    assert any("onnxruntime can't be imported" in note for note in found.notes)
+    monkeypatch.setitem(sys.modules, "torch", None)
+    found = pyramid.run(setting)
+    assert {row["what"] for row in found.rows} == {pyramid.OURS}
+    assert "pip install -r requirements-bench.txt" in found.notes[0]
+
+
+def test_alternatives_of_the_layer_agree_exactly_in_both_directions(setting):
+    pytest.importorskip("torch")
+    rows = pyramid.run(setting).rows
+    assert {row["what"] for row in rows} == {pyramid.OURS, pyramid.FIRST, pyramid.LAST}
+    assert {row["dtype"] for row in rows} == {"float32", "bfloat16"}
+    assert all(row["differs by"] == 0 for row in rows)
+
+
+def test_alternatives_for_windows_agree_exactly(setting):
+    pytest.importorskip("onnxruntime")
+    rows = windows.run(setting).rows
+    compared = [row for row in rows if row["what"] != windows.WRITING]
+    assert {row["what"] for row in compared} >= {windows.MAX_ROI_POOL, windows.MASKS}
+    assert all(row["differs by"] == 0 for row in compared)
+
+
+def test_a_wrong_result_shows_in_the_table(setting, monkeypatch):
+    right = windows.masked_pool
+    monkeypatch.setattr(windows, "masked_pool", lambda *inputs: right(*inputs) + 0.25)
+    rows = windows.run(setting).rows
+    (worst, *_) = {row["differs by"] for row in rows if row["what"] == windows.MASKS}
+    assert worst == pytest.approx(0.25)
+
+
+def test_the_least_bytes_of_windows_are_those_of_results_and_table():
+    case = windows.Case((43, 58, 256), 2_000, (6, 3, 2, 1))
+    table = 16 * 43 * 58 * 256  # blocks of 1, 2, 4 and 8 cells on each side
+    assert windows.least_bytes(case) == 4 * (table + 2_000 * 50 * 256)
+
+
+def test_a_ratio_is_the_median_of_the_rounds_ratios():
+    ours, theirs = np.array([1.0, 2.0, 10.0]), np.array([3.0, 8.0, 20.0])
+    assert timing.times_as_fast(ours, theirs) == (3.0, 2.5, 3.5)
+    assert timing.spread(ours).median == 2.0
+
+
+def test_alternatives_take_turns_and_compile_before_the_clock_starts():
+    calls = []
+    slow = {name: lambda name=name: calls.append(name) for name in "ab"}
+    seconds = timing.time_in_turn(slow, rounds=3, warmup=2)
+    assert {name: len(times) for name, times in seconds.items()} == {"a": 3, "b": 3}
+    # Two calls to warm up and one to see how many make up a measurement, of each.
+    assert calls[:6] == ["a"] * 3 + ["b"] * 3
+    turns = [a for a, b in zip(calls[6:], [*calls[7:], None], strict=True) if a != b]
+    assert turns == ["a", "b", "a", "b"]  # the second round begins with b
+
+
+def test_a_table_shows_three_digits_and_a_dash_for_what_is_missing():
+    rows = [{"what": "a", "ms": 1.23456}, {"what": "b", "ms": None, "n": 12_345}]
+    assert report.table(rows).splitlines() == [
+        "what    ms       n",
+        "a     1.23       –",
+        "b        –  12,345",
+    ]
+
+
+def test_peers_are_modules_by_name():
+    found, notes = peers.find_peers("json", "no_such_peer")
+    assert list(found) == ["json"]
+    assert "no_such_peer can't be imported" in notes[0]
