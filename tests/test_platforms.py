@@ -1,0 +1,54 @@
+"""The same programs for a GPU and a TPU: lowered here, where neither is needed."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax import export
+
+import sppnet_jax as sn
+
+PLATFORMS = [["cuda"], ["tpu"], ["cpu"]]
+CPU_ONLY = ("reduce_window", "xi16>")  # stops for fusion; half floats as integers
+
+
+def lowered(function, platforms, *shapes):
+    return export.export(jax.jit(function), platforms=platforms)(*shapes).mlir_module()
+
+
+@pytest.mark.parametrize("platforms", PLATFORMS)
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_windows_and_their_gradient_lower_without_what_only_a_cpu_needs(
+    platforms, dtype
+):
+    def pooled(features, windows):
+        return sn.window_pyramid_pool(features, windows, (6, 3, 2, 1))
+
+    def both(features, windows):
+        bins, back = jax.vjp(lambda x: pooled(x, windows), features)
+        return bins, back(bins)
+
+    program = lowered(
+        both,
+        platforms,
+        jax.ShapeDtypeStruct((43, 58, 32), dtype),
+        jax.ShapeDtypeStruct((200, 4), jnp.int32),
+    )
+    on_cpu = platforms == ["cpu"]
+    assert (CPU_ONLY[0] in program) == on_cpu
+    assert (CPU_ONLY[1] in program) == (on_cpu and dtype == jnp.bfloat16)
+
+
+@pytest.mark.parametrize("platforms", PLATFORMS[:2])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_a_network_s_gradient_lowers_to_plain_operations(platforms, dtype):
+    model = sn.create_model("zf5", width=1 / 2, num_classes=5, dtype=dtype)
+    images = jax.ShapeDtypeStruct((2, 224, 224, 3), jnp.float32)
+    params = jax.eval_shape(model.init, jax.random.key(0), images)
+
+    def gradient(params, images):
+        return jax.grad(lambda params: model.apply(params, images)[0].sum())(params)
+
+    program = lowered(gradient, platforms, params, images)
+    # No loop over images, which the CPU's gradient of the first convolution has.
+    for absent in ("while", "scatter", "reduce_window", "callback", "custom_call"):
+        assert f"stablehlo.{absent}" not in program
