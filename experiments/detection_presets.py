@@ -14,12 +14,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
 from ml_collections import ConfigDict
 
 from configs import detect_digits, detect_folder, digits
 from experiments.runs import is_finished
-from sppnet_jax import cli, run_folder, saved_config
+from sppnet_jax import caches, cli, run_folder, saved_config
 from sppnet_jax.detection_config import check_detection_config
 from sppnet_jax.train import train_from_config
 
@@ -82,8 +81,7 @@ def run(
     options = parser.parse_args()
     folder = Path(options.out or f"runs/experiments/{options.preset}").expanduser()
     cli.show_own_log()
-    # Detectors of one experiment compile the same programs.
-    jax.config.update("jax_compilation_cache_dir", str(folder.absolute() / "compiled"))
+    caches.use_compilation_cache()
     try:
         if on_paper and options.preset == "paper":
             on_paper(folder, options)

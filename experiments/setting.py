@@ -7,10 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-import jax
-
 from experiments.presets import PRESETS, Preset
-from sppnet_jax import cli
+from sppnet_jax import caches, cli
 
 
 class Setting(NamedTuple):
@@ -47,8 +45,7 @@ def run(main: Callable[[Setting], None], description: str | None) -> None:
         data_dir=given.data_dir,
     )
     cli.show_own_log()
-    # The seeds of a network compile the same programs.
-    jax.config.update("jax_compilation_cache_dir", str(folder.absolute() / "compiled"))
+    caches.use_compilation_cache()
     try:
         main(setting)
     except KeyboardInterrupt:

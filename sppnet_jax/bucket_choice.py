@@ -11,8 +11,6 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
-from scipy import sparse
-from scipy.optimize import Bounds, LinearConstraint, milp
 
 Bucket = tuple[int, int]
 Sizes = Sequence[Bucket] | np.ndarray  # (height, width) of each image, int [N, 2]
@@ -253,6 +251,10 @@ def _cover_any(sizes: np.ndarray, weights: np.ndarray, count: int) -> np.ndarray
     cost = np.zeros(total)
     cost[:pairs] = weights[size] * costs[bucket, size]
     pair = np.arange(pairs)
+    # Here, not above: a start of a training has no need of it, and it takes a while.
+    from scipy import sparse
+    from scipy.optimize import Bounds, LinearConstraint, milp
+
     each_goes_once = sparse.csr_array(
         (np.ones(pairs), (size, pair)), shape=(len(sizes), total)
     )

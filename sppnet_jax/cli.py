@@ -12,7 +12,7 @@ from absl import app, flags
 from ml_collections import ConfigDict, config_flags
 from tqdm import tqdm
 
-from sppnet_jax import parallel
+from sppnet_jax import caches, parallel
 from sppnet_jax.config import base_config, check_config
 
 CONFIG = config_flags.DEFINE_config_file(
@@ -44,6 +44,7 @@ def run(
 
     def guarded(argv: Sequence[str]) -> None:
         show_own_log()
+        caches.use_compilation_cache()
         try:
             main(argv[1:])
         except (ValueError, OSError, RuntimeError) as error:

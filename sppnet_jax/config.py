@@ -71,6 +71,7 @@ def base_config() -> ConfigDict:
     config.checkpoint_steps = 0  # 0: at the end of each epoch only
     config.keep_checkpoints = 2
     config.max_steps = 0  # stops there, as if interrupted; 0 for the whole run
+    config.profile_steps = 0  # traced after the first ones, into WORKDIR/profile
     return config
 
 
@@ -102,6 +103,7 @@ def check_config(config: ConfigDict) -> None:
         "log_steps",
         "checkpoint_steps",
         "max_steps",
+        "profile_steps",
         "plateau_improvement",
         "plateau_drops",
     ):

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from sppnet_jax import parallel, run_folder
+from sppnet_jax import caches, parallel, run_folder
 from sppnet_jax.buckets import BucketTable
 from sppnet_jax.checkpoints import Checkpoints
 from sppnet_jax.classification.features import Features, extract_features
@@ -26,7 +26,7 @@ from sppnet_jax.classification.train import Run
 from sppnet_jax.classification.views import ON_CROPS, Protocol
 from sppnet_jax.data.pipeline import Batches, eval_batches, train_batches
 from sppnet_jax.data.sources import Source, available_splits, open_source
-from sppnet_jax.data.statistics import image_statistics
+from sppnet_jax.data.statistics import kept_statistics
 from sppnet_jax.model import SPPNet, create_model
 
 log = logging.getLogger(__name__)
@@ -95,6 +95,7 @@ def make_run(config: ConfigDict) -> Run:
         checkpoint_steps=config.checkpoint_steps,
         keep_checkpoints=config.keep_checkpoints,
         max_steps=config.max_steps,
+        profile_steps=config.profile_steps,
     )
 
 
@@ -120,8 +121,9 @@ def prepare_statistics(config: ConfigDict, source: Source, workdir: Path) -> Non
         and run_folder.load_statistics(workdir) is not None
     ):
         return
-    statistics = image_statistics(
+    statistics = kept_statistics(
         source,
+        caches.cache_folder() / "statistics",
         image_size=config.data.image_size,
         resize_side=config.data.resize_side,
         max_images=config.statistics_images,

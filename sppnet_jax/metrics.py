@@ -2,9 +2,10 @@
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from tensorboardX import SummaryWriter
+if TYPE_CHECKING:
+    from tensorboardX import SummaryWriter
 
 FILE = "metrics.jsonl"
 
@@ -29,7 +30,8 @@ class MetricsLog:
         partial.write_text("".join(json.dumps(row) + "\n" for row in kept))
         partial.rename(path)
         self._file = path.open("a")
-        self._events = SummaryWriter(str(workdir), purge_step=resumed_step + 1)
+        self._workdir, self._purge_step = workdir, resumed_step + 1
+        self._events: SummaryWriter | None = None
 
     def __enter__(self) -> "MetricsLog":
         return self
@@ -38,7 +40,8 @@ class MetricsLog:
         if not self._enabled:
             return
         self._file.close()
-        self._events.close()
+        if self._events is not None:
+            self._events.close()
 
     def write(self, split: str, step: int, values: dict[str, float]) -> None:
         """Adds one row: the split it speaks of, the steps done, and its numbers."""
@@ -47,6 +50,14 @@ class MetricsLog:
         row: dict[str, Any] = {"split": split, "step": step, **values}
         self._file.write(json.dumps(row) + "\n")
         self._file.flush()
+        if self._events is None:
+            # Here, not above: it imports PyTorch where there is one, for seconds. The
+            # first row is written when the first step is under way on the device.
+            from tensorboardX import SummaryWriter
+
+            self._events = SummaryWriter(
+                str(self._workdir), purge_step=self._purge_step
+            )
         for name, value in values.items():
             self._events.add_scalar(f"{split}/{name}", value, step)
 

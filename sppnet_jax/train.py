@@ -26,7 +26,7 @@ def main(argv: Sequence[str]) -> None:
 def train_from_config(config: ConfigDict, workdir: Path) -> dict[str, float]:
     """Trains what a config describes; returns the last validation metrics."""
     # Here, not above: a mistake in the config should show before these are loaded.
-    from sppnet_jax import from_config, parallel, plots, run_folder
+    from sppnet_jax import from_config, parallel, run_folder
     from sppnet_jax.classification.evaluate import count_correct
     from sppnet_jax.classification.step import make_test_step
     from sppnet_jax.classification.train import train
@@ -75,6 +75,8 @@ def train_from_config(config: ConfigDict, workdir: Path) -> dict[str, float]:
             preprocessing=preprocessing,
         )
     if parallel.is_first_process():
+        from sppnet_jax import plots  # matplotlib, not before the first step
+
         picture = plots.plot_training(workdir)
         log.info("the run's folder is %s, its curves are %s", workdir, picture)
     return metrics

@@ -11,6 +11,7 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 REPOSITORY = Path(__file__).parent.parent
 os.environ["JAX_COMPILATION_CACHE_DIR"] = str(REPOSITORY / ".cache" / "jax")
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
+os.environ["XDG_CACHE_HOME"] = str(REPOSITORY / ".cache")
 
 import pytest
 from jaxtyping import install_import_hook

@@ -456,3 +456,72 @@ def test_two_processes_train_as_one_does_and_go_on_together(
     assert losses(together).keys() == expected.keys()
     for step, loss in losses(together).items():
         assert loss == pytest.approx(expected[step], rel=1e-4), step
+
+
+PROGRAM = """
+import jax, jax.numpy as jnp
+from sppnet_jax import cli
+
+def main(argv):
+    jax.jit(lambda x: jnp.sin(x) @ x)(jnp.ones((8, 8))).block_until_ready()
+    print(jax.config.jax_compilation_cache_dir)
+
+cli.run(main)
+"""
+
+
+def start_a_program(cache_home, **environment):
+    """A command line of one small program, as the first in a user's cache folder."""
+    given = {
+        **os.environ,
+        "XDG_CACHE_HOME": str(cache_home),
+        "JAX_COMPILATION_CACHE_DIR": "",
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_LOG_COMPILES": "1",
+        **environment,
+    }
+    return subprocess.run(
+        [sys.executable, "-c", PROGRAM],
+        cwd=REPOSITORY,
+        env=given,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+
+
+def test_a_second_start_loads_its_programs_from_the_user_s_cache_folder(tmp_path):
+    hit = "Persistent compilation cache hit for 'jit__lambda'"
+    first = start_a_program(tmp_path)
+    folder = tmp_path / "sppnet_jax" / "jax"
+    assert first.stdout.strip() == str(folder)
+    assert hit not in first.stderr
+    kept = sorted(folder.iterdir())
+    assert any(path.name.startswith("jit__lambda") for path in kept)
+    assert hit in start_a_program(tmp_path).stderr
+    assert sorted(folder.iterdir()) == kept
+
+
+def test_the_cache_is_where_jax_was_told_and_off_where_it_was_told(tmp_path):
+    elsewhere = str(tmp_path / "elsewhere")
+    given = start_a_program(tmp_path, JAX_COMPILATION_CACHE_DIR=elsewhere)
+    assert given.stdout.strip() == elsewhere
+    off = start_a_program(tmp_path, JAX_ENABLE_COMPILATION_CACHE="0")
+    assert off.stdout.strip() in ("", "None")
+    assert [path.name for path in tmp_path.iterdir()] == ["elsewhere"]
+
+
+def test_a_cache_folder_that_can_t_be_made_is_a_warning(tmp_path):
+    file = tmp_path / "file"
+    file.touch()
+    result = start_a_program(file)
+    assert result.stdout.strip() in ("", "None")
+    assert "compiled programs are not kept" in result.stderr
+    assert str(file) in result.stderr
+
+
+def test_a_damaged_program_in_the_cache_is_compiled_anew(tmp_path):
+    start_a_program(tmp_path)
+    for path in (tmp_path / "sppnet_jax" / "jax").iterdir():
+        path.write_bytes(path.read_bytes()[:100])
+    assert "Error reading persistent" in start_a_program(tmp_path).stderr

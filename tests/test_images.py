@@ -283,3 +283,34 @@ def test_random_resized_crops_keep_to_their_least_area() -> None:
         areas.append(spans[0] * spans[1] / 100**2)
     assert min(areas) > 0.45
     assert max(areas) > 0.8
+
+
+def test_areas_are_averaged_to_the_bit_as_opencv_averages_bytes() -> None:
+    """Random sizes: shrunk by any factor, whole factors, one side grown."""
+    random = np.random.default_rng(3)
+    in_float = 0
+    for number in range(200):
+        height, width = random.integers(2, 150, 2).tolist()
+        # Few values make many means that lie between two numbers.
+        image = random.integers(0, 2 + number % 5, (height, width, 3)) * 51
+        image = image.astype(np.uint8)
+        if number % 4 == 0:
+            new_height, new_width = max(1, height // 2), max(1, width // 3)
+        else:
+            new_height = int(random.integers(1, height + 20))
+            new_width = int(random.integers(1, width))
+        if new_height * new_width >= height * width:
+            continue
+        found = images._resize(image, new_height, new_width)
+        expected = cv2.resize(
+            image, (new_width, new_height), interpolation=cv2.INTER_AREA
+        )
+        np.testing.assert_array_equal(found, expected)
+        in_float += images._averages_in_float(height, width, new_height, new_width)
+    assert in_float > 50
+
+
+def test_a_mirrored_image_is_reversed_in_its_columns() -> None:
+    image = picture(12, 9)
+    part = image[2:9, 1:8]  # a view, as crops are
+    np.testing.assert_array_equal(images.mirror(part), part[:, ::-1])

@@ -360,3 +360,61 @@ def test_broken_images_are_named_once_and_counted(caplog):
     named, total = caplog.messages
     assert "2.png: truncated" in named
     assert "skipped 1 broken images of the 5" in total
+
+
+def traces(workdir):
+    return sorted((workdir / "profile").glob("plugins/profile/*/*.xplane.pb"))
+
+
+def traced_steps(path):
+    """The numbers of the steps in a trace, by JAX's own reader."""
+    steps = set()
+    for plane in jax.profiler.ProfileData.from_file(str(path)).planes:
+        for line in plane.lines:
+            for event in line.events:
+                if event.name == "train":
+                    steps.add(dict(event.stats)["step_num"])
+    return sorted(steps)
+
+
+def test_a_profile_holds_the_steps_asked_for_and_changes_no_loss(
+    uninterrupted, tmp_path, caplog
+):
+    with caplog.at_level(logging.INFO, logger="sppnet_jax"):
+        rows = run_training(tmp_path, profile_steps=2)
+    assert losses(rows) == losses(uninterrupted)
+    (path,) = traces(tmp_path)
+    assert traced_steps(path) == [3, 4]
+    (message,) = (text for text in caplog.messages if "profile" in text)
+    assert f"2 steps from step 4 on is in {tmp_path / 'profile'}" in message
+
+
+def test_a_training_that_ends_while_profiled_leaves_a_trace_and_so_does_its_resume(
+    tmp_path,
+):
+    run_training(tmp_path, profile_steps=100, max_steps=5)
+    (first_trace,) = traces(tmp_path)
+    assert traced_steps(first_trace) == [3, 4]
+    run_training(tmp_path, profile_steps=1)
+    first_again, second = traces(tmp_path)
+    assert first_again == first_trace
+    assert traced_steps(second) == [8]
+
+
+def test_an_error_while_profiled_leaves_a_trace(tmp_path, monkeypatch):
+    from sppnet_jax.metrics import MetricsLog
+
+    def fail_at_step_5(self, split, step, values):
+        if step == 5:
+            raise OSError("the disk is full")
+
+    monkeypatch.setattr(MetricsLog, "write", fail_at_step_5)
+    with pytest.raises(OSError, match="disk is full"):
+        run_training(tmp_path, profile_steps=100)
+    assert len(traces(tmp_path)) == 1
+
+
+def test_a_run_too_short_to_be_profiled_says_so(tmp_path, caplog):
+    run_training(tmp_path, profile_steps=1, max_steps=3)
+    assert "no step was profiled: the training ended before its step 4" in caplog.text
+    assert not traces(tmp_path)

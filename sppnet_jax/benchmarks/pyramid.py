@@ -63,7 +63,7 @@ def _rows(case: Case, dtype: str, torch: Any, setting: Setting) -> list[Row]:
                 torch, maps, weights, case.levels, dtype, getattr(torch, form)
             )
     differ = {name: _difference(other, passes) for name, other in alternatives.items()}
-    rows = []
+    rows: list[Row] = []
     for number, pass_name in enumerate(PASSES):
         seconds = time_in_turn(
             {name: calls[number] for name, calls in alternatives.items()},

@@ -12,6 +12,8 @@ import numpy as np
 from sppnet_jax import parallel
 from sppnet_jax.checkpoints import Checkpoints
 from sppnet_jax.classification.preprocess import Preprocessing
+from sppnet_jax.classification.profile import FOLDER as PROFILE
+from sppnet_jax.classification.profile import Profile
 from sppnet_jax.classification.progress import DivergedError, Progress, fresh_memory
 from sppnet_jax.classification.schedule import Schedule
 from sppnet_jax.classification.sizes import epoch_size
@@ -40,6 +42,7 @@ class Run(NamedTuple):
     the batches bring them. `size_multiple`: of sizes that are drawn.
     `checkpoint_steps`: 0 saves at the end of every epoch; otherwise also every so many
     steps. `max_steps`: stops early, as if interrupted; 0 for the whole run.
+    `profile_steps`: so many steps are traced, see profile.py; 0 for none.
     """
 
     epochs: int
@@ -51,6 +54,7 @@ class Run(NamedTuple):
     checkpoint_steps: int = 0
     keep_checkpoints: int = 2
     max_steps: int = 0
+    profile_steps: int = 0
 
 
 def train(
@@ -101,28 +105,33 @@ def train(
                 batch_size=run.batch_size,
                 log_steps=run.log_steps,
             ) as progress,
+            Profile(
+                workdir / PROFILE, steps=run.profile_steps if first else 0, start=step
+            ) as profile,
         ):
             stopping = False
             while step < last_step and not stopping:
-                batch = next(batches)
-                broken.report(batch)
-                rate = schedule.rate(
-                    step,
-                    steps_per_epoch=epoch_steps,
-                    total_steps=total_steps,
-                    validation_errors=memory["validation_errors"],
-                )
-                size = _epoch_size(run, step // epoch_steps)
-                known = size in programs
-                if not known:
-                    programs[size] = make_train_step(
-                        model, optimizer, preprocessing, size=size
+                with profile.step(step):
+                    batch = next(batches)
+                    broken.report(batch)
+                    rate = schedule.rate(
+                        step,
+                        steps_per_epoch=epoch_steps,
+                        total_steps=total_steps,
+                        validation_errors=memory["validation_errors"],
                     )
-                inputs, started = shard_batch(batch), time.monotonic()
-                state, metrics = programs[size](state, inputs, np.float32(rate))
-                if not known:  # the call returns when the program is compiled
-                    progress.compiled(step, size, time.monotonic() - started)
+                    size = _epoch_size(run, step // epoch_steps)
+                    known = size in programs
+                    if not known:
+                        programs[size] = make_train_step(
+                            model, optimizer, preprocessing, size=size
+                        )
+                    inputs, started = shard_batch(batch), time.monotonic()
+                    state, metrics = programs[size](state, inputs, np.float32(rate))
+                    if not known:  # the call returns when the program is compiled
+                        progress.compiled(step, size, time.monotonic() - started)
                 step += 1
+                profile.add(metrics)
                 progress.add(step, rate, metrics)
                 epoch_ends = step % epoch_steps == 0
                 if epoch_ends:

@@ -14,7 +14,6 @@ from typing import Any, ClassVar, NamedTuple
 
 import cv2
 import numpy as np
-import sklearn.datasets
 import tensorflow_datasets as tfds
 
 from sppnet_jax.data.voc_folder import detection_features
@@ -87,7 +86,9 @@ def digit_split(split: str) -> np.ndarray:
 
     Returns: int [N], ascending, into `sklearn.datasets.load_digits()`.
     """
-    labels = sklearn.datasets.load_digits().target
+    from sklearn.datasets import load_digits  # takes a while, and only to prepare
+
+    labels = load_digits().target
     rng = np.random.default_rng(_SEED)
     chosen = []
     for label in range(len(CLASS_NAMES)):
@@ -104,8 +105,10 @@ class _Materials(NamedTuple):
 
 
 def _load_materials() -> _Materials:
-    digits = sklearn.datasets.load_digits()
-    photographs = sklearn.datasets.load_sample_images().images
+    from sklearn.datasets import load_digits, load_sample_images
+
+    digits = load_digits()
+    photographs = load_sample_images().images
     return _Materials(digits.images / 16.0, digits.target, photographs)
 
 

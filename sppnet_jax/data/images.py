@@ -20,6 +20,7 @@ POSITIONS = (*CENTER_AND_CORNERS, "top", "bottom", "left", "right")
 
 # Longest side that `resize_shorter_side` makes: a needle of an image would fill memory.
 _LONGEST_SIDE = 32_767
+_MOST_IN_FLOAT = 1_000_000  # pixels
 _HEADER_FORMATS = ("BMP", "JPEG", "PNG", "WEBP")
 _ORIENTATION = 0x0112
 _JPEG_MARKER = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")
@@ -171,6 +172,11 @@ def random_crop(image: np.ndarray, size: int, rng: np.random.Generator) -> np.nd
     return image[top : top + size, left : left + size]
 
 
+def mirror(image: np.ndarray) -> np.ndarray:
+    """Mirrors an image, left for right: uint8 [H, W, 3], contiguous."""
+    return cv2.flip(image, 1)  # NumPy copies a reversed axis byte by byte
+
+
 def random_resized_crop(
     image: np.ndarray,
     size: int,
@@ -218,9 +224,26 @@ def _shorter_side_size(height: int, width: int, side: int) -> tuple[int, int]:
 def _resize(image: np.ndarray, height: int, width: int) -> np.ndarray:
     if image.shape[:2] == (height, width):
         return image
-    shrinks = height * width < image.shape[0] * image.shape[1]
-    interpolation = cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR
-    return cv2.resize(image, (width, height), interpolation=interpolation)
+    rows, columns = image.shape[:2]
+    if height * width >= rows * columns:
+        return cv2.resize(image, (width, height), interpolation=cv2.INTER_LINEAR)
+    if not _averages_in_float(rows, columns, height, width):
+        return cv2.resize(image, (width, height), interpolation=cv2.INTER_AREA)
+    # OpenCV averages bytes by converting each anew for every use, in the same order.
+    precise = image.astype(np.float32)
+    averaged = cv2.resize(precise, (width, height), interpolation=cv2.INTER_AREA)
+    return cv2.convertScaleAbs(averaged)  # rounds; all are within 0 to 255
+
+
+def _averages_in_float(rows: int, columns: int, height: int, width: int) -> bool:
+    """Whether OpenCV averages areas of bytes in float32, and they are few enough.
+
+    Whole factors have integer arithmetic of their own; where one side grows, it
+    interpolates. Large images would take four times their memory.
+    """
+    shrinks = height <= rows and width <= columns
+    whole = rows % height == 0 and columns % width == 0
+    return shrinks and not whole and rows * columns <= _MOST_IN_FLOAT
 
 
 def _room(image: np.ndarray, size: int) -> tuple[int, int]:

@@ -282,7 +282,7 @@ def _augment(
             position = positions[rng.integers(len(positions))]
             image = images.crop(image, image_size, position)
     if flip and rng.random() < 0.5:
-        image = image[:, ::-1]
+        image = images.mirror(image)
     return image
 
 

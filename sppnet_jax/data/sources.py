@@ -24,7 +24,7 @@ from typing import Any, NamedTuple, NotRequired, Protocol, TypedDict
 import numpy as np
 import tensorflow_datasets as tfds
 
-from sppnet_jax.data import image_folder, voc_folder
+from sppnet_jax.data import digit_scenes, image_folder, voc_folder
 
 log = logging.getLogger(__name__)
 
@@ -84,6 +84,7 @@ class TfdsRecords:
             if isinstance(feature, tfds.features.Image)
         }
         self._examples = builder.as_data_source(split, decoders=images)
+        self._folder = os.fspath(builder.data_path)
         self._full_name = builder.info.full_name
         self._split = split
         self._keys = keys
@@ -96,6 +97,19 @@ class TfdsRecords:
         if not 0 <= index < len(self):
             raise IndexError(f"no record {index} in {len(self)} of {self._split!r}")
         return self._to_record(self._examples[index], f"{self._split}[{index}]")
+
+    def state(self) -> str:
+        """What changes if another split is read, or the files are made anew.
+
+        Their names, sizes and times of change; "" if they are not on a local disk.
+        """
+        if not os.path.isdir(self._folder):
+            return ""
+        files = sorted(
+            (entry.name, entry.stat().st_size, entry.stat().st_mtime_ns)
+            for entry in os.scandir(self._folder)
+        )
+        return repr((self._full_name, self._split, len(self), self._keys, files))
 
     def _to_record(self, example: dict[str, Any], name: str) -> Record:
         if self._keys.name:
@@ -291,9 +305,6 @@ def _prepare_voc_folder(root: str, directory: Path) -> tfds.core.DatasetBuilder:
 
 
 def _prepare_digit_scenes(dataset: str, directory: Path) -> tfds.core.DatasetBuilder:
-    # Worker processes import this module, but have no need of scikit-learn.
-    from sppnet_jax.data import digit_scenes
-
     config = dataset.partition("/")[2]
     configs = [config.name for config in digit_scenes.DigitScenes.BUILDER_CONFIGS]
     if config not in configs:

@@ -1,12 +1,18 @@
 """The mean image and the colour covariance of a training set."""
 
+import hashlib
+import logging
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from tqdm import tqdm
 
 from sppnet_jax.data.pipeline import eval_batches
-from sppnet_jax.data.sources import Record, Records, Source
+from sppnet_jax.data.sources import Record, Records, Source, TfdsRecords
+from sppnet_jax.run_folder import read_arrays, write_arrays
+
+log = logging.getLogger(__name__)
 
 
 class Statistics(NamedTuple):
@@ -14,6 +20,43 @@ class Statistics(NamedTuple):
 
     mean_image: np.ndarray
     covariance: np.ndarray
+
+
+def kept_statistics(
+    source: Source,
+    folder: Path,
+    *,
+    image_size: int,
+    resize_side: int,
+    max_images: int = 10_000,
+    threads: int = 4,
+) -> Statistics:
+    """`image_statistics` of the same arguments, computed once and kept in a folder.
+
+    Found again by the files that the records are read from, their sizes and times, and
+    the sizes of images here. What can't be written or read is computed.
+    """
+    settings = {
+        "image_size": image_size,
+        "resize_side": resize_side,
+        "max_images": max_images,
+    }
+    state = source.records.state() if isinstance(source.records, TfdsRecords) else ""
+    key = hashlib.sha256(repr((state, settings)).encode()).hexdigest()[:32]
+    path = folder / f"{key}.npz"
+    if state and path.exists():
+        try:
+            return Statistics(**read_arrays(path))
+        except Exception as error:  # NumPy raises errors of many types for odd files
+            log.warning("%s can't be read, so it is made again: %s", path, error)
+    statistics = image_statistics(source, **settings, threads=threads)
+    if state:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            write_arrays(path, **statistics._asdict())
+        except OSError as error:
+            log.warning("the statistics of the images are not kept: %s", error)
+    return statistics
 
 
 def image_statistics(

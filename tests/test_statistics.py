@@ -1,0 +1,111 @@
+"""The statistics of a training set: by their definition, and found again."""
+
+import os
+
+import numpy as np
+import pytest
+from data_helpers import encode, picture
+
+from sppnet_jax.data import statistics
+from sppnet_jax.data.images import crop, decode_image, resize_shorter_side
+from sppnet_jax.data.sources import open_source
+from sppnet_jax.data.statistics import image_statistics, kept_statistics
+
+SIZES = {"image_size": 16, "resize_side": 18}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    for kind in ("a", "b"):
+        (tmp_path / "images" / kind).mkdir(parents=True)
+        for number in range(10):
+            image = picture(20 + number, 24, seed=number)
+            path = tmp_path / "images" / kind / f"{number}.png"
+            path.write_bytes(encode(image))
+    return tmp_path / "images"
+
+
+def opened(folder):
+    data_dir = str(folder.parent / "prepared")
+    return open_source("image_folder", "train", root=str(folder), data_dir=data_dir)
+
+
+def test_they_are_the_mean_image_and_the_covariance_of_all_pixels(folder):
+    source = opened(folder)
+    crops = []
+    for index in range(len(source.records)):
+        image = decode_image(source.records[index]["image"])
+        crops.append(crop(resize_shorter_side(image, 18), 16, "center"))
+    pixels = np.stack(crops).astype(np.float64)
+    found = image_statistics(source, **SIZES)
+    np.testing.assert_allclose(found.mean_image, pixels.mean(axis=0), rtol=1e-6)
+    expected = np.cov(pixels.reshape(-1, 3).T, bias=True)
+    np.testing.assert_allclose(found.covariance, expected, rtol=1e-4, atol=1e-2)
+
+
+def count_computations(monkeypatch):
+    computed = []
+
+    def counted(source, **settings):
+        computed.append(settings)
+        return image_statistics(source, **settings)
+
+    monkeypatch.setattr(statistics, "image_statistics", counted)
+    return computed
+
+
+def test_they_are_computed_once_for_the_same_images_and_sizes(
+    folder, tmp_path, monkeypatch
+):
+    computed = count_computations(monkeypatch)
+    source = opened(folder)
+    kept = tmp_path / "kept"
+    first = kept_statistics(source, kept, **SIZES)
+    again = kept_statistics(opened(folder), kept, **SIZES)
+    assert len(computed) == 1
+    for one, other in zip(first, again, strict=True):
+        np.testing.assert_array_equal(one, other)
+    kept_statistics(source, kept, image_size=17, resize_side=18)
+    kept_statistics(source, kept, **SIZES, max_images=5)
+    assert len(computed) == 3
+
+
+def test_images_that_were_changed_are_read_anew(folder, tmp_path, monkeypatch):
+    computed = count_computations(monkeypatch)
+    kept = tmp_path / "kept"
+    before = kept_statistics(opened(folder), kept, **SIZES)
+    for path in folder.rglob("*.png"):
+        path.write_bytes(encode(picture(30, 24, seed=99)))
+    after = kept_statistics(opened(folder), kept, **SIZES)
+    assert len(computed) == 2
+    assert np.abs(before.mean_image - after.mean_image).max() > 1
+
+
+def test_files_made_anew_in_the_same_place_are_read_anew(folder):
+    source = opened(folder)
+    state = source.records.state()
+    assert state
+    assert opened(folder).records.state() == state
+    data_dir = folder.parent / "prepared"
+    (file,) = data_dir.rglob("*train*array_record*")
+    os.utime(file, ns=(0, 0))
+    assert source.records.state() != state
+
+
+def test_a_damaged_file_is_made_again_and_an_unwritable_folder_is_a_warning(
+    folder, tmp_path, monkeypatch, caplog
+):
+    computed = count_computations(monkeypatch)
+    source = opened(folder)
+    kept = tmp_path / "kept"
+    kept_statistics(source, kept, **SIZES)
+    (path,) = kept.iterdir()
+    path.write_bytes(b"not an archive")
+    kept_statistics(source, kept, **SIZES)
+    assert "can't be read, so it is made again" in caplog.text
+    kept_statistics(source, kept, **SIZES)
+    assert len(computed) == 2
+    caplog.clear()
+    kept_statistics(source, path / "below a file", **SIZES)
+    assert "are not kept" in caplog.text
+    assert len(computed) == 3
