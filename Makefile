@@ -1,5 +1,6 @@
 # make demo: a small SPP-net and its detector, trained and tested in some minutes.
 # make test: the whole test suite.        PYTHON=python3.13 make test: on that Python.
+# make notebooks: runs every notebook from top to bottom, as a test.
 
 PYTHON ?= python3
 VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
@@ -9,7 +10,7 @@ endif
 VENV := .venv-$(VERSION)
 RUN := runs/demo
 
-.PHONY: demo test lint clean
+.PHONY: demo test notebooks lint clean
 
 demo: $(VENV)/demo
 	$(VENV)/bin/python -m sppnet_jax.train --config=configs/digits.py --workdir=$(RUN)
@@ -23,7 +24,10 @@ demo: $(VENV)/demo
 	@echo "The detector is in $(RUN)/detect: test/examples.png, test/results.json."
 
 test: $(VENV)/dev
-	$(VENV)/bin/python -m pytest -n 2
+	$(VENV)/bin/python -m pytest -n 2 -m "not notebook"
+
+notebooks: $(VENV)/dev
+	$(VENV)/bin/python -m pytest -n 2 -m notebook
 
 lint: $(VENV)/dev
 	$(VENV)/bin/ruff check .

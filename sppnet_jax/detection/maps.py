@@ -143,6 +143,20 @@ def map_function(model: SPPNet, preprocessing: Preprocessing) -> Any:
     return maps
 
 
+def convolve_image(
+    model: SPPNet, params: Any, preprocessing: Preprocessing, image: np.ndarray
+) -> np.ndarray:
+    """The last map of one image at the size it has.
+
+    `image`: uint8 [height, width, 3], resized already. A new size compiles a program.
+
+    Returns: float32 [rows, columns, channels].
+    """
+    sizes = np.array([image.shape[:2]], np.int32)
+    maps = jax.jit(map_function(model, preprocessing))(params, image[None], sizes)
+    return np.asarray(maps)[0]
+
+
 def load_maps(folder: Path, sides: Sequence[int], index: int) -> list[np.ndarray]:
     """The maps of one image at all scales, float [rows, columns, channels] each.
 
