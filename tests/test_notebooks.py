@@ -107,6 +107,7 @@ def test_a_notebook_calls_the_library_and_defines_no_logic_of_its_own(path):
                 assert lines <= LONGEST_FUNCTION, f"{node.name} has {lines} lines"
 
 
+@pytest.mark.slow
 @pytest.mark.notebook
 @each
 def test_a_notebook_runs_from_top_to_bottom(path, tmp_path, digit_scenes_dir):

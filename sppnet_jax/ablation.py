@@ -1,0 +1,365 @@
+"""Trains the same network with different pyramids and tells what each is worth.
+
+    from sppnet_jax.ablation import ablate
+    from sppnet_jax.ablation_report import ablation_table, plot_ablation
+
+    rows = ablate([(6, 3, 2, 1), (1,), None], seeds=(0, 1), epochs=4)
+    pandas.DataFrame(rows)  # or ablation_table(rows), plot_ablation(rows)
+
+Each network has a folder of its own, below one that is named after the settings that
+all share. So a cell that is run again trains only what is new in it, and goes on where
+it was interrupted; and no setting can be mistaken for another.
+"""
+
+import contextlib
+import difflib
+import hashlib
+import io
+import json
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from ml_collections import ConfigDict
+
+from sppnet_jax.config import base_config, check_config
+from sppnet_jax.spp import check_levels
+
+if TYPE_CHECKING:
+    from sppnet_jax.data.sources import Source
+
+Levels = tuple[int, ...] | None
+
+DIVERGED, SECONDS = "diverged.txt", "seconds.json"
+# How a network is trained, not what becomes of it.
+_NO_MATTER = (
+    *("log_steps", "checkpoint_steps", "keep_checkpoints", "profile_steps"),
+    *("data.workers", "data.threads", "data.data_dir"),
+)
+_NOT_HERE = {
+    "seed": "give seeds=(0, 1)",
+    "model.levels": "give the pyramids as levels=[(6, 3, 2, 1), (1,), None]",
+    "max_steps": "only finished networks can be compared: give epochs",
+}
+
+
+class AblationRow(NamedTuple):
+    """One network of an ablation; many make a tidy table.
+
+    `levels`: its pyramid, None for the twin without SPP. `seed`: of its weights and of
+    the order of its data. `bins`: what the last map is pooled into, for each channel.
+    `fc6_inputs`: the length of the pooled vector. `fc6_parameters`: weights and biases.
+    `top1`: the share of the tested images that it names right, 0 to 1; None where the
+    training diverged. `images`: how many were tested. `seconds`: of training, with
+    compiling and the tests after each epoch; what was killed on the way is not in it.
+    `diverged`: why there is no result, else "". `workdir`: the network's folder.
+    """
+
+    levels: Levels
+    seed: int
+    bins: int
+    fc6_inputs: int
+    fc6_parameters: int
+    top1: float | None
+    images: int
+    seconds: float
+    diverged: str
+    workdir: str
+
+
+def ablate(
+    levels: Sequence[Sequence[int] | None] = ((6, 3, 2, 1), (4, 3, 2, 1), (1,), None),
+    seeds: Sequence[int] = (0, 1),
+    *,
+    config: ConfigDict | None = None,
+    folder: str | Path = "runs/ablation",
+    protocol: str = "single",
+    **settings: Any,
+) -> list[AblationRow]:
+    """Trains and tests a network for each pyramid and seed, unless that is done.
+
+    `levels`: the pyramids; None, or (), is the twin without SPP.
+    `seeds`: of the networks that each pyramid gets; whole numbers from 0 on.
+    `config`: all other settings, of any file in configs/; the default, `small_config`,
+    trains on the embedded digit scenes.
+    `folder`: where the networks are kept. Other settings or other data make other
+    networks beside those that are there.
+    `protocol`: how they are tested, "single" (the centre crop) or another of
+    `sppnet_jax.evaluate`.
+    `settings`: fields of the config that are to be others, `epochs=8`,
+    `model={"width": 0.25}` or `**{"model.width": 0.25}`.
+
+    It goes seed by seed, so that an interrupted ablation has compared all pyramids at
+    some. One network's training may diverge: its row says why, and the others go on.
+
+    Returns: a row for each network, by pyramid and then by seed, in the order given.
+    Raises: ValueError for pyramids, seeds or settings that can't work, before any
+    training; KeyboardInterrupt after one was interrupted and saved.
+    """
+    pyramids, seeds = _check_pyramids(levels), _check_seeds(seeds)
+    shared = _changed(small_config() if config is None else config, settings)
+    configs = {
+        (pyramid, seed): _one_config(shared, pyramid, seed)
+        for seed in seeds
+        for pyramid in pyramids
+    }
+    _check_protocol(protocol, pyramids)
+    for one in configs.values():
+        check_config(one)
+
+    # Here, not above: a mistake in the arguments should show before these are loaded.
+    from sppnet_jax import caches, from_config, parallel
+
+    parallel.check_batch_size(shared.batch_size)
+    caches.use_compilation_cache()  # the seeds of a pyramid compile the same programs
+    train, test = (from_config.open_split(shared, name) for name in ("train", "test"))
+    below = Path(folder).expanduser() / _digest(shared, train, test)
+    rows = {}
+    for number, ((pyramid, seed), one) in enumerate(configs.items(), start=1):
+        name = f"{'-'.join(map(str, pyramid or ())) or 'no_spp'}_seed{seed}"
+        title = f"network {number} of {len(configs)}: {label(pyramid)}, seed {seed}"
+        row = _network(one, pyramid, below / name, train, protocol, title)
+        rows[pyramid, seed] = row
+    return [rows[pyramid, seed] for pyramid in pyramids for seed in seeds]
+
+
+def small_config() -> ConfigDict:
+    """A setting that trains in half a minute: configs/digits.py, made small.
+
+    A ZF-5 of 1/12 width sees the centre of each embedded digit scene three times:
+    enough to learn from, not for the best accuracy. At its 64 pixels the last map has
+    3×3 cells, so the twin without SPP pools it into one bin, as (1,) does.
+    """
+    config = base_config()
+    config.epochs = 3
+    config.batch_size = 32
+    config.model.width = 1 / 12
+    config.model.dropout = 0.0
+    config.model.weight_init = "he"
+    config.data.name = "digit_scenes/classification"
+    config.data.image_size = 64
+    config.data.resize_side = 72
+    config.data.crop = "center"
+    config.data.flip = False  # a mirrored digit is no digit
+    config.scale = 64.0
+    config.color_sigma = 0.0
+    config.schedule = "cosine"
+    config.warmup_epochs = 0.3
+    config.learning_rate = 0.03
+    config.nesterov = True
+    config.log_steps = 10
+    config.keep_checkpoints = 1
+    return config
+
+
+def label(levels: Levels) -> str:
+    """A pyramid in the paper's words: {6,3,2,1}, or no SPP."""
+    return f"{{{','.join(map(str, levels))}}}" if levels else "no SPP"
+
+
+def _network(
+    config: ConfigDict,
+    levels: Levels,
+    workdir: Path,
+    train: "Source",
+    protocol: str,
+    title: str,
+) -> AblationRow:
+    """The row of one network, trained and tested if that was not done before."""
+    from sppnet_jax import run_folder
+    from sppnet_jax.classification.progress import DivergedError
+
+    result = workdir / f"ablation_{protocol}.json"
+    reason, report = "", dict[str, Any](top1=None, count=0)
+    if (workdir / DIVERGED).exists():
+        reason = (workdir / DIVERGED).read_text().strip()
+    elif run_folder.has_checkpoint(workdir) and result.exists():
+        report = run_folder.read_json(result)
+    else:
+        _say(title)
+        try:
+            _train(config, workdir, train)
+            report = _test(config, workdir, protocol)
+            run_folder.write_json(result, report)
+        except DivergedError as error:
+            reason = str(error)
+            (workdir / DIVERGED).write_text(f"{reason}\n")
+        _say(f"  diverged: {reason}" if reason else f"  top-1 {report['top1']:.1%}")
+    inputs, parameters, channels = _fc6(config, len(train.class_names))
+    return AblationRow(
+        levels=levels,
+        seed=config.seed,
+        bins=inputs // channels,
+        fc6_inputs=inputs,
+        fc6_parameters=parameters,
+        top1=report["top1"],
+        images=report["count"],
+        seconds=_seconds(workdir),
+        diverged=reason,
+        workdir=str(workdir),
+    )
+
+
+def _train(config: ConfigDict, workdir: Path, train: "Source") -> None:
+    """Trains a network to its end, from where it was left."""
+    import jax
+
+    from sppnet_jax import from_config
+    from sppnet_jax.data.pipeline import steps_per_epoch
+    from sppnet_jax.train import train_from_config
+
+    steps = config.epochs * steps_per_epoch(train, config.batch_size)
+    before, started = _seconds(workdir), time.monotonic()
+    try:
+        train_from_config(config, workdir)
+    finally:
+        workdir.mkdir(parents=True, exist_ok=True)
+        seconds = before + time.monotonic() - started
+        (workdir / SECONDS).write_text(json.dumps(round(seconds, 2)))
+    jax.clear_caches()  # there may be dozens of networks in one process
+    if from_config.checkpoint_step(workdir) != steps:
+        raise KeyboardInterrupt  # the training was, and has saved where it stopped
+
+
+def _test(config: ConfigDict, workdir: Path, protocol: str) -> dict[str, Any]:
+    from sppnet_jax.evaluate import evaluate_from_config
+
+    # What it prints is for a command line.
+    with contextlib.redirect_stdout(io.StringIO()):
+        return evaluate_from_config(config, [workdir], protocol)
+
+
+def _fc6(config: ConfigDict, num_classes: int) -> tuple[int, int, int]:
+    """What fc6 takes and how many parameters it has; the channels of the last map."""
+    import jax
+
+    from sppnet_jax import from_config
+    from sppnet_jax.classification.step import init_params
+
+    model = from_config.make_model(config, num_classes)
+    shapes = jax.eval_shape(lambda rng: init_params(model, rng), jax.random.PRNGKey(0))
+    convs = [name for name in shapes if name.startswith("conv")]
+    last = max(convs, key=lambda name: int(name.removeprefix("conv")))
+    kernel, bias = shapes["fc6"]["kernel"], shapes["fc6"]["bias"]
+    return kernel.shape[0], kernel.size + bias.size, shapes[last]["kernel"].shape[-1]
+
+
+def _seconds(workdir: Path) -> float:
+    path = workdir / SECONDS
+    return float(json.loads(path.read_text())) if path.exists() else 0.0
+
+
+def _say(text: str) -> None:
+    from tqdm import tqdm
+
+    tqdm.write(text, file=sys.stderr)
+
+
+def _one_config(shared: ConfigDict, pyramid: Levels, seed: int) -> ConfigDict:
+    config = shared.copy_and_resolve_references()
+    config.seed = seed
+    config.model.levels = pyramid or ()
+    return config
+
+
+def _digest(config: ConfigDict, train: "Source", test: "Source") -> str:
+    """Eight letters for all that the networks of an ablation have in common."""
+    told = {name: value for name, value in _fields(config) if name not in _NO_MATTER}
+    for name in _NOT_HERE:
+        told.pop(name)
+    splits = [
+        (source.name, source.split, len(source.records), source.class_names)
+        for source in (train, test)
+    ]
+    text = json.dumps([told, splits], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:8]
+
+
+def _fields(group: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
+    """Every field of a config, or of dicts in dicts, by its dotted name."""
+    for name, value in group.items():
+        if isinstance(value, Mapping | ConfigDict):
+            yield from _fields(value, f"{above}{name}.")
+        else:
+            yield f"{above}{name}", value
+
+
+def _changed(config: ConfigDict, settings: Mapping[str, Any]) -> ConfigDict:
+    """A copy of the config with other values of some fields."""
+    if not isinstance(config, ConfigDict):
+        raise ValueError(
+            "config must be a ConfigDict such as configs.digits.get_config(), got "
+            f"{config!r}"
+        )
+    config = config.copy_and_resolve_references()
+    known = [name for name, _ in _fields(config)]
+    for name, value in _fields(settings):
+        if name in _NOT_HERE:
+            raise ValueError(f"{name}={value!r} can't be given here: {_NOT_HERE[name]}")
+        if name not in known:
+            close = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+            close += [one for one in known if one.endswith(f".{name}")]
+            hint = f"did you mean {' or '.join(close)}?" if close else ", ".join(known)
+            raise ValueError(f"unknown setting {name!r}: {hint}")
+        *groups, field = name.split(".")
+        group = config
+        for one in groups:
+            group = group[one]
+        try:
+            group[field] = value
+        except TypeError as error:
+            raise ValueError(f"{name}={value!r} can't be set: {error}") from error
+    if config.get("max_steps"):
+        raise ValueError(
+            f"config.max_steps is {config.max_steps}: set it to 0, since "
+            f"{_NOT_HERE['max_steps']}"
+        )
+    return config
+
+
+def _check_pyramids(levels: Sequence[Sequence[int] | None]) -> list[Levels]:
+    listed = isinstance(levels, Sequence) and not isinstance(levels, str)
+    if not listed or not levels or any(isinstance(one, int) for one in levels):
+        raise ValueError(
+            "levels must be a list of pyramids such as [(6, 3, 2, 1), (1,), None], got "
+            f"{levels!r}"
+        )
+    pyramids = [None if one in (None, (), []) else check_levels(one) for one in levels]
+    _check_distinct("levels", pyramids)
+    return pyramids
+
+
+def _check_seeds(seeds: Sequence[int]) -> list[int]:
+    if isinstance(seeds, int | str) or not len(seeds):
+        raise ValueError(
+            f"seeds must be a list such as (0, 1) or range(3), got {seeds!r}"
+        )
+    if not all(isinstance(seed, int) and 0 <= seed < 2**32 for seed in seeds):
+        raise ValueError(
+            f"seeds must be whole numbers from 0 to 2**32 − 1, got {tuple(seeds)!r}"
+        )
+    _check_distinct("seeds", seeds)
+    return list(seeds)
+
+
+def _check_distinct(name: str, values: Sequence[Any]) -> None:
+    twice = [value for k, value in enumerate(values) if value in values[:k]]
+    if twice:
+        raise ValueError(f"{name} holds {twice[0]!r} twice: each network is made once")
+
+
+def _check_protocol(protocol: str, pyramids: Sequence[Levels]) -> None:
+    from sppnet_jax.classification import views
+
+    if protocol not in views.NAMES:
+        raise ValueError(
+            f"unknown protocol {protocol!r}: choose from {', '.join(views.NAMES)}"
+        )
+    if None in pyramids and protocol not in views.ON_CROPS:
+        raise ValueError(
+            f"a network without SPP (None) can't be tested with {protocol!r}, which "
+            "pools from maps of any size: leave it out of levels, or use protocol="
+            f"{' or '.join(map(repr, views.ON_CROPS))}"
+        )

@@ -1,0 +1,304 @@
+"""Ablations of pyramids: what is trained, what is told of it, what is refused."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from configs import digits
+from sppnet_jax import ablation, from_config, saved_config, train
+from sppnet_jax.ablation import AblationRow, ablate, small_config
+from sppnet_jax.ablation_report import ablation_table, plot_ablation
+from sppnet_jax.classification.progress import DivergedError
+from tests.data_helpers import encode, picture
+
+LEVELS, SEEDS = [(2, 1), None], (1, 0)
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    """Pictures of two classes that differ in colour; 16 to train on, 8 to test."""
+    root = tmp_path_factory.mktemp("pictures")
+    for split, count in (("train", 8), ("test", 4)):
+        for label in range(2):
+            for number in range(count):
+                path = root / split / "ab"[label] / f"{number}.png"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                image = picture(70, 80, seed=97 * number + label) // 2
+                image[..., label] += 100
+                path.write_bytes(encode(image))
+    return root
+
+
+@pytest.fixture(scope="module")
+def small(root):
+    """All settings of the tests' networks."""
+    return {
+        "epochs": 2,
+        "batch_size": 8,
+        "model": {"width": 0.02},
+        "data": {"name": "image_folder", "root": str(root), "threads": 2},
+    }
+
+
+@pytest.fixture(scope="module")
+def done(small, digit_scenes_dir, tmp_path_factory):
+    """An ablation that ran to its end: (folder, rows)."""
+    folder = tmp_path_factory.mktemp("ablation")
+    return folder, ablate(LEVELS, SEEDS, folder=folder, **small)
+
+
+@pytest.fixture
+def trained(monkeypatch):
+    """Configs of the trainings that are asked for; each diverges at once."""
+    asked = []
+
+    def diverge(config, workdir):
+        asked.append(config)
+        raise DivergedError("the loss is nan at step 7")
+
+    monkeypatch.setattr(train, "train_from_config", diverge)
+    return asked
+
+
+def layers_of(row):
+    config = saved_config.get_config(row.workdir)
+    return from_config.load_model(config, Path(row.workdir), num_classes=2)[1]
+
+
+@pytest.mark.slow
+def test_there_is_a_row_for_each_network_by_pyramid_and_then_by_seed(done):
+    _, rows = done
+    told = [(row.levels, row.seed) for row in rows]
+    assert told == [((2, 1), 1), ((2, 1), 0), (None, 1), (None, 0)]
+    for row in rows:
+        config = saved_config.get_config(row.workdir)
+        assert (tuple(config.model.levels) or None, config.seed) == told.pop(0)
+        assert row.seconds > 0
+        assert row.diverged == ""
+
+
+@pytest.mark.slow
+def test_accuracies_are_those_that_evaluate_wrote(done):
+    _, rows = done
+    for row in rows:
+        report = json.loads((Path(row.workdir) / "evaluate_single.json").read_text())
+        assert row.top1 == report["top1_correct"] / 8
+        assert row.images == report["count"] == 8
+        assert report["checkpoint_steps"] == [4]  # two epochs of 16 images
+
+
+@pytest.mark.slow
+def test_sizes_of_fc6_are_those_of_the_trained_networks(done):
+    _, rows = done
+    for row, bins in zip(rows, (5, 5, 1, 1), strict=True):
+        layers = layers_of(row)
+        channels = layers["conv5"]["bias"].size
+        assert row.bins == bins  # at 64 pixels the twin pools its 3×3 map into one
+        assert row.fc6_inputs == bins * channels == len(layers["fc6"]["kernel"])
+        assert row.fc6_parameters == sum(
+            array.size for array in jax.tree.leaves(layers["fc6"])
+        )
+
+
+@pytest.mark.slow
+def test_seeds_are_other_networks(done):
+    _, rows = done
+    one, other = (layers_of(row)["fc6"]["kernel"] for row in rows[:2])
+    assert np.abs(one - other).max() > 0.01
+
+
+@pytest.mark.slow
+def test_finished_networks_are_not_trained_again(done, small, trained):
+    folder, rows = done
+    assert ablate(LEVELS, SEEDS, folder=folder, **small) == rows
+    assert ablate([None], (0,), folder=folder, **small) == rows[3:]
+    assert not trained
+    more = ablate([*LEVELS, (1,)], (0,), folder=folder, **small)
+    assert more[:2] == [rows[1], rows[3]]
+    assert [tuple(config.model.levels) for config in trained] == [(1,)]
+
+
+@pytest.mark.slow
+def test_how_fast_and_how_often_is_no_other_setting(done, small, trained):
+    folder, rows = done
+    same = {"log_steps": 1, "keep_checkpoints": 3, "data.workers": 0}
+    threads = small | {"data": small["data"] | {"threads": 1}}
+    assert ablate(LEVELS, SEEDS, folder=folder, **threads, **same) == rows
+    assert not trained
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "other", [{"epochs": 3}, {"model.dropout": 0.1}, {"data.train_split": "train[:8]"}]
+)
+def test_other_settings_or_data_make_other_networks(done, small, trained, other):
+    folder, rows = done
+    (row,) = ablate([None], (0,), folder=folder, **(small | other))
+    assert len(trained) == 1
+    assert row.workdir not in {row.workdir for row in rows}
+    assert ablate(LEVELS, SEEDS, folder=folder, **small) == rows
+
+
+@pytest.mark.slow
+def test_an_interrupted_network_goes_on_to_the_same_result(
+    done, small, tmp_path, monkeypatch
+):
+    _, rows = done
+    whole = train.train_from_config
+
+    def interrupted(config, workdir):
+        config.max_steps = 3
+        return whole(config, workdir)
+
+    monkeypatch.setattr(train, "train_from_config", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        ablate(LEVELS, (1,), folder=tmp_path, **small)
+    monkeypatch.setattr(train, "train_from_config", whole)
+    (workdir,) = (path.parent for path in tmp_path.glob("*/*/checkpoints"))
+    before = float((workdir / ablation.SECONDS).read_text())
+    (row,) = ablate([(2, 1)], (1,), folder=tmp_path, **small)
+    assert row.seconds > before > 0
+    assert row[:-1] == rows[0]._replace(seconds=row.seconds)[:-1]
+    for one, other in zip(
+        jax.tree.leaves(layers_of(row)),
+        jax.tree.leaves(layers_of(rows[0])),
+        strict=True,
+    ):
+        np.testing.assert_array_equal(one, other)
+
+
+def test_a_network_that_diverges_is_a_row_that_says_why(
+    small, tmp_path, trained, capsys
+):
+    for _ in range(2):  # it is not tried again
+        rows = ablate(LEVELS, (3,), folder=tmp_path, **small)
+        assert [row.top1 for row in rows] == [None, None]
+        assert {row.diverged for row in rows} == {"the loss is nan at step 7"}
+        assert [row.bins for row in rows] == [5, 1]
+    assert len(trained) == 2
+    told = capsys.readouterr().err
+    assert "network 2 of 2: no SPP, seed 3" in told
+    assert "diverged: the loss is nan" in told
+
+
+def test_any_field_can_be_given_by_keyword_or_dict(small, tmp_path, trained):
+    given = digits.get_config()
+    kept = given.to_json()
+    two = {"data.name": "image_folder", "data.root": small["data"]["root"]}
+    for settings in (
+        {"model": {"width": 0.05, "dropout": 0.25}, "batch_size": 4},
+        {"model.width": 0.05, "model": {"dropout": 0.25}, "batch_size": 4},
+    ):
+        ablate([(3,)], (2,), config=given, folder=tmp_path, **two, **settings)
+    (config,) = trained  # the second time it is there, though as a diverged one
+    assert (config.model.width, config.model.dropout) == (0.05, 0.25)
+    assert (config.batch_size, config.seed) == (4, 2)
+    assert tuple(config.model.levels) == (3,)
+    assert config.learning_rate == given.learning_rate
+    assert given.to_json() == kept
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"levels": (6, 3, 2, 1)}, r"a list of pyramids such as \[\(6, 3, 2, 1\)"),
+        ({"levels": []}, "a list of pyramids"),
+        ({"levels": "6321"}, "a list of pyramids"),
+        ({"levels": [(2, 1), (0, 1)]}, "every level must be a positive integer"),
+        ({"levels": [(2, 1), [2, 1]]}, r"levels holds \(2, 1\) twice"),
+        ({"levels": [None, ()]}, "levels holds None twice"),
+        ({"seeds": 3}, r"a list such as \(0, 1\) or range\(3\), got 3"),
+        ({"seeds": (0, -1)}, "from 0 to"),
+        ({"seeds": (1, 1)}, "seeds holds 1 twice"),
+        ({"config": "configs/digits.py"}, "config must be a ConfigDict"),
+        ({"widht": 2}, "unknown setting 'widht'"),
+        ({"width": 0.5}, "unknown setting 'width': did you mean model.width"),
+        ({"model": {"witdh": 0.5}}, "did you mean model.width"),
+        ({"epochs": "two"}, "epochs='two' can't be set"),
+        ({"epochs": 0}, "epochs must be more than 0"),
+        ({"seed": 4}, r"give seeds=\(0, 1\)"),
+        ({"model.levels": (1,)}, "give the pyramids as levels="),
+        ({"max_steps": 4}, "only finished networks"),
+        ({"image_size": 9}, "did you mean"),
+        ({"data.image_size": 9}, "too small"),
+        ({"model.backbone": "zf6"}, "did you mean 'zf5'"),
+        ({"protocol": "one"}, "choose from single"),
+        ({"protocol": "full_image"}, r"without SPP \(None\) can't be tested"),
+        ({"sizes": (64, 56)}, "without a pyramid"),
+        ({"data.train_split": "learn"}, "learn"),
+        ({"batch_size": 6}, "multiple of the number of devices, 4"),
+    ],
+)
+def test_what_can_not_work_is_refused_before_any_training(
+    arguments, message, small, tmp_path, trained
+):
+    with pytest.raises(ValueError, match=message):
+        ablate(**({"folder": tmp_path} | small | arguments))
+    assert not trained
+    assert not any(tmp_path.iterdir())
+
+
+def test_the_default_setting_is_the_demo_made_small():
+    demo, small = digits.get_config(), small_config()
+    names = dict(ablation._fields(demo))
+    differ = {k for k, value in ablation._fields(small) if value != names[k]}
+    assert differ == {
+        *("epochs", "batch_size", "model.width", "model.dropout", "data.crop"),
+        *("color_sigma", "warmup_epochs", "keep_checkpoints"),
+        *("data.min_area",),  # which only the demo's crops use
+    }
+
+
+def test_importing_it_loads_no_data_and_the_package_does_not_import_it():
+    script = (
+        "import sys, sppnet_jax\n"
+        "assert 'sppnet_jax.ablation' not in sys.modules\n"
+        "import sppnet_jax.ablation\n"
+        "heavy = 'tensorflow_datasets', 'grain', 'orbax', 'matplotlib', 'sklearn'\n"
+        "print([name for name in heavy if name in sys.modules])\n"
+    )
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert run.stdout == "[]\n", run.stderr
+
+
+def make_rows(*shares, levels=(2, 1), bins=5):
+    size = (bins * 4, 30 * (bins * 4 + 1))
+    return [
+        AblationRow(levels, seed, bins, *size, share, 8, 10.0 + seed, "", "")
+        for seed, share in enumerate(shares)
+    ]
+
+
+def test_a_table_has_a_line_for_each_pyramid_with_mean_and_sample_deviation():
+    rows = make_rows(0.5, 0.7, None) + make_rows(0.25, levels=None, bins=1)
+    lines = ablation_table(rows)._repr_markdown_().splitlines()
+    spread = 100 * np.std([0.5, 0.7], ddof=1)
+    assert lines[2:] == [
+        f"| {{2,1}} | 5 | 20 | 630 | 60.0 ± {spread:.1f} | 3 (1 diverged) | 11 |",
+        "| no SPP | 1 | 4 | 150 | 25.0 | 1 | 10 |",
+    ]
+    assert {line.count("|") for line in lines} == {8}
+    assert "| – | 1 (1 diverged) |" in ablation_table(make_rows(None))
+
+
+def test_a_plot_shows_every_network_at_its_size_and_names_what_diverged():
+    rows = make_rows(0.5, 0.7) + make_rows(0.25, levels=None, bins=1)
+    figure = plot_ablation(rows + make_rows(None, levels=(9,), bins=81))
+    (axes,) = figure.axes
+    shown = {(x, y) for line in axes.lines for x, y in line.get_xydata().tolist()}
+    for x, y in ((630, 50), (630, 70), (630, 60), (150, 25)):
+        assert any(np.allclose((x, y), point) for point in shown)
+    assert "diverged: {9}" in axes.get_xlabel()
+    texts = {text.get_text() for text in axes.texts}
+    assert texts == {"{2,1}\n5 bins", "no SPP\n1 bin"}
+
+
+def test_no_rows_are_an_error():
+    for show in (ablation_table, plot_ablation):
+        with pytest.raises(ValueError, match="what ablate returned"):
+            show([])
