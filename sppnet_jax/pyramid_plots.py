@@ -25,11 +25,18 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from sppnet_jax.geometry import Geometry
+from sppnet_jax.map_plots import (
+    FEATURES_COLORS,
+    check_features,
+    check_fits,
+    show_image,
+    show_map,
+)
 from sppnet_jax.spp import check_levels, num_bins, pyramid_bins, spatial_pyramid_pool
 
 WIDTH = 9.0  # of a figure, in inches
 COLORS = ("#e6194b", "#3cb44b", "#4363d8", "#f58231", "#911eb4", "#008080")
-_FEATURES_MAP, _GRADIENT_MAP = "magma", "viridis"
+_GRADIENT_MAP = "viridis"
 
 
 def plot_levels(
@@ -43,19 +50,19 @@ def plot_levels(
 
     Raises: ValueError for arguments that do not fit.
     """
-    features, levels = _check_features(features), check_levels(levels)
-    _check_fits(features, image, geometry)
+    features, levels = check_features(features), check_levels(levels)
+    check_fits(features, image, geometry)
     rows, columns = features.shape[:2]
     means = features.mean(axis=2)
     figure, axes = _panels(image, 2, 1 + len(levels))
-    _show(axes[0, 0], image, "{}×{} pixels".format(*image.shape[:2]))
+    show_image(axes[0, 0], image, "{}×{} pixels".format(*image.shape[:2]))
     x, y = np.meshgrid(_centers(geometry, columns), _centers(geometry, rows))
     axes[0, 0].plot(x.ravel(), y.ravel(), ".", color="white", markersize=4)
-    _show_map(axes[1, 0], means, f"{rows}×{columns} cells", cmap="gray")
+    show_map(axes[1, 0], means, f"{rows}×{columns} cells", cmap="gray")
     for number, level in enumerate(levels):
         above, below = axes[:, 1 + number]
-        _show(above, image, f"level {level}: {level}×{level} bins")
-        _show_map(below, means, "", cmap="gray")
+        show_image(above, image, f"level {level}: {level}×{level} bins")
+        show_map(below, means, "", cmap="gray")
         windows = bin_windows((rows, columns), (level,))
         color = COLORS[number % len(COLORS)]
         _draw_bins(above, bin_boxes((rows, columns), (level,), geometry), level, color)
@@ -72,7 +79,7 @@ def plot_winners(features: Any, levels: Sequence[int]) -> Figure:
 
     Raises: ValueError for arguments that do not fit.
     """
-    features, levels = _check_features(features), check_levels(levels)
+    features, levels = check_features(features), check_levels(levels)
     size, channels = features.shape[:2], features.shape[2]
     cells, won = winning_cells(features, levels), _has_winner(features, levels)
     reached = np.zeros(features.shape, bool)
@@ -86,12 +93,12 @@ def plot_winners(features: Any, levels: Sequence[int]) -> Figure:
         wins = np.zeros(size)
         np.add.at(wins, (rows, columns), 1 / channels)
         panel = axes[0, number]
-        _show_map(panel, wins, f"level {level}", cmap=_GRADIENT_MAP, vmin=0.0)
+        show_map(panel, wins, f"level {level}", cmap=_GRADIENT_MAP, vmin=0.0)
         for window in bin_windows(size, (level,)):
             _draw_box(panel, window, "white", linewidth=0.8)
     share = reached.sum() / max(1, (features > 0).sum())
     title = f"all: {share:.0%} of what is above 0"
-    _show_map(axes[0, -1], reached.mean(axis=2), title, vmin=0.0)
+    show_map(axes[0, -1], reached.mean(axis=2), title, vmin=0.0)
     return figure
 
 
@@ -118,8 +125,8 @@ def plot_gradients(
     levels = check_levels(levels)
     pixels = jnp.asarray(image, jnp.float32)
     mapped, back = jax.vjp(features_of, pixels)
-    features = _check_features(mapped)
-    _check_fits(features, image, geometry)
+    features = check_features(mapped)
+    check_fits(features, image, geometry)
     boxes = bin_boxes(features.shape[:2], levels, geometry)
     windows, names = bin_windows(features.shape[:2], levels), _bin_names(levels)
     winners = winning_cells(features, levels)
@@ -127,7 +134,7 @@ def plot_gradients(
     figure, axes = _panels(image, len(bins), 5)
     for line, number in zip(axes, bins, strict=True):
         _check_bin(number, levels)
-        _show(line[0], image, names[number])
+        show_image(line[0], image, names[number])
         _draw_box(line[0], boxes[number], "white")
         for column, reducer in enumerate(("max", "mean")):
             on_map = bin_gradient(features, levels, number, reducer=reducer)
@@ -136,9 +143,9 @@ def plot_gradients(
             heat = np.abs(np.asarray(on_image)).sum(axis=2)
             style = {"cmap": _GRADIENT_MAP, "vmin": 0.0}
             left, right = line[1 + column], line[3 + column]
-            _show(left, abs(on_map).sum(axis=2), f"{reducer}, features", **style)
+            show_image(left, abs(on_map).sum(axis=2), f"{reducer}, features", **style)
             _draw_box(left, windows[number], "white")
-            _show(right, _blocks(heat, 4), f"{reducer}, image", **style)
+            show_image(right, _blocks(heat, 4), f"{reducer}, image", **style)
         rows, columns = np.unique(winners[number][won[number]], axis=0).T
         line[1].plot(columns + 0.5, rows + 0.5, "x", color="white", markersize=5)
     return figure
@@ -159,7 +166,7 @@ def plot_sizes(
     Raises: ValueError for arguments that do not fit.
     """
     levels = check_levels(levels)
-    checked = [_check_features(features) for features in maps]
+    checked = [check_features(features) for features in maps]
     if len(images) != len(maps) or not images:
         raise ValueError(
             f"give one map for each image: there are {len(images)} images and "
@@ -175,10 +182,10 @@ def plot_sizes(
         zip(images, checked, pooled, strict=True)
     ):
         size = "{}×{} pixels".format(*image.shape[:2])
-        _show(axes[0, number], image, size)
+        show_image(axes[0, number], image, size)
         axes[0, number].set(xlim=(0, wide), ylim=(tall, 0))
         cells = "{}×{} cells".format(*features.shape[:2])
-        _show_map(axes[1, number], features.mean(axis=2), cells)
+        show_map(axes[1, number], features.mean(axis=2), cells)
         axes[1, number].set(xlim=(0, broad), ylim=(high, 0))
         for panel in axes[:2, number]:
             panel.axis("off")
@@ -227,7 +234,7 @@ def winning_cells(features: Any, levels: Sequence[int]) -> np.ndarray:
     Returns: int [bins, channels, 2].
     Raises: ValueError for arguments that do not fit.
     """
-    features = _check_features(features)
+    features = check_features(features)
     cells = []
     for top, left, bottom, right in bin_windows(features.shape[:2], levels):
         inside = features[top:bottom, left:right]
@@ -247,7 +254,7 @@ def bin_gradient(
     Returns: float32 [rows, columns, channels].
     Raises: ValueError for arguments that do not fit.
     """
-    features, levels = _check_features(features), check_levels(levels)
+    features, levels = check_features(features), check_levels(levels)
     _check_bin(number, levels)
 
     def pooled(features: jax.Array) -> jax.Array:
@@ -307,7 +314,11 @@ def _draw_vector(
 ) -> None:
     """Shows a pyramid's numbers, with its levels beside them if `names`."""
     axes.imshow(
-        vector, cmap=_FEATURES_MAP, norm=limits, aspect="auto", interpolation="nearest"
+        vector,
+        cmap=FEATURES_COLORS,
+        norm=limits,
+        aspect="auto",
+        interpolation="nearest",
     )
     ends = np.cumsum([0, *(level * level for level in levels)])
     for end in ends[1:-1]:
@@ -325,20 +336,6 @@ def _panels(picture: np.ndarray, lines: int, columns: int) -> tuple[Figure, Any]
     high = WIDTH / columns * float(np.clip(height / width, 0.4, 2.0)) + 0.3
     figure = Figure(figsize=(WIDTH, lines * high), layout="compressed")
     return figure, figure.subplots(lines, columns, squeeze=False)
-
-
-def _show(axes: Axes, picture: np.ndarray, title: str, **style: Any) -> None:
-    """Shows an image; pixel k goes from k to k + 1, as boxes count."""
-    height, width = picture.shape[:2]
-    extent = (0.0, float(width), float(height), 0.0)
-    axes.imshow(picture, extent=extent, interpolation="nearest", **style)
-    axes.set(xticks=[], yticks=[], xlim=(0, width), ylim=(height, 0))
-    axes.set_title(title, fontsize=10)
-
-
-def _show_map(axes: Axes, values: np.ndarray, title: str, **style: Any) -> None:
-    """Shows one number for each cell of a map."""
-    _show(axes, values, title, **{"cmap": _FEATURES_MAP, **style})
 
 
 def _centers(geometry: Geometry, count: int) -> np.ndarray:
@@ -360,25 +357,4 @@ def _check_bin(number: int, levels: tuple[int, ...]) -> None:
         raise ValueError(
             f"there is no bin {number}: the pyramid {levels} has {num_bins(levels)}, "
             "counted from 0"
-        )
-
-
-def _check_features(features: Any) -> np.ndarray:
-    features = np.asarray(features, np.float32)
-    if features.ndim != 3 or not features.size:
-        raise ValueError(
-            f"features must be one map [rows, columns, channels], got {features.shape}"
-        )
-    return features
-
-
-def _check_fits(features: np.ndarray, image: np.ndarray, geometry: Geometry) -> None:
-    """Raises ValueError unless the map is that of the image as it is."""
-    expected = tuple(geometry.map_size(side) for side in image.shape[:2])
-    if features.shape[:2] != expected:
-        raise ValueError(
-            f"an image of {image.shape[0]}×{image.shape[1]} pixels has a map of "
-            f"{expected[0]}×{expected[1]}, but the features are "
-            f"{features.shape[0]}×{features.shape[1]}: give the image as the network "
-            "saw it, resized"
         )

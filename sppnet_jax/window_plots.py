@@ -29,13 +29,20 @@ from sppnet_jax.detection.detector import Detections
 from sppnet_jax.detection.scales import Size, scale_factors
 from sppnet_jax.detection_plots import COLORS
 from sppnet_jax.geometry import Geometry
+from sppnet_jax.map_plots import (
+    FEATURES_COLORS,
+    check_features,
+    check_fits,
+    show_image,
+    show_map,
+)
 from sppnet_jax.spp import check_levels, num_bins
 from sppnet_jax.windows import window_pyramid_pool
 
 FOUND = 0.5  # the IoU from which a box counts as an object's
 WIDTH = 7.5  # of a figure, in inches
 _TITLE, _SMALL = 9, 7  # points
-_FEATURES_MAP, _SCORES_MAP = "magma", "viridis"
+_SCORES_MAP = "viridis"
 # Where (top, left, bottom, right) counts rows.
 _ROWS = np.array([1, 0, 1, 0])
 
@@ -56,10 +63,10 @@ def plot_proposals(image: np.ndarray, proposals: np.ndarray, objects: Any) -> Fi
     overlaps = np.asarray(iou(proposals, objects))
     best, found = overlaps.max(axis=0), (overlaps.max(axis=0) >= FOUND).sum()
     figure, (left, middle, right) = _panels(image, 3)
-    _show(left, image, f"{len(proposals):,} proposals")
+    show_image(left, image, f"{len(proposals):,} proposals")
     for box in proposals:
         _draw_box(left, box, "white", linewidth=0.5, alpha=0.15)
-    _show(middle, image, f"{found} of {len(objects)} objects found")
+    show_image(middle, image, f"{found} of {len(objects)} objects found")
     for number, box in enumerate(objects):
         _draw_box(middle, box, "white", linestyle="--")
         color = COLORS[number % len(COLORS)]
@@ -93,15 +100,15 @@ def plot_channels(
 
     Raises: ValueError for arguments that do not fit.
     """
-    features = _check_features(features)
-    _check_fits(features, image, geometry)
+    features = check_features(features)
+    check_fits(features, image, geometry)
     count = features.shape[2]
     if not 1 <= channels <= count:
         raise ValueError(f"channels must be 1 to {count}, got {channels}")
     strongest = np.argsort(-features.max(axis=(0, 1)), kind="stable")[:channels]
     figure, axes = _panels(image, 1 + channels)
     rows, columns = features.shape[:2]
-    _show(axes[0], image, f"receptive field: {geometry.receptive_field} pixels")
+    show_image(axes[0], image, f"receptive field: {geometry.receptive_field} pixels")
     for number, channel in enumerate(strongest):
         color = COLORS[number % len(COLORS)]
         peak = np.unravel_index(features[:, :, channel].argmax(), (rows, columns))
@@ -111,7 +118,7 @@ def plot_channels(
         _draw_box(axes[0], field, color, linewidth=1)
         axes[0].plot(*center, "o", color=color, markersize=4)
         panel = axes[1 + number]
-        _show_map(panel, features[:, :, channel], f"channel {channel}")
+        show_map(panel, features[:, :, channel], f"channel {channel}")
         panel.plot(peak[1] + 0.5, peak[0] + 0.5, "o", color=color, markersize=4)
     return figure
 
@@ -137,12 +144,12 @@ def plot_windows(
 
     Raises: ValueError for arguments that do not fit.
     """
-    maps = [_check_features(features) for features in maps]
+    maps = [check_features(features) for features in maps]
     boxes = _check_boxes(boxes, "boxes")
     if len(images) != len(maps) or not images:
         raise ValueError(f"{len(images)} images have {len(maps)} maps: give pairs")
     for image, features in zip(images, maps, strict=True):
-        _check_fits(features, image, geometry)
+        check_fits(features, image, geometry)
     tops = np.cumsum([0, *(len(features) for features in maps)])
     windows = _check_windows(windows, (int(tops[-1]), max(m.shape[1] for m in maps)))
     if len(windows) != len(boxes):
@@ -153,8 +160,8 @@ def plot_windows(
     for scale, (image, features) in enumerate(zip(images, maps, strict=True)):
         above, below = axes[scale], axes[len(maps) + scale]
         rows, columns = features.shape[:2]
-        _show(above, image, "{}×{} pixels".format(*image.shape[:2]))
-        _show_map(below, features.mean(axis=2), f"{rows}×{columns} cells")
+        show_image(above, image, "{}×{} pixels".format(*image.shape[:2]))
+        show_map(below, features.mean(axis=2), f"{rows}×{columns} cells")
         centers = _centers(geometry, rows, columns)
         x, y = centers.reshape(-1, 2).T
         above.scatter(x, y, s=1, color="white", alpha=0.7)
@@ -182,7 +189,7 @@ def plot_pyramid(features: Any, window: np.ndarray, levels: Sequence[int]) -> Fi
 
     Raises: ValueError for arguments that do not fit.
     """
-    features, levels = _check_features(features), check_levels(levels)
+    features, levels = check_features(features), check_levels(levels)
     window = _check_windows(np.asarray(window).reshape(-1, 4), features.shape[:2])
     if len(window) != 1:
         raise ValueError(f"window must be one window, int [4], got {len(window)}")
@@ -195,14 +202,14 @@ def plot_pyramid(features: Any, window: np.ndarray, levels: Sequence[int]) -> Fi
     high = max(means.max(), cells.mean(axis=2).max())
     limits = {"vmin": 0.0, "vmax": float(high) or 1.0}
     title = f"window: {bottom - top}×{right - left} cells"
-    _show_map(figure.add_subplot(grid[0, 0]), cells.mean(axis=2), title, **limits)
+    show_map(figure.add_subplot(grid[0, 0]), cells.mean(axis=2), title, **limits)
     ends = np.cumsum([0, *(level * level for level in levels)])
     for column, level in enumerate(levels):
         axes = figure.add_subplot(grid[0, 1 + column])
         bins = means[ends[column] : ends[column + 1]].reshape(level, level)
-        _show_map(axes, bins, f"{level}×{level} bins", **limits)
+        show_map(axes, bins, f"{level}×{level} bins", **limits)
     axes = figure.add_subplot(grid[1, :])
-    axes.imshow(pooled, cmap=_FEATURES_MAP, aspect="auto", interpolation="nearest")
+    axes.imshow(pooled, cmap=FEATURES_COLORS, aspect="auto", interpolation="nearest")
     for end in ends[1:-1]:
         axes.axhline(end - 0.5, color="white", linewidth=1)
     middles = (ends[:-1] + ends[1:] - 1) / 2
@@ -282,8 +289,8 @@ def plot_scores(
     for panel, label, heat in zip(axes, chosen, heats, strict=True):
         best = scores[:, label].argmax()
         title = f"{class_names[label]}: at best {scores[best, label]:.2f}"
-        _show(panel, image.mean(axis=2), "", cmap="gray", vmin=0, vmax=255)
-        _show(panel, heat, title, cmap=_SCORES_MAP, alpha=0.6, **limits)
+        show_image(panel, image.mean(axis=2), "", cmap="gray", vmin=0, vmax=255)
+        show_image(panel, heat, title, cmap=_SCORES_MAP, alpha=0.6, **limits)
         _draw_box(panel, boxes[best], "white")
     colors = axes[0].images[-1]
     bar = figure.colorbar(colors, ax=axes, shrink=0.8, pad=0.01, extend="min")
@@ -314,7 +321,7 @@ def plot_found(
         if len(truth) and len(step.boxes):
             overlaps = np.asarray(iou(step.boxes, truth)).max(axis=1)
             title += f"\nmean IoU with their objects {overlaps.mean():.2f}"
-        _show(panel, image, title)
+        show_image(panel, image, title)
         _draw_found(panel, step, class_names, truth)
     return figure
 
@@ -341,7 +348,7 @@ def plot_scenes(
     figure, axes = _panels(tallest, len(images))
     figure.set_layout_engine("constrained")  # "compressed" shrinks unequal panels
     for panel, image, step, truth in zip(axes, images, found, objects, strict=True):
-        _show(panel, image, "")
+        show_image(panel, image, "")
         _draw_found(panel, step, class_names, truth)
     return figure
 
@@ -401,23 +408,6 @@ def _panels(
     return figure, axes[:count]
 
 
-def _show(axes: Axes, picture: np.ndarray, title: str, **style: Any) -> None:
-    """Shows an image; pixel k goes from k to k + 1, as boxes count."""
-    height, width = picture.shape[:2]
-    extent = (0.0, float(width), float(height), 0.0)
-    axes.imshow(picture, extent=extent, interpolation="nearest", **style)
-    axes.set_xticks([])
-    axes.set_yticks([])
-    axes.set_xlim(0, width)
-    axes.set_ylim(height, 0)
-    axes.set_title(title, fontsize=_TITLE)
-
-
-def _show_map(axes: Axes, values: np.ndarray, title: str, **limits: float) -> None:
-    """Shows one channel of a map as it is: a cell is a square."""
-    _show(axes, values, title, cmap=_FEATURES_MAP, **limits)
-
-
 def _draw_box(
     axes: Axes, box: np.ndarray, color: str, text: str = "", **style: Any
 ) -> None:
@@ -461,15 +451,6 @@ def _check_boxes(boxes: Any, name: str) -> np.ndarray:
     return boxes
 
 
-def _check_features(features: Any) -> np.ndarray:
-    features = np.asarray(features, np.float32)
-    if features.ndim != 3 or not features.size:
-        raise ValueError(
-            f"features must be one map [rows, columns, channels], got {features.shape}"
-        )
-    return features
-
-
 def _check_windows(windows: np.ndarray, map_size: Size) -> np.ndarray:
     windows = np.asarray(windows)
     if windows.ndim != 2 or windows.shape[1] != 4 or windows.dtype.kind not in "iu":
@@ -486,15 +467,3 @@ def _check_windows(windows: np.ndarray, map_size: Size) -> np.ndarray:
             f"inside the map of {map_size[0]}×{map_size[1]}"
         )
     return windows
-
-
-def _check_fits(features: np.ndarray, image: np.ndarray, geometry: Geometry) -> None:
-    """Raises ValueError unless the map is that of the image as it is."""
-    expected = tuple(geometry.map_size(side) for side in image.shape[:2])
-    if features.shape[:2] != expected:
-        raise ValueError(
-            f"an image of {image.shape[0]}×{image.shape[1]} pixels has a map of "
-            f"{expected[0]}×{expected[1]}, but the features are "
-            f"{features.shape[0]}×{features.shape[1]}: give the image as the network "
-            "saw it, resized"
-        )
