@@ -211,5 +211,6 @@ def plot(rows: Sequence[Row]) -> Figure:
         axes.invert_yaxis()
         axes.set_xlabel("ms")
         axes.set_title(f"{case[0]}, {{{case[1]}}}", fontsize=10)
-    figure.axes[0].legend(fontsize=7)
+    labels = figure.axes[0].get_legend_handles_labels()
+    figure.legend(*labels, loc="outside upper center", ncols=3, fontsize=9)
     return figure

@@ -287,7 +287,7 @@ def plot(rows: Sequence[Row]) -> Figure:
     axes.set_xscale("log")
     axes.set_xlabel("ms")
     axes.margins(x=0.1)
-    axes.legend(fontsize=8)
+    figure.legend(loc="outside upper center", ncols=4, fontsize=8)
     return figure
 
 
