@@ -4,8 +4,8 @@ python -m sppnet_jax.detect train --config=configs/detect_digits.py \
     --config.network=runs/digits --workdir=runs/detect_digits
 python -m sppnet_jax.detect test --workdir=runs/detect_digits
 
-It trains on the first 300 of 1,500 scenes and tests on 200 of 400. Measured: mAP 63.4; 11
-minutes in all on one busy CPU core, 2 min 50 s on two that were free.
+It trains on the first 300 of 1,500 scenes and tests on 200 of 400. Measured: mAP 63.4;
+11 minutes in all on one busy CPU core (an earlier version: 2 min 50 s on two).
 """
 
 from ml_collections import ConfigDict
