@@ -22,6 +22,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
 from ml_collections import ConfigDict
 
 from sppnet_jax.config import base_config, check_config
@@ -266,6 +267,8 @@ def _one_config(shared: ConfigDict, pyramid: Levels, seed: int) -> ConfigDict:
 
 def _digest(config: ConfigDict, train: "Source", test: "Source") -> str:
     """Eight letters for all that the networks of an ablation have in common."""
+    from sppnet_jax.data.sources import TfdsRecords
+
     told = {name: value for name, value in _fields(config) if name not in _NO_MATTER}
     for name in _NOT_HERE:
         told.pop(name)
@@ -273,7 +276,9 @@ def _digest(config: ConfigDict, train: "Source", test: "Source") -> str:
         (source.name, source.split, len(source.records), source.class_names)
         for source in (train, test)
     ]
-    text = json.dumps([told, splits], sort_keys=True)
+    records = (source.records for source in (train, test))
+    files = [own.state() for own in records if isinstance(own, TfdsRecords)]
+    text = json.dumps([told, splits, files], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
@@ -326,7 +331,9 @@ def _check_pyramids(levels: Sequence[Sequence[int] | None]) -> list[Levels]:
             "levels must be a list of pyramids such as [(6, 3, 2, 1), (1,), None], got "
             f"{levels!r}"
         )
-    pyramids = [None if one in (None, (), []) else check_levels(one) for one in levels]
+    pyramids = [
+        None if one is None or not len(one) else check_levels(one) for one in levels
+    ]
     _check_distinct("levels", pyramids)
     return pyramids
 
@@ -336,12 +343,13 @@ def _check_seeds(seeds: Sequence[int]) -> list[int]:
         raise ValueError(
             f"seeds must be a list such as (0, 1) or range(3), got {seeds!r}"
         )
-    if not all(isinstance(seed, int) and 0 <= seed < 2**32 for seed in seeds):
+    whole = [isinstance(s, int | np.integer) and not isinstance(s, bool) for s in seeds]
+    if not all(whole) or not all(0 <= seed < 2**32 for seed in seeds):
         raise ValueError(
             f"seeds must be whole numbers from 0 to 2**32 − 1, got {tuple(seeds)!r}"
         )
     _check_distinct("seeds", seeds)
-    return list(seeds)
+    return [int(seed) for seed in seeds]
 
 
 def _check_distinct(name: str, values: Sequence[Any]) -> None:

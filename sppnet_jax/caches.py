@@ -22,6 +22,8 @@ def cache_folder() -> Path:
     """The user's cache folder of this project; it need not exist.
 
     `$XDG_CACHE_HOME/sppnet_jax`, or `~/.cache/sppnet_jax`.
+
+    Raises: RuntimeError for a user without a home folder.
     """
     given = os.environ.get("XDG_CACHE_HOME", "")
     # A path that isn't absolute is to be ignored, by the XDG specification.

@@ -121,9 +121,13 @@ def prepare_statistics(config: ConfigDict, source: Source, workdir: Path) -> Non
         and run_folder.load_statistics(workdir) is not None
     ):
         return
+    try:
+        folder = caches.cache_folder() / "statistics"
+    except RuntimeError:  # a user without a home folder
+        folder = None
     statistics = kept_statistics(
         source,
-        caches.cache_folder() / "statistics",
+        folder,
         image_size=config.data.image_size,
         resize_side=config.data.resize_side,
         max_images=config.statistics_images,

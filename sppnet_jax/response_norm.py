@@ -21,7 +21,8 @@ def local_response_norm(
     """Divides each value by (k + α Σ x²)^β, the sum over the `size` channels around it.
 
     Krizhevsky et al. 2012, section 3.3, whose α is not divided by the number of
-    channels (Caffe's and PyTorch's is). Channels beyond the ends count as zero.
+    channels (Caffe's and PyTorch's is). Channels beyond the ends count as zero. All but
+    `maps` are static; it differentiates in reverse mode.
     """
     return _norm(maps, size, k, alpha, beta)
 

@@ -72,7 +72,8 @@ def spatial_pyramid_pool(
     width) of each map that counts, from its top left. The result is that of the cropped
     map, exactly. It may be traced: new sizes compile nothing. Traced values are clamped
     to [1, height] and [1, width]; concrete ones outside raise.
-    `reducer`: "max" (the paper) or "mean".
+    `reducer`: "max" (the paper) or "mean". A maximum differentiates in reverse mode
+    (`jax.grad`, `jax.vjp`); cells that tie for it share its gradient.
 
     Returns: float [..., bins, channels] of the features' dtype.
     Raises: ValueError or TypeError for arguments that do not fit.

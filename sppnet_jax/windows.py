@@ -47,7 +47,8 @@ def window_pyramid_pool(
     `levels`: bins come in this order, row-major inside a level.
 
     The result and the gradient are those of `spatial_pyramid_pool` on the map cropped
-    to the window; only cells that tie for a maximum share its gradient differently.
+    to the window; only cells that tie for a maximum share its gradient differently. It
+    differentiates in reverse mode (`jax.grad`, `jax.vjp`).
     Memory beside the result: the table, which is one map for each size of block (16 for
     (6, 3, 2, 1) on 43×58), of 64 channels at a time on a CPU.
 
@@ -239,7 +240,7 @@ def _corners(
     They lie in the corners of the bin, and are as large as fit into it.
     """
     top, left, bottom, right = windows.T[:, :, None]
-    index = jnp.arange(level)
+    index = jnp.arange(level, dtype=jnp.int32)  # as the windows, also under x64
     row_starts, row_stops = adaptive_span(index, bottom - top, level)
     column_starts, column_stops = adaptive_span(index, right - left, level)
     r = _log2(row_stops - row_starts)

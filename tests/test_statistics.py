@@ -109,3 +109,18 @@ def test_a_damaged_file_is_made_again_and_an_unwritable_folder_is_a_warning(
     kept_statistics(source, path / "below a file", **SIZES)
     assert "are not kept" in caplog.text
     assert len(computed) == 3
+
+
+def test_without_a_folder_or_in_one_that_cannot_be_read_they_are_computed(
+    folder, tmp_path, monkeypatch
+):
+    expected = image_statistics(opened(folder), **SIZES).mean_image
+    found = kept_statistics(opened(folder), None, **SIZES)
+    np.testing.assert_array_equal(found.mean_image, expected)
+
+    def refuse(path):
+        raise PermissionError(f"no entry to {path}")
+
+    monkeypatch.setattr(statistics.Path, "exists", refuse)
+    found = kept_statistics(opened(folder), tmp_path / "kept", **SIZES)
+    np.testing.assert_array_equal(found.mean_image, expected)

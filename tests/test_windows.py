@@ -244,3 +244,15 @@ def test_infinities_and_nan_of_either_sign_are_kept_in_every_type(dtype):
         np.testing.assert_array_equal(np.float32(own), np.float32(crop))
     assert jnp.isnan(pooled[0, -1, [0, 2]]).all()
     assert pooled.dtype == features.dtype
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_windows_are_exact_with_x64_too(dtype):
+    with jax.enable_x64(True):
+        features = np.random.default_rng(0).normal(size=(9, 7, 3)).astype(dtype)
+        windows = np.array([[0, 0, 9, 7], [2, 1, 8, 6], [4, 4, 5, 5]])
+        pooled = sn.window_pyramid_pool(jnp.asarray(features), windows, (3, 2))
+        for own, (top, left, bottom, right) in zip(pooled, windows, strict=True):
+            crop = features[top:bottom, left:right]
+            np.testing.assert_array_equal(own, loop_pool(crop, (3, 2)))
+        assert pooled.dtype == dtype

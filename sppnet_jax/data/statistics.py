@@ -22,9 +22,12 @@ class Statistics(NamedTuple):
     covariance: np.ndarray
 
 
+_VERSION = 1
+
+
 def kept_statistics(
     source: Source,
-    folder: Path,
+    folder: Path | None,
     *,
     image_size: int,
     resize_side: int,
@@ -34,28 +37,31 @@ def kept_statistics(
     """`image_statistics` of the same arguments, computed once and kept in a folder.
 
     Found again by the files that the records are read from, their sizes and times, and
-    the sizes of images here. What can't be written or read is computed.
+    the sizes of images here. What can't be written or read is computed, and where
+    `folder` is None, all.
     """
     settings = {
         "image_size": image_size,
         "resize_side": resize_side,
         "max_images": max_images,
     }
+    # Raise _VERSION when images are decoded or resized in another way.
     state = source.records.state() if isinstance(source.records, TfdsRecords) else ""
-    key = hashlib.sha256(repr((state, settings)).encode()).hexdigest()[:32]
+    if folder is None or not state:
+        return image_statistics(source, **settings, threads=threads)
+    key = hashlib.sha256(repr((_VERSION, state, settings)).encode()).hexdigest()[:32]
     path = folder / f"{key}.npz"
-    if state and path.exists():
-        try:
+    try:
+        if path.exists():
             return Statistics(**read_arrays(path))
-        except Exception as error:  # NumPy raises errors of many types for odd files
-            log.warning("%s can't be read, so it is made again: %s", path, error)
+    except Exception as error:  # NumPy raises errors of many types for odd files
+        log.warning("%s can't be read, so it is made again: %s", path, error)
     statistics = image_statistics(source, **settings, threads=threads)
-    if state:
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            write_arrays(path, **statistics._asdict())
-        except OSError as error:
-            log.warning("the statistics of the images are not kept: %s", error)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_arrays(path, **statistics._asdict())
+    except OSError as error:
+        log.warning("the statistics of the images are not kept: %s", error)
     return statistics
 
 
