@@ -1,6 +1,7 @@
 """The statistics of a training set: by their definition, and found again."""
 
 import os
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -111,16 +112,15 @@ def test_a_damaged_file_is_made_again_and_an_unwritable_folder_is_a_warning(
     assert len(computed) == 3
 
 
-def test_without_a_folder_or_in_one_that_cannot_be_read_they_are_computed(
-    folder, tmp_path, monkeypatch
-):
+class ClosedPath(type(Path())):
+    """A path below a folder that may not be entered."""
+
+    def exists(self, **_):
+        raise PermissionError(f"no entry to {self}")
+
+
+def test_without_a_folder_or_in_a_closed_one_they_are_computed(folder, tmp_path):
     expected = image_statistics(opened(folder), **SIZES).mean_image
-    found = kept_statistics(opened(folder), None, **SIZES)
-    np.testing.assert_array_equal(found.mean_image, expected)
-
-    def refuse(path):
-        raise PermissionError(f"no entry to {path}")
-
-    monkeypatch.setattr(statistics.Path, "exists", refuse)
-    found = kept_statistics(opened(folder), tmp_path / "kept", **SIZES)
-    np.testing.assert_array_equal(found.mean_image, expected)
+    for kept in (None, ClosedPath(tmp_path / "closed")):
+        found = kept_statistics(opened(folder), kept, **SIZES)
+        np.testing.assert_array_equal(found.mean_image, expected)
