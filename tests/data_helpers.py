@@ -34,6 +34,18 @@ def write_class_folders(root: Path, count: int, classes: str = "cat dog") -> Non
     )
 
 
+def write_two_colors(root: Path, height: int, width: int) -> None:
+    """Pictures of classes a and b, which differ in colour; 16 to train, 8 to test."""
+    for split, count in (("train", 8), ("test", 4)):
+        for label in range(2):
+            for number in range(count):
+                path = root / split / "ab"[label] / f"{number}.png"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                image = picture(height, width, seed=97 * number + label) // 2
+                image[..., label] += 100
+                path.write_bytes(encode(image))
+
+
 def make_source(
     count: int, broken: tuple[int, ...] = (), labels: tuple[int, ...] | None = None
 ) -> Source:

@@ -14,7 +14,7 @@ from sppnet_jax import ablation, from_config, saved_config, train
 from sppnet_jax.ablation import AblationRow, ablate, small_config
 from sppnet_jax.ablation_report import ablation_table, plot_ablation
 from sppnet_jax.classification.progress import DivergedError
-from tests.data_helpers import encode, picture
+from tests.data_helpers import write_two_colors
 
 LEVELS, SEEDS = [(2, 1), None], (1, 0)
 
@@ -23,14 +23,7 @@ LEVELS, SEEDS = [(2, 1), None], (1, 0)
 def root(tmp_path_factory):
     """Pictures of two classes that differ in colour; 16 to train on, 8 to test."""
     root = tmp_path_factory.mktemp("pictures")
-    for split, count in (("train", 8), ("test", 4)):
-        for label in range(2):
-            for number in range(count):
-                path = root / split / "ab"[label] / f"{number}.png"
-                path.parent.mkdir(parents=True, exist_ok=True)
-                image = picture(70, 80, seed=97 * number + label) // 2
-                image[..., label] += 100
-                path.write_bytes(encode(image))
+    write_two_colors(root, 70, 80)
     return root
 
 

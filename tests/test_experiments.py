@@ -19,7 +19,7 @@ from experiments.report import Claim, Row, percent, write_report
 from experiments.runs import diverged, networks_of
 from sppnet_jax.classification.progress import DivergedError
 from sppnet_jax.config import check_config
-from tests.data_helpers import encode, picture
+from tests.data_helpers import write_two_colors
 
 ZF5 = (Network("zf5", ()), Network("zf5"), Network("zf5", training="multi"))
 
@@ -40,14 +40,7 @@ def tiny_config(backbone):
 def folder(tmp_path_factory):
     """Pictures of one size, so that whole images need one program at each scale."""
     root = tmp_path_factory.mktemp("pictures")
-    for split, count in (("train", 8), ("test", 4)):
-        for label in range(2):
-            for number in range(count):
-                path = root / split / "ab"[label] / f"{number}.png"
-                path.parent.mkdir(parents=True, exist_ok=True)
-                image = picture(80, 96, seed=97 * number + label) // 2
-                image[..., label] += 100
-                path.write_bytes(encode(image))
+    write_two_colors(root, 80, 96)
     return root
 
 
