@@ -74,10 +74,19 @@ def device_index() -> jax.Array:
     return jax.lax.axis_index(AXIS)
 
 
+def make_replicated(make: Callable[..., Tree], *arguments: Any) -> Tree:
+    """What `make(*arguments)` returns, made on each local device anew.
+
+    Where the result is large, this needs neither a first copy nor a program to copy it.
+    """
+    axes = (0, *(None,) * len(arguments))
+    made = jax.pmap(lambda _, *args: make(*args), in_axes=axes, axis_name=AXIS)
+    return made(np.arange(jax.local_device_count()), *arguments)
+
+
 def replicate(tree: Tree) -> Tree:
     """A copy of every array on each local device."""
-    copy = jax.pmap(lambda _, x: x, in_axes=(0, None), axis_name=AXIS)
-    return copy(np.arange(jax.local_device_count()), tree)
+    return make_replicated(lambda copy: copy, tree)
 
 
 def unreplicate(tree: Tree) -> Tree:

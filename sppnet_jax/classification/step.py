@@ -57,7 +57,7 @@ def create_state(model: SPPNet, optimizer: Optimizer, seed: int) -> TrainState:
         momentum = optimizer.transform().init(params)
         return TrainState(jnp.zeros((), jnp.int32), params, momentum, state_rng)
 
-    return parallel.replicate(jax.jit(init)(jax.random.PRNGKey(seed)))
+    return parallel.make_replicated(init, jax.random.PRNGKey(seed))
 
 
 def init_params(model: SPPNet, rng: jax.Array) -> Any:

@@ -89,6 +89,7 @@ def train(
         memory = fresh_memory()
         if checkpoints.latest_step() is not None:
             state, memory = _restore(checkpoints, state, batches)
+        batches.start_prefetch()  # while the state is made and the step compiled
         step = int(parallel.unreplicate(state.step))
         if step:
             log.info("resuming at step %d of %d", step, total_steps)
