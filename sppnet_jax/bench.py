@@ -11,6 +11,7 @@ experiments/*_speed.py.
 
 import argparse
 import importlib
+import os
 import sys
 import traceback
 from pathlib import Path
@@ -47,15 +48,25 @@ def main() -> None:
         parser.error(f"--rounds must be at least 1, got {given.rounds}")
     setting = Setting(given.rounds, given.quick, Path(given.out).expanduser())
     try:
-        for name in given.suites or SUITES:
+        setting.folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        parser.error(f"--out can't be made: {error}")
+    # On a GPU, peers need room in the same memory.
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    failed = []
+    for name in given.suites or SUITES:
+        try:
             suite = importlib.import_module(f"sppnet_jax.benchmarks.{name}")
             show(suite.run(setting), setting)
-    except KeyboardInterrupt:
-        sys.exit("interrupted; the suites before are written")
-    except (ValueError, OSError, RuntimeError) as error:
-        if given.traceback:
-            traceback.print_exc()
-        sys.exit(f"error: {error}\n(--traceback shows where it came from)")
+        except KeyboardInterrupt:
+            sys.exit("interrupted; the suites before are written")
+        except Exception as error:  # of a peer, too; the other suites still run
+            if given.traceback:
+                traceback.print_exc()
+            print(f"error in {name}: {type(error).__name__}: {error}", file=sys.stderr)
+            failed.append(name)
+    if failed:
+        sys.exit(f"failed: {', '.join(failed)} (--traceback shows where)")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""A stop for XLA's fusion on a CPU, which may compute a value once for each reader."""
+"""A stop for XLA's fusion, which may compute a value once for each of its readers."""
 
 import jax
 import jax.numpy as jnp
@@ -10,13 +10,15 @@ from jaxtyping import Array, Shaped
 def materialized(
     maps: Shaped[Array, "batch rows columns channels"],
 ) -> Shaped[Array, "batch rows columns channels"]:
-    """The same values, held in memory of their own on a CPU.
+    """The same values, held in memory of their own.
 
     XLA fuses elementwise operations, slices and gathers into all that read them, also
-    where each reader then computes them anew; its `optimization_barrier` is gone by
-    then. It does not fuse a reduce-window, and this one is over a single cell.
+    where each reader then computes them anew. On a CPU its `optimization_barrier` is
+    gone by then; but it does not fuse a reduce-window, and this is one of single cells.
     """
-    return jax.lax.platform_dependent(maps, cpu=_window_of_one, default=_unchanged)
+    return jax.lax.platform_dependent(
+        maps, cpu=_window_of_one, default=jax.lax.optimization_barrier
+    )
 
 
 materialized.defvjp(
@@ -37,7 +39,3 @@ def _window_of_one(maps: jax.Array) -> jax.Array:
         strides,
         padding,
     )[:, :, :, 0]
-
-
-def _unchanged(maps: jax.Array) -> jax.Array:
-    return maps

@@ -30,6 +30,7 @@ from sppnet_jax.spp import adaptive_span, check_levels, num_bins, pyramid_bins
 # what is gathered from it stay in a CPU's cache.
 CHUNK = 128
 CHANNELS = 64
+CHUNK_ELSEWHERE = 4096  # an accelerator wants large pieces, and all channels
 FEWEST_CHANNELS = 16  # of a table, if all tables are to have as many
 
 
@@ -105,13 +106,15 @@ def _backward(
 
     def again(features: jax.Array) -> jax.Array:
         def on_cpu(features: jax.Array) -> jax.Array:
-            wide = features.astype(jnp.promote_types(features.dtype, jnp.float32))
-            return _pool(wide, windows, levels).astype(features.dtype)
+            return _pool(features, windows, levels)
 
         def elsewhere(features: jax.Array) -> jax.Array:
             return _pool_at_once(features, windows, levels)
 
-        return jax.lax.platform_dependent(features, cpu=on_cpu, default=elsewhere)
+        # Thousands of windows add to a cell: half floats would lose most of the sum.
+        wide = features.astype(jnp.promote_types(features.dtype, jnp.float32))
+        pooled = jax.lax.platform_dependent(wide, cpu=on_cpu, default=elsewhere)
+        return pooled.astype(features.dtype)
 
     return jax.vjp(again, features)[1](gradient)[0], None
 
@@ -144,7 +147,7 @@ def _pool(
     channels = max(n for n in range(1, min(channels, depth) + 1) if depth % n == 0)
     if channels < FEWEST_CHANNELS:
         channels = depth
-    chunk = min(count, chunk)
+    chunk = -(-count // -(-count // chunk))  # of equal size, but for the rounding
 
     # Differentiation gathers again: what it would keep is many times the result.
     @jax.checkpoint
@@ -174,9 +177,8 @@ def _pool(
 def _pool_at_once(
     features: jax.Array, windows: jax.Array, levels: tuple[int, ...]
 ) -> jax.Array:
-    """As an accelerator wants it: in large pieces."""
     depth = features.shape[2]
-    return _pool(features, windows, levels, channels=depth, chunk=8 * CHUNK)
+    return _pool(features, windows, levels, channels=depth, chunk=CHUNK_ELSEWHERE)
 
 
 def _order(features: jax.Array) -> jax.Array:

@@ -1,14 +1,20 @@
 """The command line of the suites, and the suites of the layer and of windows."""
 
+import importlib
 import json
 import subprocess
 import sys
+import types
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from sppnet_jax import bench as command
 from sppnet_jax.bench import SUITES
 from sppnet_jax.benchmarks import peers, pyramid, report, timing, windows
+from sppnet_jax.benchmarks.flops import count_flops
 from sppnet_jax.benchmarks.report import Setting
 
 QUICK = ["--quick", "--rounds", "2"]
@@ -126,6 +132,90 @@ def test_a_table_shows_three_digits_and_a_dash_for_what_is_missing():
         "a     1.23       –",
         "b        –  12,345",
     ]
+
+
+def test_a_suite_that_fails_is_named_and_the_others_still_run(
+    tmp_path, monkeypatch, capsys
+):
+    def fail(setting):
+        raise TypeError("no such counter")
+
+    found = report.Report("windows", "Windows", [{"ms": 1.0}], windows.plot)
+    monkeypatch.setattr(pyramid, "run", fail)
+    monkeypatch.setattr(windows, "run", lambda setting: found)
+    monkeypatch.setattr(command, "show", lambda report, setting: print(report.title))
+    out = str(tmp_path / "new" / "folder")
+    monkeypatch.setattr(sys, "argv", ["bench", "pyramid", "windows", f"--out={out}"])
+    with pytest.raises(SystemExit, match="failed: pyramid"):
+        command.main()
+    printed = capsys.readouterr()
+    assert "error in pyramid: TypeError: no such counter" in printed.err
+    assert printed.out == "Windows\n"
+
+
+def test_a_folder_that_cannot_be_made_is_refused_before_anything_runs(
+    tmp_path, monkeypatch, capsys
+):
+    (tmp_path / "file").write_text("")
+    out = str(tmp_path / "file" / "folder")
+    monkeypatch.setattr(sys, "argv", ["bench", "windows", f"--out={out}"])
+    with pytest.raises(SystemExit, match="2"):
+        command.main()
+    assert "--out can't be made" in capsys.readouterr().err
+
+
+def test_flops_are_two_for_each_product_and_nothing_runs():
+    a = jax.ShapeDtypeStruct((3, 5), jnp.bfloat16)
+    b = jax.ShapeDtypeStruct((5, 7), jnp.bfloat16)
+    assert count_flops(jnp.matmul, a, b) == 2 * 3 * 5 * 7
+
+
+def test_pytorch_is_left_out_where_it_has_not_our_device(monkeypatch):
+    def found_beside(platform, cuda):
+        torch = types.SimpleNamespace(
+            cuda=types.SimpleNamespace(is_available=lambda: cuda),
+            set_num_threads=lambda count: None,
+        )
+        device = types.SimpleNamespace(platform=platform)
+        monkeypatch.setitem(sys.modules, "torch", torch)
+        monkeypatch.setattr(peers.jax, "devices", lambda: [device])
+        found, notes = peers.find_torch()
+        assert found is (None if notes else torch)
+        return notes, peers.torch_device()
+
+    assert found_beside("gpu", cuda=True) == ([], "cuda")
+    assert found_beside("cpu", cuda=True) == ([], "cpu")
+    assert "can't use the GPU" in found_beside("gpu", cuda=False)[0][0]
+    assert "no tpu" in found_beside("tpu", cuda=False)[0][0]
+
+
+def roi_pool(maps, rois, side):
+    """torchvision's documented formula, in plain loops."""
+    torch = importlib.import_module("torch")
+    pooled = torch.zeros(len(rois), maps.shape[1], side, side)
+    for n, (_, left, top, right, bottom) in enumerate(rois.int().tolist()):
+        height, width = bottom - top + 1, right - left + 1
+        for i in range(side):
+            for j in range(side):
+                rows = slice(
+                    top + i * height // side, top + -(-(i + 1) * height // side)
+                )
+                columns = slice(
+                    left + j * width // side, left + -(-(j + 1) * width // side)
+                )
+                pooled[n, :, i, j] = maps[0, :, rows, columns].amax((1, 2))
+    return pooled
+
+
+def test_roi_pool_is_given_our_windows():
+    torch = pytest.importorskip("torch")
+    case = windows.QUICK[0]
+    features, boxes = windows.inputs(case)
+    ops = types.SimpleNamespace(roi_pool=roi_pool)
+    found = {"torch": torch, "torchvision": types.SimpleNamespace(ops=ops)}
+    theirs = windows._roi_pool(found, features, boxes, case.levels)()
+    ours = windows.window_pyramid_pool(features, boxes, case.levels)
+    np.testing.assert_array_equal(windows._as_numpy(theirs), ours)
 
 
 def test_peers_are_modules_by_name():

@@ -83,6 +83,28 @@ def test_without_pytorch_ours_is_measured_and_the_rest_noted(
     assert not any("differs by" in note for note in report.notes)
 
 
+def test_a_peer_that_fails_is_noted_and_the_others_are_measured(
+    quiet: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("torch")
+    real, peers_of = training_step._torch_step, training_step._peers
+    compiled = Peer("channels_last", False, True)
+
+    def step(name: str, size: Any, peer: Peer, params: Any) -> Any:
+        if peer.compiled:
+            raise NotImplementedError("no compiler for this processor")
+        return real(name, size, peer, params)
+
+    monkeypatch.setattr(training_step, "_torch_step", step)
+    monkeypatch.setattr(
+        training_step, "_peers", lambda dtype: [compiled, *peers_of(dtype)]
+    )
+    report = training_step.run(SETTING)
+    assert len(report.rows) == 3
+    (note,) = (note for note in report.notes if "no compiler" in note)
+    assert note.startswith("PyTorch, channels_last, compiled, zf5, float32: NotImpl")
+
+
 def test_another_network_would_be_seen(quiet: None) -> None:
     """The column "differs by" is no ornament: parameters that differ show in it."""
     pytest.importorskip("torch")
@@ -125,18 +147,6 @@ def test_a_process_that_dies_leaves_its_memory_unknown(
 
     monkeypatch.setattr(training_step, "ProcessPoolExecutor", Pool)
     assert training_step._resident_peaks("zf5", "float32", size, [None]) == {}
-
-
-def test_pytorch_is_left_out_where_it_has_not_our_device() -> None:
-    class Torch:
-        class cuda:
-            @staticmethod
-            def is_available() -> bool:
-                return False
-
-    assert "can't use the GPU" in training_step._no_match(Torch, "gpu")
-    assert "no tpu" in training_step._no_match(Torch, "tpu")
-    assert training_step._no_match(Torch, "cpu") == ""
 
 
 def test_the_suites_load_without_data_packages() -> None:

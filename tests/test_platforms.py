@@ -1,5 +1,7 @@
 """The same programs for a GPU and a TPU: lowered here, where neither is needed."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -36,6 +38,24 @@ def test_windows_and_their_gradient_lower_without_what_only_a_cpu_needs(
     on_cpu = platforms == ["cpu"]
     assert (CPU_ONLY[0] in program) == on_cpu
     assert (CPU_ONLY[1] in program) == (on_cpu and dtype == jnp.bfloat16)
+
+
+@pytest.mark.parametrize("platforms", PLATFORMS)
+def test_the_gradient_of_bfloat16_windows_adds_up_in_float32(platforms):
+    def back(features, windows, gradient):
+        pool = lambda x: sn.window_pyramid_pool(x, windows, (6, 3, 2, 1))  # noqa: E731
+        return jax.vjp(pool, features)[1](gradient)
+
+    program = lowered(
+        back,
+        platforms,
+        jax.ShapeDtypeStruct((43, 58, 32), jnp.bfloat16),
+        jax.ShapeDtypeStruct((200, 4), jnp.int32),
+        jax.ShapeDtypeStruct((200, 50, 32), jnp.bfloat16),
+    )
+    added = re.findall(r"stablehlo\.add .* : tensor<(\S*)bf16>", program)
+    assert not added
+    assert re.search(r"stablehlo\.add .* : tensor<\S*f32>", program)
 
 
 @pytest.mark.parametrize("platforms", PLATFORMS[:2])

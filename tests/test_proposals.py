@@ -1,7 +1,7 @@
 """Proposals: found in an image, kept in a file, read from others' files, recalled."""
 
-import logging
 import itertools
+import logging
 import os
 import signal
 import sqlite3

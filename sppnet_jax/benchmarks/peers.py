@@ -4,6 +4,8 @@ import importlib
 import os
 from typing import Any
 
+import jax
+
 
 def find_peers(*names: str) -> tuple[dict[str, Any], list[str]]:
     """The modules that are installed, by name, and a note for each that is not."""
@@ -11,7 +13,7 @@ def find_peers(*names: str) -> tuple[dict[str, Any], list[str]]:
     for name in names:
         try:
             found[name] = importlib.import_module(name)
-        except ImportError as error:
+        except (ImportError, OSError, RuntimeError) as error:  # or of another version
             notes.append(
                 f"{name} can't be imported ({error}), so its rows are missing: "
                 "pip install -r requirements-bench.txt"
@@ -19,3 +21,21 @@ def find_peers(*names: str) -> tuple[dict[str, Any], list[str]]:
     if "torch" in found:  # as many threads as JAX has
         found["torch"].set_num_threads(len(os.sched_getaffinity(0)))
     return found, notes
+
+
+def find_torch() -> tuple[Any, list[str]]:
+    """PyTorch if it can run on the device that JAX runs on, else None; and notes."""
+    peers, notes = find_peers("torch")
+    torch, platform = peers.get("torch"), jax.devices()[0].platform
+    if torch is None:
+        return None, notes
+    if platform == "gpu" and not torch.cuda.is_available():
+        return None, ["this PyTorch can't use the GPU, so its rows are missing"]
+    if platform not in ("cpu", "gpu"):
+        return None, [f"PyTorch has no {platform} here, so its rows are missing"]
+    return torch, notes
+
+
+def torch_device() -> str:
+    """PyTorch's name of the device that JAX runs on, if `find_torch` found it."""
+    return "cuda" if jax.devices()[0].platform == "gpu" else "cpu"

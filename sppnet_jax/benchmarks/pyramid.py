@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from matplotlib.figure import Figure
 
-from sppnet_jax.benchmarks.peers import find_peers
+from sppnet_jax.benchmarks.peers import find_torch, torch_device
 from sppnet_jax.benchmarks.report import Report, Row, Setting
 from sppnet_jax.benchmarks.timing import spread, time_in_turn, times_as_fast
 from sppnet_jax.spp import spatial_pyramid_pool
@@ -43,11 +43,11 @@ QUICK = (Case(2, 13, 8, (6, 3, 2, 1)),)
 
 def run(setting: Setting) -> Report:
     """Times every case in float32 and bfloat16."""
-    peers, notes = find_peers("torch")
+    torch, notes = find_torch()
     rows: list[Row] = []
     for case in QUICK if setting.quick else PAPER:
         for dtype in ("float32", "bfloat16"):
-            rows += _rows(case, dtype, peers.get("torch"), setting)
+            rows += _rows(case, dtype, torch, setting)
     return Report(
         "pyramid", "Spatial pyramid pooling of a batch of maps", rows, plot, notes
     )
@@ -131,7 +131,7 @@ def _torch_passes(
     layout: Any,
 ) -> list[Callable[[], Any]]:
     """The same of PyTorch: results in our layout, but for [batch, channels, bins]."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = torch_device()
     kind = getattr(torch, dtype)
     x = torch.from_numpy(maps).permute(0, 3, 1, 2).to(device, kind)
     x = x.contiguous(memory_format=layout)

@@ -198,8 +198,8 @@ def make_twin_step(
 ) -> Callable[[torch.Tensor, torch.Tensor, float], tuple[torch.Tensor, torch.Tensor]]:
     """The step `(images, labels, learning_rate) -> (sum of losses, correct)`.
 
-    `images`: uint8 [batch, 3, height, width] on the host, in the layout that the maps
-    are to have; `labels`: int64 [batch].
+    `images`: uint8 [batch, 3, height, width] in the layout that the maps are to have;
+    `labels`: int64 [batch]. They are brought to the twin's device if they aren't there.
     `layout`: "contiguous_format" or "channels_last", of the weights.
     `bfloat16`: under autocast. `compiled`: the network through `torch.compile`.
     The results stay on the device.

@@ -22,7 +22,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from sppnet_jax.benchmarks.peak import measured_bandwidth
-from sppnet_jax.benchmarks.peers import find_peers
+from sppnet_jax.benchmarks.peers import find_peers, find_torch, torch_device
 from sppnet_jax.benchmarks.report import Report, Row, Setting, cell
 from sppnet_jax.benchmarks.timing import spread, time_in_turn, times_as_fast
 from sppnet_jax.spp import adaptive_span, num_bins
@@ -72,8 +72,11 @@ def run(setting: Setting) -> Report:
     peers, notes = find_peers("onnx", "onnxruntime")
     on_gpu = jax.devices()[0].platform == "gpu"
     if on_gpu:
-        more, more_notes = find_peers("torch", "torchvision")
-        peers, notes = {**peers, **more}, notes + more_notes
+        torch, said = find_torch()
+        notes += said
+        if torch is not None:
+            more, said = find_peers("torchvision")
+            peers, notes = {**peers, **more, "torch": torch}, notes + said
     bandwidth = measured_bandwidth()
     rows: list[Row] = []
     for case in QUICK if setting.quick else FULL:
@@ -96,7 +99,8 @@ def _rows(
     if case.dtype == "float32" and "onnx" in peers and "onnxruntime" in peers:
         fast[MAX_ROI_POOL] = max_roi_pool(peers, features, windows, case.levels)
     if on_gpu and "torchvision" in peers:
-        fast[ROI_POOL] = _roi_pool(peers, features, windows, case)
+        name = ROI_POOL if case.dtype == "float32" else f"{ROI_POOL}, float32"
+        fast[name] = _roi_pool(peers, features, windows, case.levels)
     alternatives = dict(fast)
     if case.masked:
         alternatives[MASKS] = lambda: masks(x, w)
@@ -234,17 +238,22 @@ def max_roi_pool(
 
 
 def _roi_pool(
-    peers: dict[str, Any], features: np.ndarray, windows: np.ndarray, case: Case
+    peers: dict[str, Any],
+    features: np.ndarray,
+    windows: np.ndarray,
+    levels: Sequence[int],
 ) -> Callable[[], Any]:
+    """One `roi_pool` for each level, in float32: it has no bfloat16."""
     torch, roi_pool = peers["torch"], peers["torchvision"].ops.roi_pool
-    kind = getattr(torch, case.dtype)
-    maps = torch.from_numpy(features.transpose(2, 0, 1)[None].copy()).to("cuda", kind)
-    rois = torch.from_numpy(_rois(windows)).to("cuda", kind)
+    device = torch_device()
+    maps = torch.from_numpy(features.transpose(2, 0, 1)[None].copy()).to(device)
+    rois = torch.from_numpy(_rois(windows)).to(device)
 
     def pool() -> Any:
-        bins = [roi_pool(maps, rois, n).flatten(2) for n in case.levels]
+        bins = [roi_pool(maps, rois, n).flatten(2) for n in levels]
         joined = torch.cat(bins, dim=2)
-        torch.cuda.synchronize()
+        if device == "cuda":
+            torch.cuda.synchronize()
         return joined
 
     return pool

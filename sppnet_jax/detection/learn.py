@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
 from sppnet_jax.data.sources import Objects
@@ -57,7 +58,7 @@ def learn_svms(
     `ROUNDS_FILE` is of no use afterwards.
     Raises: ValueError if there are no objects to train on.
     """
-    program = make_program(features, head)
+    program, fc = make_program(features, head), jax.device_put(fc)
     positives: list[np.ndarray] = []
     labels: list[np.ndarray] = []
     for image, found in enumerate(objects):
