@@ -6,8 +6,9 @@ the pyramid and 6 to 20 times in the pooling layers (its select-and-scatter).
 
 The gradient asks each cell of each bin whether it is the bin's maximum, twice: to count
 them, and to hand each its share. Both are plain loops over bins and cells that XLA
-fuses, without a scatter. Cells that tie for a maximum share its gradient evenly. It is
-a gradient for reverse mode (`jax.grad`, `jax.vjp`) only.
+fuses, without a scatter. Cells that tie for a maximum share its gradient, evenly in each
+pass where a bin is reduced in two. It is a gradient for reverse mode (`jax.grad`,
+`jax.vjp`) only.
 """
 
 import functools
@@ -87,14 +88,15 @@ def _backward(
         )
 
     ties = _from_blocks(ties_of, rows, columns)
-    share = gradient / jnp.maximum(ties, 1)
+    # Nothing equals NaN: all cells of its bin have its gradient, which is NaN.
+    share = jnp.where(ties > 0, gradient / jnp.maximum(ties, 1), jnp.nan)
     total = jnp.zeros_like(maps)
     for row, in_row in _covering(rows, maps.shape[1]):
         for column, in_column in _covering(columns, maps.shape[2]):
             best = pooled[:, row[:, None], column]
             own = share[:, row[:, None], column]
             inside = (in_row[:, None] & in_column)[:, :, None]
-            total += jnp.where((maps == best) & inside, own, 0)
+            total += jnp.where(~(maps < best) & inside, own, 0)
     return (total,)
 
 

@@ -95,14 +95,19 @@ def _differentiable(
 
 def _forward(
     features: jax.Array, windows: jax.Array, levels: tuple[int, ...]
-) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    return _differentiable(features, windows, levels), (features, windows)
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array, jax.Array]]:
+    pooled = _differentiable(features, windows, levels)
+    return pooled, (features, windows, pooled)
 
 
 def _backward(
-    levels: tuple[int, ...], saved: tuple[jax.Array, jax.Array], gradient: jax.Array
+    levels: tuple[int, ...],
+    saved: tuple[jax.Array, jax.Array, jax.Array],
+    gradient: jax.Array,
 ) -> tuple[jax.Array, None]:
-    features, windows = saved
+    features, windows, pooled = saved
+    # Nothing equals NaN: its gradient would come to no cell, and nobody would notice.
+    gradient = jnp.where(jnp.isnan(pooled), jnp.nan, gradient)
 
     def again(features: jax.Array) -> jax.Array:
         def on_cpu(features: jax.Array) -> jax.Array:
@@ -197,15 +202,20 @@ def _flip_negative(bits: jax.Array) -> jax.Array:
 
 
 def block_counts(shape: Sequence[int], levels: tuple[int, ...]) -> tuple[int, int]:
-    """How many block sizes 1, 2, 4, … the largest gathered bin needs on each side.
+    """How many block sizes 1, 2, 4, … the longest gathered bin needs on each side.
 
     The table of a map of this shape (height, width, …) is their product times the map.
     """
-    gathered = min(n for n in levels if _finer(n, levels) is None)
+    gathered = [n for n in levels if _finer(n, levels) is None]
 
     def count(side: int) -> int:
-        bins = [pyramid_bins(size, gathered) for size in range(1, side + 1)]
-        return int(max(np.diff(spans).max() for spans in bins)).bit_length()
+        # Not always a bin of the coarsest level: 2 cells are bins of 1, 2, 1 for n = 3.
+        lengths = [
+            np.diff(pyramid_bins(size, level)).max()
+            for level in gathered
+            for size in range(1, side + 1)
+        ]
+        return int(max(lengths)).bit_length()
 
     return count(shape[0]), count(shape[1])
 

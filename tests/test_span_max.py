@@ -95,6 +95,24 @@ def test_a_nan_makes_its_bins_nan():
     assert np.isnan(pooled).sum() == 1
 
 
+def test_a_nan_s_bins_have_a_nan_for_a_gradient_and_others_their_own():
+    maps = np.random.default_rng(0).permutation(49).reshape(1, 7, 7, 1)
+    maps = jnp.asarray(maps, jnp.float32)
+
+    def gradient(maps):
+        pooled, back = jax.vjp(lambda x: span_max(x, OVERLAPPING, OVERLAPPING), maps)
+        return back(jnp.ones_like(pooled))[0]
+
+    found = gradient(maps.at[0, 0, 0, 0].set(jnp.nan))
+    (rows, columns) = OVERLAPPING[0], OVERLAPPING[0]
+    in_bin = np.zeros((1, 7, 7, 1), bool)
+    in_bin[:, slice(*rows), slice(*columns)] = True
+    np.testing.assert_array_equal(np.isnan(found), in_bin)
+    np.testing.assert_array_equal(
+        found[~in_bin], gradient(maps.at[0, 0, 0, 0].set(-1.0))[~in_bin]
+    )
+
+
 def test_second_maps_of_a_batch_and_vmap_give_the_same():
     maps, _ = with_distinct_cells(PADDED, UNEVEN)
     whole = span_max(jnp.asarray(maps), PADDED, UNEVEN)

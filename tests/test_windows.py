@@ -9,8 +9,9 @@ import pytest
 from test_spp import loop_pool, random_features
 
 import sppnet_jax as sn
+from sppnet_jax.windows import block_counts
 
-PYRAMIDS = [(6, 3, 2, 1), (4, 3, 2, 1), (3, 2, 1), (2, 6, 4), (5,), (1,)]
+PYRAMIDS = [(6, 3, 2, 1), (4, 3, 2, 1), (3, 2, 1), (2, 6, 4), (7, 6, 4), (5,), (1,)]
 
 
 def all_windows(height, width):
@@ -36,7 +37,7 @@ def loop_windows(features, windows, levels):
 
 
 @pytest.mark.parametrize("levels", PYRAMIDS, ids=str)
-@pytest.mark.parametrize("size", [(7, 9), (1, 5), (4, 1), (1, 1)], ids=str)
+@pytest.mark.parametrize("size", [(7, 9), (1, 5), (4, 1), (1, 1), (2, 3)], ids=str)
 def test_every_window_of_small_maps_is_exact(size, levels):
     features, windows = random_features(*size, 2), all_windows(*size)
     pooled = sn.window_pyramid_pool(features, windows, levels)
@@ -53,6 +54,24 @@ def test_random_windows_of_large_maps_are_exact_and_keep_the_dtype(levels, dtype
     assert pooled.dtype == dtype
     expected = loop_windows(np.asarray(features, np.float32), windows, levels)
     np.testing.assert_array_equal(np.asarray(pooled, np.float32), expected)
+
+
+def test_the_table_holds_every_bin_s_blocks_where_a_finer_level_has_the_longer_bins():
+    features, windows = random_features(28, 28, 1), random_windows(100, 28, 28)
+    windows[0] = (0, 0, 28, 28)
+    pooled = sn.window_pyramid_pool(features, windows, (13, 12))
+    np.testing.assert_array_equal(pooled, loop_windows(features, windows, (13, 12)))
+
+
+def test_the_table_s_largest_block_fits_into_the_longest_gathered_bin():
+    for levels in itertools.combinations(range(1, 17), 2):
+        gathered = [n for n in levels if not any(m > n and m % n == 0 for m in levels)]
+        longest = 0
+        for size in range(1, 41):
+            bins = [sn.pyramid_bins(size, n) for n in gathered]
+            longest = max(longest, *(int((b - a).max()) for a, b in (s.T for s in bins)))
+            largest = 2 ** (block_counts((size, 1, 1), levels)[0] - 1)
+            assert largest <= longest < 2 * largest
 
 
 @pytest.mark.parametrize("count", [0, 1, 63, 64, 65, 130])
@@ -144,6 +163,20 @@ def test_equal_cells_share_a_gradient_that_still_sums_to_one_for_each_bin():
     gradient = jax.grad(total)(jnp.zeros((9, 9, 1)))
     assert (gradient >= 0).all()
     np.testing.assert_allclose(gradient.sum(), 20 * 20, rtol=1e-6)
+
+
+def test_a_nan_in_a_window_makes_its_gradient_nan_and_leaves_others_alone():
+    features = jnp.asarray(random_features(7, 9, 1)).at[2, 3].set(jnp.nan)
+    windows = np.array([[1, 2, 5, 6], [5, 0, 7, 9]])
+    for dtype in (jnp.float32, jnp.bfloat16):
+
+        def loss(x):
+            return sn.window_pyramid_pool(x, windows, (3, 1)).sum()
+
+        gradient = np.asarray(jax.grad(loss)(features.astype(dtype)), np.float32)
+        assert np.isnan(gradient[2, 3])
+        assert gradient[5:].sum() == sn.num_bins((3, 1))
+        assert (gradient[0] == 0).all()
 
 
 def test_vmap_over_maps_each_with_its_own_windows():
