@@ -333,6 +333,10 @@ def main() -> None:
     cli.show_own_log()
     setting = Setting(given.rounds, given.quick, Path(given.out).expanduser())
     try:
+        setting.folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        parser.error(f"--out can't be made: {error}")
+    try:
         with tempfile.TemporaryDirectory() as name:
             opened = open_cases(
                 Path(name), root=given.root, data_dir=given.data_dir, quick=given.quick

@@ -185,6 +185,10 @@ def main() -> None:
         parser.error(f"--rounds must be at least 1, got {given.rounds}")
     cli.show_own_log()
     setting = Setting(given.rounds, given.quick, Path(given.out).expanduser())
+    try:
+        setting.folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        parser.error(f"--out can't be made: {error}")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         data_dir = os.environ.get("TFDS_DATA_DIR", str(folder / "tensorflow_datasets"))

@@ -117,6 +117,10 @@ def ablate(
     caches.use_compilation_cache()  # the seeds of a pyramid compile the same programs
     train, test = (from_config.open_split(shared, name) for name in ("train", "test"))
     below = Path(folder).expanduser() / _digest(shared, train, test)
+    try:
+        below.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"networks can't be kept in {folder}: {error}") from error
     rows = {}
     for number, ((pyramid, seed), one) in enumerate(configs.items(), start=1):
         name = f"{'-'.join(map(str, pyramid or ())) or 'no_spp'}_seed{seed}"

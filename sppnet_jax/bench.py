@@ -54,7 +54,7 @@ def main() -> None:
     # On a GPU, peers need room in the same memory.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     failed = []
-    for name in given.suites or SUITES:
+    for name in dict.fromkeys(given.suites or SUITES):
         try:
             suite = importlib.import_module(f"sppnet_jax.benchmarks.{name}")
             show(suite.run(setting), setting)

@@ -6,9 +6,9 @@ the pyramid and 6 to 20 times in the pooling layers (its select-and-scatter).
 
 The gradient asks each cell of each bin whether it is the bin's maximum, twice: to count
 them, and to hand each its share. Both are plain loops over bins and cells that XLA
-fuses, without a scatter. Cells that tie for a maximum share its gradient, evenly in each
-pass where a bin is reduced in two. It is a gradient for reverse mode (`jax.grad`,
-`jax.vjp`) only.
+fuses, without a scatter. Cells that tie for a maximum share its gradient evenly, in
+each pass by itself where a bin is reduced in two. It is a gradient for reverse mode
+(`jax.grad`, `jax.vjp`) only.
 """
 
 import functools

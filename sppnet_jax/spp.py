@@ -114,7 +114,7 @@ def num_bins(levels: Sequence[int]) -> int:
 
 def check_levels(levels: Sequence[int]) -> tuple[int, ...]:
     """The levels as a tuple of ints; ValueError if they are not positive integers."""
-    if isinstance(levels, int | np.integer | str) or not len(levels):
+    if levels is None or isinstance(levels, int | np.integer | str) or not len(levels):
         raise ValueError(f"levels must be a tuple such as (6, 3, 2, 1), got {levels!r}")
     if not all(isinstance(n, int | np.integer) and n >= 1 for n in levels):
         raise ValueError(f"every level must be a positive integer, got {levels!r}")
@@ -239,4 +239,10 @@ def _check_valid_size(
                 f"got {known.tolist()}"
             )
     sizes = jnp.clip(sizes, 1, jnp.array([height, width]))
-    return jnp.broadcast_to(sizes, (*batch, 2))
+    try:
+        return jnp.broadcast_to(sizes, (*batch, 2))
+    except ValueError as error:
+        raise ValueError(
+            f"valid_size of shape {sizes.shape} does not fit features whose leading "
+            f"dimensions are {tuple(batch)}"
+        ) from error

@@ -236,6 +236,15 @@ def test_what_can_not_work_is_refused_before_any_training(
     assert not any(tmp_path.iterdir())
 
 
+def test_a_folder_that_is_a_file_is_refused_before_any_training(
+    small, tmp_path, trained
+):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match=r"networks can't be kept in .*file"):
+        ablate(**{"folder": tmp_path / "file"} | small)
+    assert not trained
+
+
 def test_the_default_setting_is_the_demo_made_small():
     demo, small = digits.get_config(), small_config()
     names = dict(ablation._fields(demo))

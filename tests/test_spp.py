@@ -241,6 +241,7 @@ def test_sliding_pooling_equals_its_own_windows():
     [
         ({"levels": ()}, "levels must be a tuple"),
         ({"levels": 3}, "levels must be a tuple"),
+        ({"levels": None}, "levels must be a tuple"),
         ({"levels": (3, 0)}, "positive integer"),
         ({"levels": (2.5,)}, "positive integer"),
         ({"rule": "torch"}, "unknown rule 'torch'"),
@@ -250,6 +251,7 @@ def test_sliding_pooling_equals_its_own_windows():
         ({"valid_size": (6, 5)}, r"\(5, 5\), got \[6, 5\]"),
         ({"valid_size": (0, 5)}, "valid_size must lie within"),
         ({"valid_size": (5, 5, 1)}, r"int \[..., 2\], got shape \(3,\)"),
+        ({"valid_size": [(5, 5)] * 2}, r"\(2, 2\) does not fit .* dimensions are \(\)"),
         ({"valid_size": (5, 5), "rule": "sliding"}, "needs rule='adaptive'"),
     ],
 )

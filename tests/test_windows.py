@@ -69,7 +69,9 @@ def test_the_table_s_largest_block_fits_into_the_longest_gathered_bin():
         longest = 0
         for size in range(1, 41):
             bins = [sn.pyramid_bins(size, n) for n in gathered]
-            longest = max(longest, *(int((b - a).max()) for a, b in (s.T for s in bins)))
+            longest = max(
+                longest, *(int((b - a).max()) for a, b in (s.T for s in bins))
+            )
             largest = 2 ** (block_counts((size, 1, 1), levels)[0] - 1)
             assert largest <= longest < 2 * largest
 

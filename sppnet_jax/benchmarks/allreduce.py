@@ -183,6 +183,8 @@ def main() -> None:
     )
     parser.add_argument("--batch", type=int, default=16, help="images per accelerator")
     given = parser.parse_args()
+    if given.batch < 1:
+        parser.error(f"--batch must be at least 1, got {given.batch}")
     print(table(network_table()), table(scaling_table(given.batch)), sep="\n\n")
 
 
