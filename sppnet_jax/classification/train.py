@@ -85,13 +85,15 @@ def train(
     programs: dict[int | None, Callable[..., Any]] = {}
     broken = BrokenImages(source)
     with Checkpoints(workdir / CHECKPOINTS, keep=run.keep_checkpoints) as checkpoints:
-        state = create_state(model, optimizer, run.seed)
-        memory = fresh_memory()
-        if checkpoints.latest_step() is not None:
+        # The state and the step's program are made while the first batches load.
+        step, resumes = 0, checkpoints.latest_step() is not None
+        if not resumes:
+            batches.start_prefetch()
+        state, memory = create_state(model, optimizer, run.seed), fresh_memory()
+        if resumes:
             state, memory = _restore(checkpoints, state, batches)
-        batches.start_prefetch()  # while the state is made and the step compiled
-        step = int(parallel.unreplicate(state.step))
-        if step:
+            batches.start_prefetch()
+            step = int(parallel.unreplicate(state.step))
             log.info("resuming at step %d of %d", step, total_steps)
         first = parallel.is_first_process()
         with (
