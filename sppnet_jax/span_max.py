@@ -80,16 +80,17 @@ def _backward(
 ) -> tuple[jax.Array]:
     maps, pooled = saved
 
+    # Nothing equals NaN: all cells of its bin get its gradient, which is NaN.
     def ties_of(some_rows: Run, some_columns: Run) -> jax.Array:
         best = _of_runs(pooled, some_rows, some_columns)
         cells = _cells(maps, some_rows, some_columns)
-        return functools.reduce(
+        ties = functools.reduce(
             jnp.add, [(c == best).astype(maps.dtype) for c in cells]
         )
+        return jnp.where(jnp.isnan(best), jnp.nan, ties)
 
     ties = _from_blocks(ties_of, rows, columns)
-    # Nothing equals NaN: all cells of its bin have its gradient, which is NaN.
-    share = jnp.where(ties > 0, gradient / jnp.maximum(ties, 1), jnp.nan)
+    share = gradient / ties
     total = jnp.zeros_like(maps)
     for row, in_row in _covering(rows, maps.shape[1]):
         for column, in_column in _covering(columns, maps.shape[2]):
