@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from experiments.photographs import photograph_folder
 from sppnet_jax import cli
-from sppnet_jax.benchmarks.report import Report, Row, Setting, show
+from sppnet_jax.benchmarks.report import Report, Row, Setting, result_folder, show
 from sppnet_jax.benchmarks.timing import spread, times_as_fast
 from sppnet_jax.data import images
 from sppnet_jax.data.pipeline import Batches, train_batches
@@ -323,7 +323,12 @@ def main() -> None:
     )
     parser.add_argument("--root", default="", help="folder of class folders of images")
     parser.add_argument("--data_dir", default="", help="where TFDS keeps data")
-    parser.add_argument("--out", default="runs/pipeline", help="folder of the results")
+    parser.add_argument(
+        "--out",
+        type=result_folder,
+        default="runs/pipeline",
+        help="folder of the results",
+    )
     parser.add_argument("--rounds", type=int, default=7, help="timings of each")
     parser.add_argument("--quick", action="store_true", help="few, to see it run")
     parser.add_argument("--traceback", action="store_true")
@@ -331,11 +336,7 @@ def main() -> None:
     if given.rounds < 1:
         parser.error(f"--rounds must be at least 1, got {given.rounds}")
     cli.show_own_log()
-    setting = Setting(given.rounds, given.quick, Path(given.out).expanduser())
-    try:
-        setting.folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        parser.error(f"--out can't be made: {error}")
+    setting = Setting(given.rounds, given.quick, given.out)
     try:
         with tempfile.TemporaryDirectory() as name:
             opened = open_cases(

@@ -27,7 +27,7 @@ from tqdm import tqdm
 from experiments.first_step import CPU, PARTS, TOTAL
 from experiments.photographs import photograph_folder
 from sppnet_jax import cli
-from sppnet_jax.benchmarks.report import Report, Row, Setting, show
+from sppnet_jax.benchmarks.report import Report, Row, Setting, result_folder, show
 from sppnet_jax.benchmarks.timing import spread, times_as_fast
 from sppnet_jax.data.sources import open_source
 
@@ -177,18 +177,19 @@ def main() -> None:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--out", default="runs/startup", help="folder of the results")
+    parser.add_argument(
+        "--out",
+        type=result_folder,
+        default="runs/startup",
+        help="folder of the results",
+    )
     parser.add_argument("--rounds", type=int, default=3, help="starts of each kind")
     parser.add_argument("--quick", action="store_true", help="small, to see it run")
     given = parser.parse_args()
     if given.rounds < 1:
         parser.error(f"--rounds must be at least 1, got {given.rounds}")
     cli.show_own_log()
-    setting = Setting(given.rounds, given.quick, Path(given.out).expanduser())
-    try:
-        setting.folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        parser.error(f"--out can't be made: {error}")
+    setting = Setting(given.rounds, given.quick, given.out)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         data_dir = os.environ.get("TFDS_DATA_DIR", str(folder / "tensorflow_datasets"))

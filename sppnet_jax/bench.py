@@ -14,9 +14,8 @@ import importlib
 import os
 import sys
 import traceback
-from pathlib import Path
 
-from sppnet_jax.benchmarks.report import Setting, show
+from sppnet_jax.benchmarks.report import Setting, result_folder, show
 
 SUITES = {
     "buckets": "compile time, FLOPs, bytes and images/s of every bucket",
@@ -36,7 +35,9 @@ def main() -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("suites", nargs="*", metavar="SUITE", help="default: all")
-    parser.add_argument("--out", default="runs/bench", help="folder of the results")
+    parser.add_argument(
+        "--out", type=result_folder, default="runs/bench", help="folder of the results"
+    )
     parser.add_argument("--rounds", type=int, default=10, help="timings of each")
     parser.add_argument("--quick", action="store_true", help="small, to see it run")
     parser.add_argument("--traceback", action="store_true")
@@ -46,11 +47,7 @@ def main() -> None:
         parser.error(f"unknown suite {unknown[0]!r}: choose from {', '.join(SUITES)}")
     if given.rounds < 1:
         parser.error(f"--rounds must be at least 1, got {given.rounds}")
-    setting = Setting(given.rounds, given.quick, Path(given.out).expanduser())
-    try:
-        setting.folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        parser.error(f"--out can't be made: {error}")
+    setting = Setting(given.rounds, given.quick, given.out)
     # On a GPU, peers need room in the same memory.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     failed = []

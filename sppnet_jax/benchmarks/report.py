@@ -1,5 +1,6 @@
 """What a suite found, as a table on the screen, JSON and a picture in a folder."""
 
+import argparse
 import os
 import platform
 from collections.abc import Callable, Mapping, Sequence
@@ -42,6 +43,16 @@ class Report(NamedTuple):
     plot: Callable[[Sequence[Row]], Any]
     notes: Sequence[str] = ()
     results: Mapping[str, Any] = {}
+
+
+def result_folder(path: str) -> Path:
+    """The folder of --out, made before anything is measured: a type for argparse."""
+    folder = Path(path).expanduser()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise argparse.ArgumentTypeError(f"it can't be made: {error}") from error
+    return folder
 
 
 def machine() -> dict[str, Any]:
