@@ -12,8 +12,8 @@ see its results table.
 
 from ml_collections import ConfigDict
 
-from sppnet_jax.backbones import get_backbone
 from sppnet_jax.config import base_config
+from sppnet_jax.network.trunks import get_backbone
 
 # Levels, and sizes of the training images.
 RECIPES = {

@@ -18,8 +18,9 @@ from ml_collections import ConfigDict
 
 from configs import detect_digits, detect_folder, digits
 from experiments.runs import is_finished
-from sppnet_jax import caches, cli, run_folder, saved_config
+from sppnet_jax import cli, saved_config
 from sppnet_jax.detection_config import check_detection_config
+from sppnet_jax.run import caches, run_folder
 from sppnet_jax.train import train_from_config
 
 # Shorter sides for a network trained at 224 pixels, by the number of scales.

@@ -23,8 +23,8 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 
-from sppnet_jax import run_folder
-from sppnet_jax.plots import save_figure
+from sppnet_jax.run import run_folder
+from sppnet_jax.run.figures import save_figure
 
 TEXT, RECALLED = "text", "as we recall it"
 _ABOUT_PAPER = (

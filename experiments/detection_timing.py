@@ -20,12 +20,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sppnet_jax.backbones import layers_geometry
-from sppnet_jax.bucket_choice import choose_buckets
-from sppnet_jax.buckets import pad_to_bucket, smallest_bucket
-from sppnet_jax.classification.preprocess import Preprocessing, normalize
-from sppnet_jax.classification.progress import progress_bar
-from sppnet_jax.classification.whole_images import MAX_ASPECT
+from sppnet_jax.buckets.choice import choose_buckets
+from sppnet_jax.buckets.table import pad_to_bucket, smallest_bucket
+from sppnet_jax.buckets.whole_images import MAX_ASPECT
 from sppnet_jax.data.images import resize_whole, whole_size
 from sppnet_jax.detection.box_regression import regress_boxes
 from sppnet_jax.detection.detector import Detections, Scored, suppress
@@ -47,7 +44,10 @@ from sppnet_jax.detection.window_features import (
     in_chunks,
     pool_atlas,
 )
-from sppnet_jax.model import SPPNet
+from sppnet_jax.network.model import SPPNet
+from sppnet_jax.network.preprocess import Preprocessing, normalize
+from sppnet_jax.network.trunks import layers_geometry
+from sppnet_jax.run.progress import progress_bar
 
 WARPING, CONVOLUTION, POOLING = "warping", "convolution", "pooling"
 FC, SUPPRESSION = "fc", "suppression"

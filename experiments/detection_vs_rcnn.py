@@ -57,7 +57,6 @@ from experiments.detection_timing import (
 from experiments.detectors import Detector, detector_config, tested, workdir_of
 from experiments.report import Claim
 from sppnet_jax import from_detection_config, saved_config
-from sppnet_jax.classification.preprocess import Preprocessing
 from sppnet_jax.data.images import decode_image
 from sppnet_jax.detection.detector import layer_head
 from sppnet_jax.detection.low_rank import (
@@ -66,10 +65,11 @@ from sppnet_jax.detection.low_rank import (
     spectrum_kept,
     truncate_fc,
 )
+from sppnet_jax.detection.pictures import plot_times
 from sppnet_jax.detection.proposers import edge_boxes, selective_search
 from sppnet_jax.detection.rcnn import PAPER_CONTEXT
-from sppnet_jax.detection_plots import plot_times
-from sppnet_jax.model import create_model
+from sppnet_jax.network.model import create_model
+from sppnet_jax.network.preprocess import Preprocessing
 
 NAME = "detection_vs_rcnn"
 TITLE = "SPP-net and R-CNN"

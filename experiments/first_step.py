@@ -38,8 +38,7 @@ def run_to_the_first_step(
     import jax
 
     from sppnet_jax import from_config
-    from sppnet_jax.classification import evaluate as evaluate  # a training does too
-    from sppnet_jax.classification import train as loop
+    from sppnet_jax.training import loop
 
     ends = {"imports": time.time()}
 

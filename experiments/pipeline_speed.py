@@ -30,7 +30,7 @@ from sppnet_jax import cli
 from sppnet_jax.benchmarks.report import Report, Row, Setting, result_folder, show
 from sppnet_jax.benchmarks.timing import spread, times_as_fast
 from sppnet_jax.data import images
-from sppnet_jax.data.pipeline import Batches, train_batches
+from sppnet_jax.data.batches import Batches, train_batches
 from sppnet_jax.data.sources import Record, Records, Source, open_source
 
 BARE = "bare decoding"

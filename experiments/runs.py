@@ -15,11 +15,12 @@ from ml_collections import ConfigDict
 
 from experiments.presets import Network, network_config
 from experiments.setting import Setting
-from sppnet_jax import from_config, run_folder, saved_config
-from sppnet_jax.classification.progress import DivergedError
+from sppnet_jax import from_config, saved_config
 from sppnet_jax.evaluate import evaluate_from_config, result_name
-from sppnet_jax.metrics import read_metrics
+from sppnet_jax.run import run_folder
+from sppnet_jax.run.metrics import read_metrics
 from sppnet_jax.train import train_from_config
+from sppnet_jax.training.step_log import DivergedError
 
 DIVERGED = "diverged.txt"
 

@@ -31,7 +31,7 @@ from experiments.report import Claim
 from sppnet_jax import from_detection_config
 from sppnet_jax.detection.maps import scaled_sizes
 from sppnet_jax.detection.scales import choose_scales, scale_factors
-from sppnet_jax.plots import save_figure
+from sppnet_jax.run.figures import save_figure
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt

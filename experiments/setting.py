@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from experiments.presets import PRESETS, Preset
-from sppnet_jax import caches, cli
+from sppnet_jax import cli
+from sppnet_jax.run import caches
 
 
 class Setting(NamedTuple):

@@ -20,7 +20,11 @@ from experiments.presets import SVM_DATA, Network, network_config
 from experiments.report import Claim, Row, write_report
 from experiments.runs import diverged, networks_of
 from sppnet_jax import from_config, saved_config
-from sppnet_jax.classification.features import Features, default_side, load_features
+from sppnet_jax.classification.layer_features import (
+    Features,
+    default_side,
+    load_features,
+)
 from sppnet_jax.classification.svm import caltech_protocol, multi_label_protocol
 from sppnet_jax.data.sources import available_splits, open_source
 from sppnet_jax.features import features_from_config, file_name

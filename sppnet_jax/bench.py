@@ -17,13 +17,17 @@ import traceback
 
 from sppnet_jax.benchmarks.report import Setting, result_folder, show
 
+# By name: the module in benchmarks/, and what it measures.
 SUITES = {
-    "buckets": "compile time, FLOPs, bytes and images/s of every bucket",
-    "variable_sizes": "images of 500 sizes: buckets, one jit a shape, warping, batch 1",
-    "pyramid": "the layer, forward and backward, beside PyTorch's pools",
-    "windows": "thousands of windows, beside masks, MaxRoiPool and roi_pool",
-    "training_step": "a training step of all backbones, beside PyTorch",
-    "scaling": "a training step over 1, 2, 4 devices and 1, 2 processes",
+    "buckets": ("bucket_costs", "compile time, FLOPs, bytes, images/s of every bucket"),
+    "variable_sizes": (
+        "variable_sizes",
+        "images of 500 sizes: buckets, one jit a shape, warping, batch 1",
+    ),
+    "pyramid": ("pyramid_speed", "the layer, both directions, beside PyTorch's pools"),
+    "windows": ("window_speed", "2,000 windows, beside masks, MaxRoiPool, roi_pool"),
+    "training_step": ("training_step", "a step of all backbones, beside PyTorch"),
+    "scaling": ("scaling", "a training step over 1, 2, 4 devices and 1, 2 processes"),
 }
 
 
@@ -31,7 +35,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m sppnet_jax.bench",
         description=__doc__,
-        epilog="suites:\n" + "\n".join(f"  {k:15} {v}" for k, v in SUITES.items()),
+        epilog="suites:\n" + "\n".join(f"  {k:15} {v[1]}" for k, v in SUITES.items()),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("suites", nargs="*", metavar="SUITE", help="default: all")
@@ -53,7 +57,8 @@ def main() -> None:
     failed = []
     for name in dict.fromkeys(given.suites or SUITES):
         try:
-            suite = importlib.import_module(f"sppnet_jax.benchmarks.{name}")
+            module = f"sppnet_jax.benchmarks.{SUITES[name][0]}"
+            suite = importlib.import_module(module)
             show(suite.run(setting), setting)
         except KeyboardInterrupt:
             sys.exit("interrupted; the suites before are written")

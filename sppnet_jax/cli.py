@@ -12,8 +12,8 @@ from absl import app, flags
 from ml_collections import ConfigDict, config_flags
 from tqdm import tqdm
 
-from sppnet_jax import caches, parallel
 from sppnet_jax.config import base_config, check_config
+from sppnet_jax.run import caches, parallel
 
 CONFIG = config_flags.DEFINE_config_file(
     "config", None, "The settings of a run, a file such as configs/digits.py."

@@ -8,11 +8,11 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from sppnet_jax.backbones import backbone_geometry
-from sppnet_jax.classification.schedule import KINDS
-from sppnet_jax.classification.sizes import possible_sizes
 from sppnet_jax.data.images import CROPS
-from sppnet_jax.model import create_model
+from sppnet_jax.network.model import create_model
+from sppnet_jax.network.trunks import backbone_geometry
+from sppnet_jax.training.schedule import KINDS
+from sppnet_jax.training.sizes import possible_sizes
 
 
 def base_config() -> ConfigDict:

@@ -94,7 +94,8 @@ def evaluate_from_config(
 
     Writes precisions, detections and pictures into WORKDIR/test; prints a table.
     """
-    from sppnet_jax import detection_results, from_detection_config
+    from sppnet_jax import from_detection_config
+    from sppnet_jax.detection import results as detection_results
 
     configs = _configs_of(config, workdirs)
     detectors = _load_all(configs, workdirs)
@@ -152,9 +153,10 @@ def detect_in_files(
     pictures: Path | None = None,
 ) -> int:
     """Prints and draws what is found in each image; returns how many are unreadable."""
-    from sppnet_jax import detection_plots, from_detection_config
+    from sppnet_jax import from_detection_config
+    from sppnet_jax.data.image_files import Files
     from sppnet_jax.data.images import decode_image
-    from sppnet_jax.predict import Files
+    from sppnet_jax.detection import pictures as detection_plots
 
     if config.proposals.method == "file":
         raise ValueError(

@@ -76,9 +76,11 @@ def evaluate_from_config(
     `config`: of the first of `workdirs`; its data is what all are tested on. The others
     bring their own models. Several networks average their softmax scores.
     """
-    from sppnet_jax import from_config, parallel, plots, run_folder
-    from sppnet_jax.classification.evaluate import mean_scores, summarize
+    from sppnet_jax import from_config
+    from sppnet_jax.classification import pictures as plots
+    from sppnet_jax.classification.accuracy import mean_scores, summarize
     from sppnet_jax.data.broken import BrokenImages
+    from sppnet_jax.run import parallel, run_folder
 
     trained_on = run_folder.load_training_data(workdirs[0])
     source = from_config.open_split(config, "test")

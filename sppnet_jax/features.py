@@ -86,13 +86,14 @@ def features_from_config(
     `data.data_dir` may name any data set. `layer`, `mode`, `side`: see
     `classification.features.extract_features`.
     """
-    from sppnet_jax import from_config, parallel, run_folder
-    from sppnet_jax.classification.features import (
+    from sppnet_jax import from_config
+    from sppnet_jax.classification.layer_features import (
         check_request,
         default_side,
         save_features,
     )
     from sppnet_jax.data.sources import open_source
+    from sppnet_jax.run import parallel, run_folder
 
     data = config.data
     if side is None:

@@ -9,25 +9,25 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from sppnet_jax import caches, parallel, run_folder
-from sppnet_jax.buckets import BucketTable
-from sppnet_jax.checkpoints import Checkpoints
-from sppnet_jax.classification.features import Features, extract_features
-from sppnet_jax.classification.preprocess import Preprocessing, color_shifts
-from sppnet_jax.classification.schedule import Schedule
+from sppnet_jax.buckets.table import BucketTable
+from sppnet_jax.classification.layer_features import Features, extract_features
 from sppnet_jax.classification.scores import (
     OnExample,
     Scores,
     score_crops,
     score_maps,
 )
-from sppnet_jax.classification.step import Optimizer, init_params
-from sppnet_jax.classification.train import Run
 from sppnet_jax.classification.views import ON_CROPS, Protocol
-from sppnet_jax.data.pipeline import Batches, eval_batches, train_batches
+from sppnet_jax.data.batches import Batches, eval_batches, train_batches
 from sppnet_jax.data.sources import Source, available_splits, open_source
 from sppnet_jax.data.statistics import kept_statistics
-from sppnet_jax.model import SPPNet, create_model
+from sppnet_jax.network.model import SPPNet, create_model, init_params
+from sppnet_jax.network.preprocess import Preprocessing, color_shifts
+from sppnet_jax.run import caches, parallel, run_folder
+from sppnet_jax.run.checkpoints import Checkpoints
+from sppnet_jax.training.loop import Run
+from sppnet_jax.training.schedule import Schedule
+from sppnet_jax.training.steps import Optimizer
 
 log = logging.getLogger(__name__)
 

@@ -21,11 +21,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from sppnet_jax import from_config, parallel, run_folder, saved_config
-from sppnet_jax.backbones import layers_geometry
-from sppnet_jax.checkpoints import Checkpoints
-from sppnet_jax.classification.preprocess import Preprocessing
-from sppnet_jax.classification.progress import progress_bar
+from sppnet_jax import from_config, saved_config
 from sppnet_jax.classification.svm import LinearSVMs
 from sppnet_jax.data.detection_sources import (
     Objects,
@@ -75,9 +71,14 @@ from sppnet_jax.detection.window_features import (
     from_warped,
     make_program,
 )
-from sppnet_jax.geometry import Geometry
-from sppnet_jax.model import SPPNet
-from sppnet_jax.spp import num_bins
+from sppnet_jax.network.model import SPPNet
+from sppnet_jax.network.preprocess import Preprocessing
+from sppnet_jax.network.trunks import layers_geometry
+from sppnet_jax.pyramid.geometry import Geometry
+from sppnet_jax.pyramid.pooling import num_bins
+from sppnet_jax.run import parallel, run_folder
+from sppnet_jax.run.checkpoints import Checkpoints
+from sppnet_jax.run.progress import progress_bar
 
 log = logging.getLogger(__name__)
 

@@ -11,7 +11,8 @@ from ml_collections import ConfigDict
 
 from sppnet_jax import cli
 from sppnet_jax.classification import views
-from sppnet_jax.data.sources import Record, Source
+from sppnet_jax.data.image_files import Files
+from sppnet_jax.data.sources import Source
 
 MAX_BUCKETS = 4  # programs that are compiled at most
 
@@ -31,23 +32,6 @@ def main(argv: Sequence[str]) -> None:
         raise ValueError(f"{failed} of {len(argv)} files could not be read")
 
 
-class Files:
-    """Image files as a source's records, read when they are asked for."""
-
-    def __init__(self, paths: Sequence[str]) -> None:
-        self._paths = paths
-
-    def __len__(self) -> int:
-        return len(self._paths)
-
-    def __getitem__(self, index: int) -> Record:
-        try:
-            image = Path(self._paths[index]).expanduser().read_bytes()
-        except OSError:
-            image = b""  # counts as broken; why is told in the end
-        return {"image": image, "label": 0, "name": self._paths[index]}
-
-
 def predict_files(
     config: ConfigDict, workdir: Path, paths: Sequence[str], picture: str = ""
 ) -> int:
@@ -59,8 +43,10 @@ def predict_files(
     """
     import numpy as np
 
-    from sppnet_jax import from_config, plots, run_folder
+    from sppnet_jax import from_config
+    from sppnet_jax.classification import pictures as plots
     from sppnet_jax.data.images import decode_image
+    from sppnet_jax.run import run_folder
 
     class_names = run_folder.load_training_data(workdir).class_names
     config.data.strict = False

@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 
 from sppnet_jax.config import base_config
 from sppnet_jax.detection_config import detection_base_config
-from sppnet_jax.run_folder import load_config
+from sppnet_jax.run.run_folder import load_config
 
 
 def get_config(workdir: str) -> ConfigDict:

@@ -26,10 +26,11 @@ def main(argv: Sequence[str]) -> None:
 def train_from_config(config: ConfigDict, workdir: Path) -> dict[str, float]:
     """Trains what a config describes; returns the last validation metrics."""
     # Here, not above: a mistake in the config should show before these are loaded.
-    from sppnet_jax import from_config, parallel, run_folder
-    from sppnet_jax.classification.evaluate import count_correct
-    from sppnet_jax.classification.step import make_test_step
-    from sppnet_jax.classification.train import train
+    from sppnet_jax import from_config
+    from sppnet_jax.classification.accuracy import count_correct
+    from sppnet_jax.run import parallel, run_folder
+    from sppnet_jax.training.loop import train
+    from sppnet_jax.training.steps import make_test_step
 
     parallel.check_batch_size(config.batch_size)
     if config.data.root:  # found again from any folder
@@ -75,9 +76,10 @@ def train_from_config(config: ConfigDict, workdir: Path) -> dict[str, float]:
             preprocessing=preprocessing,
         )
     if parallel.is_first_process():
-        from sppnet_jax import plots  # matplotlib, not before the first step
+        # matplotlib, not before the first step
+        from sppnet_jax.training.curves import plot_training
 
-        picture = plots.plot_training(workdir)
+        picture = plot_training(workdir)
         log.info("the run's folder is %s, its curves are %s", workdir, picture)
     return metrics
 

@@ -11,9 +11,14 @@ import pytest
 
 from configs import digits
 from sppnet_jax import ablation, from_config, saved_config, train
-from sppnet_jax.ablation import AblationRow, ablate, small_config
-from sppnet_jax.ablation_report import ablation_table, plot_ablation
-from sppnet_jax.classification.progress import DivergedError
+from sppnet_jax.ablation import (
+    AblationRow,
+    ablate,
+    ablation_table,
+    plot_ablation,
+    small_config,
+)
+from sppnet_jax.training.step_log import DivergedError
 from tests.data_helpers import write_two_colors
 
 LEVELS, SEEDS = [(2, 1), None], (1, 0)

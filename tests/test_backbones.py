@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import sppnet_jax as sn
-from sppnet_jax.backbones import BACKBONES, LRN, Conv, get_backbone, output_size
+from sppnet_jax.network.trunks import BACKBONES, LRN, Conv, get_backbone, output_size
 
 # Every side that the paper states on the way, by backbone and image side.
 PAPER_SIZES = {

@@ -20,7 +20,7 @@ from sppnet_jax.benchmarks.allreduce import (
     training_flops,
     two_level_seconds,
 )
-from sppnet_jax.model import create_model
+from sppnet_jax.network.model import create_model
 
 REPOSITORY = Path(__file__).parent.parent
 ZF5 = (

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
-from sppnet_jax.benchmarks import buckets as suite
+from sppnet_jax.benchmarks import bucket_costs as suite
 from sppnet_jax.benchmarks import peak
 from sppnet_jax.benchmarks.cold import no_persistent_cache
 from sppnet_jax.benchmarks.report import Setting, table
@@ -166,7 +166,7 @@ for name in ("grain", "tensorflow_datasets", "cv2", "ml_collections",
              "matplotlib.pyplot"):
     sys.modules[name] = None
 import sppnet_jax.bench
-from sppnet_jax.benchmarks import buckets, variable_sizes
+from sppnet_jax.benchmarks import bucket_costs as buckets, variable_sizes
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert not done.returncode, done.stderr

@@ -8,12 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sppnet_jax.boxes import decode_boxes, encode_boxes
 from sppnet_jax.detection.box_regression import (
     BoxRegressors,
     regress_boxes,
     train_box_regressors,
 )
+from sppnet_jax.detection.boxes import decode_boxes, encode_boxes
 
 
 def examples(

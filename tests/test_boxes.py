@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sppnet_jax import boxes as module
-from sppnet_jax.boxes import (
+from sppnet_jax.detection import boxes as module
+from sppnet_jax.detection.boxes import (
     clip_boxes,
     decode_boxes,
     encode_boxes,

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from matplotlib.patches import Rectangle
 
-from sppnet_jax import bucket_plots
-from sppnet_jax.buckets import BucketRow, choose_buckets, padding_waste
+from notebooks.pictures import buckets as bucket_plots
+from sppnet_jax.buckets.table import BucketRow, choose_buckets, padding_waste
 from tests.data_helpers import picture
 
 SIZES = [(40, 50), (40, 60), (50, 40), (70, 40), (40, 60)]

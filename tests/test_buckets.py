@@ -10,16 +10,16 @@ import numpy as np
 import pytest
 
 import sppnet_jax as sn
-from sppnet_jax import bucket_choice
-from sppnet_jax import buckets as buckets_module
-from sppnet_jax.backbones import BACKBONES, LRN, Conv
-from sppnet_jax.buckets import (
+from sppnet_jax.buckets import choice as bucket_choice
+from sppnet_jax.buckets import table as buckets_module
+from sppnet_jax.buckets.table import (
     BucketTable,
     choose_buckets,
     pad_to_bucket,
     padding_waste,
     smallest_bucket,
 )
+from sppnet_jax.network.trunks import BACKBONES, LRN, Conv
 from tests.data_helpers import picture
 
 MIXED = [(64, 64), (64, 96), (96, 64), (128, 128)]

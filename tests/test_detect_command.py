@@ -21,9 +21,8 @@ import pytest
 from ml_collections import ConfigDict
 
 from configs import folder as classifier_config
-from sppnet_jax import detect, from_config, from_detection_config, run_folder
+from sppnet_jax import detect, from_config, from_detection_config
 from sppnet_jax import saved_config as saved
-from sppnet_jax.checkpoints import Checkpoints
 from sppnet_jax.data.detection_sources import open_detection_source, read_objects
 from sppnet_jax.detection import learn, maps
 from sppnet_jax.detection.average_precision import evaluate_detections
@@ -33,6 +32,8 @@ from sppnet_jax.detection.proposals import save_proposals
 from sppnet_jax.detection.result_files import read_voc_results
 from sppnet_jax.detection.window_features import make_program
 from sppnet_jax.detection_config import check_detection_config, detection_base_config
+from sppnet_jax.run import run_folder
+from sppnet_jax.run.checkpoints import Checkpoints
 from tests.conftest import REPOSITORY
 from tests.data_helpers import encode, voc_object, voc_xml, write_voc_folder
 
@@ -524,7 +525,7 @@ KILLERS = {
         maps.save_array = kill
         """,
     "finetune": """
-        from sppnet_jax.metrics import MetricsLog
+        from sppnet_jax.run.metrics import MetricsLog
         from sppnet_jax.detection import finetune
         rate = finetune.learning_rate
         def kill(settings, step):

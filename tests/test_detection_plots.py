@@ -6,8 +6,8 @@ import cv2
 import numpy as np
 import pytest
 
-from sppnet_jax import detection_plots
-from sppnet_jax.detection_plots import (
+from sppnet_jax.detection import pictures as detection_plots
+from sppnet_jax.detection.pictures import (
     Curve,
     Shown,
     draw_detections,

@@ -3,7 +3,6 @@
 import numpy as np
 import pytest
 
-from sppnet_jax.backbones import get_backbone, layers_geometry
 from sppnet_jax.detection.scales import (
     atlas_size,
     boxes_to_atlas,
@@ -13,6 +12,7 @@ from sppnet_jax.detection.scales import (
     share_windows,
     stack_maps,
 )
+from sppnet_jax.network.trunks import get_backbone, layers_geometry
 
 GEOMETRY = layers_geometry(get_backbone("zf5").layers)
 IMAGE = (120, 170)

@@ -17,8 +17,8 @@ from experiments import (
 from experiments.presets import Network, Preset, network_config
 from experiments.report import Claim, Row, percent, write_report
 from experiments.runs import diverged, networks_of
-from sppnet_jax.classification.progress import DivergedError
 from sppnet_jax.config import check_config
+from sppnet_jax.training.step_log import DivergedError
 from tests.data_helpers import write_two_colors
 
 ZF5 = (Network("zf5", ()), Network("zf5"), Network("zf5", training="multi"))

@@ -13,17 +13,17 @@ import psutil
 import pytest
 from data_helpers import encode, make_source, picture, write_class_folders
 
-from sppnet_jax.classification.features import (
+from sppnet_jax.classification.layer_features import (
     Features,
     extract_features,
     layer_names,
     load_features,
     save_features,
 )
-from sppnet_jax.classification.preprocess import Preprocessing
 from sppnet_jax.data import images
 from sppnet_jax.data.sources import Source, open_source
-from sppnet_jax.model import SPPNet, create_model
+from sppnet_jax.network.model import SPPNet, create_model
+from sppnet_jax.network.preprocess import Preprocessing
 
 SIZE = 32
 LAYERS = ("conv1", "conv2", "conv3", "conv4", "conv5", "pyramid", "fc6", "fc7", "fc8")

@@ -12,8 +12,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sppnet_jax.checkpoints import Checkpoints
-from sppnet_jax.classification.progress import DivergedError
 from sppnet_jax.detection import finetune as finetuning
 from sppnet_jax.detection.examples import Examples
 from sppnet_jax.detection.finetune import (
@@ -25,8 +23,10 @@ from sppnet_jax.detection.finetune import (
     load_finetuned,
 )
 from sppnet_jax.detection.window_features import WindowFeatures
-from sppnet_jax.metrics import read_metrics
-from sppnet_jax.model import SPPNet, create_model
+from sppnet_jax.network.model import SPPNet, create_model
+from sppnet_jax.run.checkpoints import Checkpoints
+from sppnet_jax.run.metrics import read_metrics
+from sppnet_jax.training.step_log import DivergedError
 
 CLASSES = 3
 IMAGES = 5

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import sppnet_jax as sn
-from sppnet_jax.backbones import BACKBONES
+from sppnet_jax.network.trunks import BACKBONES
 
 RULES = ["paper", "closest"]
 

@@ -14,7 +14,7 @@ from sppnet_jax.detection.low_rank import (
     spectrum_kept,
     truncate_fc,
 )
-from sppnet_jax.model import SPPNet, create_model
+from sppnet_jax.network.model import SPPNet, create_model
 
 POOLED = 96
 

@@ -6,9 +6,8 @@ import numpy as np
 import pytest
 
 import sppnet_jax as sn
-from sppnet_jax.backbones import BACKBONES
-from sppnet_jax.image_conv import image_conv
-from sppnet_jax.response_norm import local_response_norm
+from sppnet_jax.network.layers import image_conv, local_response_norm
+from sppnet_jax.network.trunks import BACKBONES
 
 # Counted by hand from Table 1: kernel² · in · out + out, fc6 from 36 or Σn² bins.
 PARAMETERS = {

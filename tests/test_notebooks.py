@@ -13,7 +13,7 @@ from notebooks.store import execute
 from tests.conftest import REPOSITORY
 
 NOTEBOOKS = sorted((REPOSITORY / "notebooks").glob("*.ipynb"))
-NEEDED = ("sppnet_jax", "configs", "experiments")
+NEEDED = ("sppnet_jax", "configs", "experiments", "notebooks/pictures")
 LONGEST_FUNCTION = 4  # lines
 MOST_BYTES = 900_000
 # /a/b, but no address, no end tag, no "this/or/that".
@@ -112,10 +112,10 @@ def test_a_notebook_calls_the_library_and_defines_no_logic_of_its_own(path):
 @each
 def test_a_notebook_runs_from_top_to_bottom(path, tmp_path, digit_scenes_dir):
     # A copy, where nothing is trained yet and nothing that is written stays.
-    for name in NEEDED:
-        (tmp_path / name).symlink_to(REPOSITORY / name)
     copy = tmp_path / "notebooks" / path.name
     copy.parent.mkdir()
+    for name in NEEDED:
+        (tmp_path / name).symlink_to(REPOSITORY / name)
     shutil.copy(path, copy)
     # One device, as a person has it; programs compiled once are found again.
     environment = {**os.environ, "XLA_FLAGS": "", "TFDS_DATA_DIR": digit_scenes_dir}

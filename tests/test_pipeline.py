@@ -13,8 +13,7 @@ import pytest
 from data_helpers import encode, make_source, picture
 
 from sppnet_jax.data import images
-from sppnet_jax.data.broken import BrokenImages
-from sppnet_jax.data.pipeline import (
+from sppnet_jax.data.batches import (
     describe_broken,
     eval_batches,
     steps_per_epoch,
@@ -23,6 +22,7 @@ from sppnet_jax.data.pipeline import (
     whole_images,
     whole_sizes,
 )
+from sppnet_jax.data.broken import BrokenImages
 from sppnet_jax.data.sources import Source, open_source
 
 SIZES: dict[str, Any] = {"image_size": 16, "resize_side": 20}
@@ -460,7 +460,7 @@ FORGETFUL = """
 import sys
 sys.path.insert(0, sys.argv[1])
 from data_helpers import make_source
-from sppnet_jax.data.pipeline import train_batches
+from sppnet_jax.data.batches import train_batches
 
 if __name__ == "__main__":
     batches = train_batches(

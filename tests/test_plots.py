@@ -3,15 +3,16 @@
 import cv2
 import pytest
 
-from sppnet_jax import plots
-from sppnet_jax.metrics import MetricsLog
+from sppnet_jax.classification import pictures as plots
+from sppnet_jax.run.metrics import MetricsLog
+from sppnet_jax.training.curves import plot_training
 from tests.data_helpers import picture
 
 
 def test_the_curves_of_a_run_are_drawn_even_from_a_single_row(tmp_path):
     with MetricsLog(tmp_path, resumed_step=0) as log:
         log.write("train", 1, {"epoch": 0.5, "loss": 2.0})
-    drawn = cv2.imread(str(plots.plot_training(tmp_path)))
+    drawn = cv2.imread(str(plot_training(tmp_path)))
     assert drawn.std() > 1
 
 

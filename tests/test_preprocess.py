@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sppnet_jax.classification.preprocess import (
+from sppnet_jax.network.preprocess import (
     Preprocessing,
     alter_colors,
     color_shifts,

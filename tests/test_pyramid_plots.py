@@ -6,9 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sppnet_jax import boxes_to_windows, num_bins, spatial_pyramid_pool
-from sppnet_jax.backbones import backbone_geometry
-from sppnet_jax.pyramid_plots import (
+from notebooks.pictures.levels import (
     bin_boxes,
     bin_gradient,
     bin_windows,
@@ -18,6 +16,8 @@ from sppnet_jax.pyramid_plots import (
     plot_winners,
     winning_cells,
 )
+from sppnet_jax import boxes_to_windows, num_bins, spatial_pyramid_pool
+from sppnet_jax.network.trunks import backbone_geometry
 from tests.data_helpers import picture
 
 LEVELS = (3, 2, 1)

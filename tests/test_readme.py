@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import pytest
 
 import sppnet_jax as sn
-from sppnet_jax import backbones
-from sppnet_jax.backbones import Backbone, Conv, MaxPool
+from sppnet_jax.network import trunks as backbones
+from sppnet_jax.network.trunks import Backbone, Conv, MaxPool
 from tests.conftest import REPOSITORY
 
 README = (REPOSITORY / "README.md").read_text()

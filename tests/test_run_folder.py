@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from sppnet_jax.run_folder import (
+from sppnet_jax.run.run_folder import (
     read_arrays,
     read_json,
     whole_file,

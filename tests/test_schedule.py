@@ -2,7 +2,7 @@
 
 import pytest
 
-from sppnet_jax.classification.schedule import Schedule
+from sppnet_jax.training.schedule import Schedule
 
 
 def rate(schedule, step, errors=()):

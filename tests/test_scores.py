@@ -8,13 +8,11 @@ import numpy as np
 import pytest
 from scipy.stats import binomtest
 
-from sppnet_jax.backbones import backbone_geometry
-from sppnet_jax.classification.evaluate import mean_scores, summarize, wilson_interval
-from sppnet_jax.classification.preprocess import Preprocessing, normalize
+from sppnet_jax.buckets.whole_images import MAX_ASPECT
+from sppnet_jax.classification.accuracy import mean_scores, summarize, wilson_interval
 from sppnet_jax.classification.scores import Scores, score_crops, score_maps
-from sppnet_jax.classification.step import init_params
 from sppnet_jax.classification.views import Protocol, named_protocol
-from sppnet_jax.classification.whole_images import MAX_ASPECT
+from sppnet_jax.data.batches import eval_batches
 from sppnet_jax.data.images import (
     CENTER_AND_CORNERS,
     crop,
@@ -23,11 +21,12 @@ from sppnet_jax.data.images import (
     resize_shorter_side,
     resize_whole,
 )
-from sppnet_jax.data.pipeline import eval_batches
 from sppnet_jax.data.sources import Source
-from sppnet_jax.geometry import boxes_to_windows
-from sppnet_jax.model import create_model
-from sppnet_jax.spp import spatial_pyramid_pool
+from sppnet_jax.network.model import create_model, init_params
+from sppnet_jax.network.preprocess import Preprocessing, normalize
+from sppnet_jax.network.trunks import backbone_geometry
+from sppnet_jax.pyramid.geometry import boxes_to_windows
+from sppnet_jax.pyramid.pooling import spatial_pyramid_pool
 from tests.data_helpers import encode, picture
 
 SIDE, LEVELS = 61, (3, 2, 1)

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from sppnet_jax.classification.sizes import epoch_size, possible_sizes
+from sppnet_jax.training.sizes import epoch_size, possible_sizes
 
 UNIFORM = ("uniform", 180, 224)
 

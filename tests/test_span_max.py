@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sppnet_jax.span_max import span_max
+from sppnet_jax.pyramid.span_max import span_max
 
 TILES = ((0, 2), (2, 4), (4, 6))
 OVERLAPPING = ((0, 3), (2, 5), (4, 7))

@@ -146,7 +146,7 @@ def test_a_training_s_imports_hold_neither_pyplot_nor_pytorch():
     code = (
         "import sys\n"
         "from sppnet_jax import cli, train, from_config\n"
-        "from sppnet_jax.classification import train, evaluate\n"
+        "from sppnet_jax.training import loop\n"
         "heavy = 'torch', 'matplotlib', 'sklearn', 'tensorboardX', 'scipy.optimize'\n"
         "print([name for name in heavy if name in sys.modules])\n"
     )

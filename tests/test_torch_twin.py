@@ -8,16 +8,16 @@ import numpy as np
 import optax
 import pytest
 
-from sppnet_jax.backbones import BACKBONES
-from sppnet_jax.classification.preprocess import Preprocessing
-from sppnet_jax.classification.step import (
+from sppnet_jax.network.model import create_model
+from sppnet_jax.network.preprocess import Preprocessing
+from sppnet_jax.network.trunks import BACKBONES
+from sppnet_jax.run.parallel import unreplicate
+from sppnet_jax.training.steps import (
     Optimizer,
     create_state,
     make_train_step,
     shard_batch,
 )
-from sppnet_jax.model import create_model
-from sppnet_jax.parallel import unreplicate
 
 torch = pytest.importorskip("torch")
 

@@ -11,24 +11,24 @@ import numpy as np
 import PIL.Image
 import pytest
 
-from sppnet_jax import parallel
-from sppnet_jax.checkpoints import Checkpoints
-from sppnet_jax.classification.evaluate import count_correct
-from sppnet_jax.classification.preprocess import Preprocessing
-from sppnet_jax.classification.progress import DivergedError
-from sppnet_jax.classification.schedule import Schedule
-from sppnet_jax.classification.sizes import epoch_size
-from sppnet_jax.classification.step import (
+from sppnet_jax.classification.accuracy import count_correct
+from sppnet_jax.data.batches import eval_batches, train_batches
+from sppnet_jax.data.sources import Source
+from sppnet_jax.network.model import create_model
+from sppnet_jax.network.preprocess import Preprocessing
+from sppnet_jax.run import parallel
+from sppnet_jax.run.checkpoints import Checkpoints
+from sppnet_jax.run.metrics import read_metrics
+from sppnet_jax.training.loop import Run, train
+from sppnet_jax.training.schedule import Schedule
+from sppnet_jax.training.sizes import epoch_size
+from sppnet_jax.training.step_log import DivergedError
+from sppnet_jax.training.steps import (
     Optimizer,
     create_state,
     make_test_step,
     make_train_step,
 )
-from sppnet_jax.classification.train import Run, train
-from sppnet_jax.data.pipeline import eval_batches, train_batches
-from sppnet_jax.data.sources import Source
-from sppnet_jax.metrics import read_metrics
-from sppnet_jax.model import create_model
 
 SIDE = 32
 PLAIN = Preprocessing(np.float32(128), 64.0, np.zeros((3, 3), np.float32))
@@ -214,7 +214,7 @@ def test_an_interrupt_saves_a_checkpoint_and_the_run_goes_on(
         if step == 3:
             os.kill(os.getpid(), signal.SIGINT)
 
-    from sppnet_jax.metrics import MetricsLog
+    from sppnet_jax.run.metrics import MetricsLog
 
     original = MetricsLog.write
     monkeypatch.setattr(MetricsLog, "write", interrupt_at_step_4)
@@ -402,7 +402,7 @@ def test_a_training_that_ends_while_profiled_leaves_a_trace_and_so_does_its_resu
 
 
 def test_an_error_while_profiled_leaves_a_trace(tmp_path, monkeypatch):
-    from sppnet_jax.metrics import MetricsLog
+    from sppnet_jax.run.metrics import MetricsLog
 
     def fail_at_step_5(self, split, step, values):
         if step == 5:

@@ -5,10 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sppnet_jax.backbones import BACKBONES, backbone_geometry
 from sppnet_jax.classification.views import NAMES, named_protocol, view_windows
 from sppnet_jax.data.images import CENTER_AND_CORNERS, POSITIONS, crop_corner
-from sppnet_jax.geometry import boxes_to_windows
+from sppnet_jax.network.trunks import BACKBONES, backbone_geometry
+from sppnet_jax.pyramid.geometry import boxes_to_windows
 
 PAPER = {"view": 224, "resize_side": 256, "flip": True}
 

@@ -12,8 +12,6 @@ import numpy as np
 import pytest
 from data_helpers import encode, picture
 
-from sppnet_jax.backbones import layers_geometry
-from sppnet_jax.classification.preprocess import Preprocessing
 from sppnet_jax.data.sources import Source
 from sppnet_jax.detection import window_features
 from sppnet_jax.detection.maps import (
@@ -41,7 +39,9 @@ from sppnet_jax.detection.window_features import (
     pooled_rows,
     rows_of,
 )
-from sppnet_jax.model import SPPNet, create_model
+from sppnet_jax.network.model import SPPNet, create_model
+from sppnet_jax.network.preprocess import Preprocessing
+from sppnet_jax.network.trunks import layers_geometry
 
 SIDE = 64
 LEVELS = (3, 2, 1)

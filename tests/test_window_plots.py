@@ -10,12 +10,7 @@ from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from sppnet_jax.detection.detector import Detections
-from sppnet_jax.detection.scales import boxes_to_atlas
-from sppnet_jax.detection_plots import COLORS
-from sppnet_jax.geometry import Sliding, stack_geometry
-from sppnet_jax.spp import spatial_pyramid_pool
-from sppnet_jax.window_plots import (
+from notebooks.pictures.detection import (
     plot_agreement,
     plot_channels,
     plot_found,
@@ -25,6 +20,11 @@ from sppnet_jax.window_plots import (
     plot_scores,
     plot_windows,
 )
+from sppnet_jax.detection.detector import Detections
+from sppnet_jax.detection.pictures import COLORS
+from sppnet_jax.detection.scales import boxes_to_atlas
+from sppnet_jax.pyramid.geometry import Sliding, stack_geometry
+from sppnet_jax.pyramid.pooling import spatial_pyramid_pool
 from tests.data_helpers import picture
 
 # Stride 4; unit 0's centre is pixel 3; a unit sees 9 pixels.

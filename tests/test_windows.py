@@ -9,7 +9,7 @@ import pytest
 from test_spp import loop_pool, random_features
 
 import sppnet_jax as sn
-from sppnet_jax.windows import block_counts
+from sppnet_jax.pyramid.windows import block_counts
 
 PYRAMIDS = [(6, 3, 2, 1), (4, 3, 2, 1), (3, 2, 1), (2, 6, 4), (7, 6, 4), (5,), (1,)]
 

@@ -13,10 +13,9 @@ from typing import Any, NamedTuple
 
 import jax
 
-from sppnet_jax.backbones import Conv, get_backbone, output_size
 from sppnet_jax.benchmarks.report import Row, table
-from sppnet_jax.classification.step import init_params
-from sppnet_jax.model import create_model
+from sppnet_jax.network.model import create_model, init_params
+from sppnet_jax.network.trunks import Conv, get_backbone, output_size
 
 NETWORKS: tuple[tuple[str, tuple[int, ...] | None], ...] = (
     ("zf5", (6, 3, 2, 1)),

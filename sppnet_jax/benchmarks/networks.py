@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from sppnet_jax.model import SPPNet, create_model
+from sppnet_jax.network.model import SPPNet, create_model
 
 
 def random_network(width: float, side: int, dtype: str) -> tuple[SPPNet, Any]:

@@ -3,7 +3,7 @@
 import numpy as np
 from scipy import ndimage
 
-from sppnet_jax.bucket_choice import Bucket
+from sppnet_jax.buckets.choice import Bucket
 
 LONGEST = 3.0  # the most that a side is longer than the other
 

@@ -27,17 +27,17 @@ import jax
 import numpy as np
 from matplotlib.figure import Figure
 
-from sppnet_jax import caches, parallel
 from sppnet_jax.benchmarks.report import Report, Row, Setting
 from sppnet_jax.benchmarks.timing import spread, time_in_turn
-from sppnet_jax.classification.preprocess import Preprocessing
-from sppnet_jax.classification.step import (
+from sppnet_jax.network.model import create_model
+from sppnet_jax.network.preprocess import Preprocessing
+from sppnet_jax.run import caches, parallel
+from sppnet_jax.training.steps import (
     Optimizer,
     create_state,
     make_train_step,
     shard_batch,
 )
-from sppnet_jax.model import create_model
 
 STEPS = 5  # a measurement times so many steps: the pipe to the workers costs nothing
 TIMEOUT = 300.0  # seconds without an answer: a worker hangs

@@ -15,15 +15,15 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from sppnet_jax.backbones import LRN, Conv, MaxPool, get_backbone, layers_geometry
-from sppnet_jax.classification.step import Optimizer
-from sppnet_jax.spp import check_levels, num_bins
+from sppnet_jax.network.trunks import LRN, Conv, MaxPool, get_backbone, layers_geometry
+from sppnet_jax.pyramid.pooling import check_levels, num_bins
+from sppnet_jax.training.steps import Optimizer
 
 Params = Mapping[str, Mapping[str, np.ndarray]]  # layer → kernel, bias
 
 
 class Twin(nn.Module):
-    """`sppnet_jax.model.SPPNet` in PyTorch; made by `create_twin`.
+    """`sppnet_jax.network.model.SPPNet` in PyTorch; made by `create_twin`.
 
     Images: float [batch, 3, height, width]. Returns float logits [batch, classes].
     """
@@ -116,7 +116,7 @@ def create_twin(
     image_size: int = 224,
     dropout: float = 0.5,
 ) -> Twin:
-    """The network that `sppnet_jax.model.create_model` makes of the same arguments.
+    """The network that `create_model` makes of the same arguments, in PyTorch.
 
     Raises: ValueError for an unknown backbone or levels that are none.
     """

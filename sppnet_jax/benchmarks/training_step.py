@@ -19,21 +19,21 @@ import jax.numpy as jnp
 import numpy as np
 from matplotlib.figure import Figure
 
-from sppnet_jax import caches
-from sppnet_jax.backbones import BACKBONES
 from sppnet_jax.benchmarks.flops import count_flops
 from sppnet_jax.benchmarks.peak import measured_peak
 from sppnet_jax.benchmarks.peers import find_peers, find_torch, torch_device
 from sppnet_jax.benchmarks.report import Report, Row, Setting
 from sppnet_jax.benchmarks.timing import spread, time_in_turn, times_as_fast
-from sppnet_jax.classification.preprocess import Preprocessing
-from sppnet_jax.classification.step import (
+from sppnet_jax.network.model import SPPNet, create_model
+from sppnet_jax.network.preprocess import Preprocessing
+from sppnet_jax.network.trunks import BACKBONES
+from sppnet_jax.run import caches
+from sppnet_jax.training.steps import (
     Optimizer,
     TrainState,
     init_params,
     make_train_step,
 )
-from sppnet_jax.model import SPPNet, create_model
 
 OURS = "sppnet_jax"
 LEVELS = (6, 3, 2, 1)

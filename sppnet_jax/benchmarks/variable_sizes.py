@@ -30,7 +30,7 @@ from sppnet_jax.benchmarks.report import Report, Row, Setting
 from sppnet_jax.benchmarks.sample_images import sample_image, sample_sizes
 from sppnet_jax.benchmarks.timing import spread, time_in_turn
 from sppnet_jax.buckets import BucketTable, choose_buckets, padding_waste
-from sppnet_jax.model import SPPNet
+from sppnet_jax.network.model import SPPNet
 
 BUCKETS, SHAPES, WARPED = "fitted buckets", "one jit per shape", "warped to one size"
 ALONE = "batch of one, compiled before"

@@ -11,18 +11,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sppnet_jax import parallel
-from sppnet_jax.backbones import layers_geometry
-from sppnet_jax.buckets import BucketTable
-from sppnet_jax.classification.preprocess import Preprocessing, normalize
-from sppnet_jax.classification.progress import progress_bar
-from sppnet_jax.classification.step import shard_batch
+from sppnet_jax.buckets.table import BucketTable
+from sppnet_jax.buckets.whole_images import fit_table, map_whole_images
 from sppnet_jax.classification.views import Protocol, view_windows
-from sppnet_jax.classification.whole_images import fit_table, map_whole_images
-from sppnet_jax.data.pipeline import Batches, Example
+from sppnet_jax.data.batches import Batches, Example
 from sppnet_jax.data.sources import Source
-from sppnet_jax.model import SPPNet
-from sppnet_jax.windows import window_pyramid_pool
+from sppnet_jax.network.model import SPPNet
+from sppnet_jax.network.preprocess import Preprocessing, normalize
+from sppnet_jax.network.trunks import layers_geometry
+from sppnet_jax.pyramid.windows import window_pyramid_pool
+from sppnet_jax.run import parallel
+from sppnet_jax.run.progress import progress_bar
+from sppnet_jax.training.steps import shard_batch
 
 OnExample = Callable[[int, bool, np.ndarray], None]  # index, mask, image
 

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Int
 
 from sppnet_jax.data.images import CENTER_AND_CORNERS, POSITIONS, crop_corner
-from sppnet_jax.geometry import Geometry, boxes_to_windows
+from sppnet_jax.pyramid.geometry import Geometry, boxes_to_windows
 
 NAMES = (
     "single",

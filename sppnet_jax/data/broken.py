@@ -4,7 +4,7 @@ import logging
 
 import numpy as np
 
-from sppnet_jax.data.pipeline import describe_broken
+from sppnet_jax.data.batches import describe_broken
 from sppnet_jax.data.sources import Source
 
 log = logging.getLogger(__name__)

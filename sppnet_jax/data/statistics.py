@@ -8,9 +8,9 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from sppnet_jax.data.pipeline import eval_batches
+from sppnet_jax.data.batches import eval_batches
 from sppnet_jax.data.sources import Record, Records, Source, TfdsRecords
-from sppnet_jax.run_folder import read_arrays, write_arrays
+from sppnet_jax.run.run_folder import read_arrays, write_arrays
 
 log = logging.getLogger(__name__)
 

@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from sppnet_jax.boxes import iou
+from sppnet_jax.detection.boxes import iou
 from sppnet_jax.detection.detection_table import (
     DetectionTable,
     GroundTruth,

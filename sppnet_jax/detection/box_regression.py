@@ -20,8 +20,8 @@ import numpy as np
 from sklearn.linear_model import Ridge
 from tqdm import tqdm
 
-from sppnet_jax import parallel
-from sppnet_jax.boxes import clip_boxes, decode_boxes, encode_boxes
+from sppnet_jax.detection.boxes import clip_boxes, decode_boxes, encode_boxes
+from sppnet_jax.run import parallel
 
 log = logging.getLogger(__name__)
 

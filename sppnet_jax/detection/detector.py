@@ -14,13 +14,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sppnet_jax.boxes import nms_per_class
 from sppnet_jax.classification.svm import LinearSVMs
 from sppnet_jax.detection.box_regression import BoxRegressors, regress_boxes
+from sppnet_jax.detection.boxes import nms_per_class
 from sppnet_jax.detection.hard_negatives import NEVER
 from sppnet_jax.detection.low_rank import fc_layers
 from sppnet_jax.detection.window_features import CHUNK, Head, WindowFeatures, rows_of
-from sppnet_jax.model import SPPNet
+from sppnet_jax.network.model import SPPNet
 
 
 class Scored(NamedTuple):

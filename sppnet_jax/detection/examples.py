@@ -9,8 +9,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from sppnet_jax.boxes import iou
 from sppnet_jax.data.detection_sources import Objects
+from sppnet_jax.detection.boxes import iou
 
 
 class Examples(NamedTuple):

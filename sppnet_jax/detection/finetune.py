@@ -17,10 +17,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from sppnet_jax import parallel
-from sppnet_jax.checkpoints import Checkpoints
-from sppnet_jax.classification.progress import DivergedError, progress_bar
-from sppnet_jax.classification.step import Optimizer, TrainState
 from sppnet_jax.detection.examples import Examples
 from sppnet_jax.detection.window_features import (
     WindowFeatures,
@@ -28,10 +24,15 @@ from sppnet_jax.detection.window_features import (
     pooled_rows,
     rows_of,
 )
-from sppnet_jax.interrupt import Interrupt
-from sppnet_jax.metrics import MetricsLog, read_metrics
-from sppnet_jax.model import SPPNet
-from sppnet_jax.run_folder import CHECKPOINTS
+from sppnet_jax.network.model import SPPNet
+from sppnet_jax.run import parallel
+from sppnet_jax.run.checkpoints import Checkpoints
+from sppnet_jax.run.interrupt import Interrupt
+from sppnet_jax.run.metrics import MetricsLog, read_metrics
+from sppnet_jax.run.progress import progress_bar
+from sppnet_jax.run.run_folder import CHECKPOINTS
+from sppnet_jax.training.step_log import DivergedError
+from sppnet_jax.training.steps import Optimizer, TrainState
 
 log = logging.getLogger(__name__)
 

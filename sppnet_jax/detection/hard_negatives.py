@@ -24,11 +24,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from sppnet_jax.boxes import iou
-from sppnet_jax.classification.progress import progress_bar
 from sppnet_jax.classification.svm import LinearSVMs
 from sppnet_jax.data.detection_sources import Objects
+from sppnet_jax.detection.boxes import iou
 from sppnet_jax.detection.svm_solver import solve_svms
+from sppnet_jax.run.progress import progress_bar
 
 log = logging.getLogger(__name__)
 

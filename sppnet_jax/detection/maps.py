@@ -19,10 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sppnet_jax.backbones import layers_geometry
-from sppnet_jax.classification.preprocess import Preprocessing, normalize
-from sppnet_jax.classification.progress import progress_bar
-from sppnet_jax.classification.whole_images import (
+from sppnet_jax.buckets.whole_images import (
     MAX_ASPECT,
     fit_table,
     map_whole_images,
@@ -31,9 +28,12 @@ from sppnet_jax.data.broken import BrokenImages
 from sppnet_jax.data.images import decode_image, image_size, whole_size
 from sppnet_jax.data.sources import Record, Source
 from sppnet_jax.detection.scales import Size, map_size_of
-from sppnet_jax.geometry import Geometry
-from sppnet_jax.model import SPPNet
-from sppnet_jax.run_folder import whole_file
+from sppnet_jax.network.model import SPPNet
+from sppnet_jax.network.preprocess import Preprocessing, normalize
+from sppnet_jax.network.trunks import layers_geometry
+from sppnet_jax.pyramid.geometry import Geometry
+from sppnet_jax.run.progress import progress_bar
+from sppnet_jax.run.run_folder import whole_file
 
 DTYPES = ("float32", "float16")
 

@@ -30,16 +30,16 @@ import numpy as np
 import scipy.io
 from scipy.io.matlab import MatReadError
 
-from sppnet_jax.boxes import clip_boxes, iou
-from sppnet_jax.classification.progress import progress_bar
 from sppnet_jax.data.broken import BrokenImages
 from sppnet_jax.data.images import decode_image, image_size
 from sppnet_jax.data.sources import Objects, Source
+from sppnet_jax.detection.boxes import clip_boxes, iou
 from sppnet_jax.detection.proposers import (
     edge_boxes,
     load_edge_model,
     selective_search,
 )
+from sppnet_jax.run.progress import progress_bar
 
 log = logging.getLogger(__name__)
 

@@ -17,17 +17,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sppnet_jax import parallel
-from sppnet_jax.backbones import layers_geometry
-from sppnet_jax.classification.preprocess import Preprocessing, normalize
-from sppnet_jax.classification.progress import progress_bar
 from sppnet_jax.data.broken import BrokenImages
 from sppnet_jax.data.images import decode_image
 from sppnet_jax.data.sources import Source
 from sppnet_jax.detection.maps import save_array
 from sppnet_jax.detection.warp import warp_windows
-from sppnet_jax.model import SPPNet
-from sppnet_jax.spp import num_bins
+from sppnet_jax.network.model import SPPNet
+from sppnet_jax.network.preprocess import Preprocessing, normalize
+from sppnet_jax.network.trunks import layers_geometry
+from sppnet_jax.pyramid.pooling import num_bins
+from sppnet_jax.run import parallel
+from sppnet_jax.run.progress import progress_bar
 
 PAPER_CONTEXT = 16 / 227  # of the warped side, on each side of the window
 

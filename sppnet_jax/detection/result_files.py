@@ -27,7 +27,7 @@ from sppnet_jax.detection.detection_table import (
     check_detections,
     check_ground_truth,
 )
-from sppnet_jax.run_folder import whole_file
+from sppnet_jax.run.run_folder import whole_file
 
 
 def write_voc_results(

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from sppnet_jax.geometry import Geometry, boxes_to_windows
+from sppnet_jax.pyramid.geometry import Geometry, boxes_to_windows
 
 Size = tuple[int, int]
 

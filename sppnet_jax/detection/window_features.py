@@ -20,8 +20,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sppnet_jax.bucket_choice import choose_buckets
-from sppnet_jax.buckets import smallest_bucket
+from sppnet_jax.buckets.choice import choose_buckets
+from sppnet_jax.buckets.table import smallest_bucket
 from sppnet_jax.detection.maps import load_maps, scaled_sizes
 from sppnet_jax.detection.scales import (
     atlas_size,
@@ -30,9 +30,9 @@ from sppnet_jax.detection.scales import (
     share_windows,
     stack_maps,
 )
-from sppnet_jax.geometry import Geometry
-from sppnet_jax.spp import spatial_pyramid_pool
-from sppnet_jax.windows import window_pyramid_pool
+from sppnet_jax.pyramid.geometry import Geometry
+from sppnet_jax.pyramid.pooling import spatial_pyramid_pool
+from sppnet_jax.pyramid.windows import window_pyramid_pool
 
 Head = Callable[[Any, jax.Array], Any]
 Rows = np.ndarray

@@ -1,0 +1,1 @@
+"""Pictures that the notebooks draw; functions of plain arrays."""

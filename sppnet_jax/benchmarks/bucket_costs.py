@@ -1,0 +1,348 @@
+"""Every bucket's program: what it costs to compile, to start and to run.
+
+The buckets are those that pad photograph-like sizes the least. Times of a call are of
+the program alone, its images on the device already. Starts are measured in processes of
+their own, since a compiler remembers: with an empty folder for JAX's persistent cache,
+again with the folder that this left, and without a cache, compiling when the first
+batch comes.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from matplotlib.figure import Figure
+
+from sppnet_jax.benchmarks.cold import no_persistent_cache
+from sppnet_jax.benchmarks.flops import count_flops
+from sppnet_jax.benchmarks.networks import random_network, scorer
+from sppnet_jax.benchmarks.peak import measured_bandwidth, measured_peak
+from sppnet_jax.benchmarks.report import Report, Row, Setting
+from sppnet_jax.benchmarks.sample_images import sample_image, sample_sizes
+from sppnet_jax.benchmarks.timing import spread, time_in_turn
+from sppnet_jax.buckets import BucketTable, choose_buckets, padding_waste
+from sppnet_jax.buckets.choice import Bucket
+
+PATIENCE = 900  # seconds for a process that compiles all buckets
+
+
+class Case(NamedTuple):
+    """ZF-5 of a width, images of a shorter side in batches, so many buckets at most."""
+
+    width: float
+    side: int
+    images: int
+    batch: int
+    buckets: int
+    dtype: str
+
+
+CASES = {
+    "cpu": [Case(1.0, 224, 400, 4, 6, "float32")],
+    "other": [Case(1.0, 224, 400, 128, 6, t) for t in ("float32", "bfloat16")],
+}
+QUICK = [Case(1 / 16, 64, 40, 2, 2, "float32")]
+STARTS = {  # what a process does: its persistent cache, and whether it compiles ahead
+    "no cache, on demand": (False, False),
+    "empty cache, ahead": (True, True),
+    "filled cache, ahead": (True, True),
+}
+
+
+def run(setting: Setting) -> Report:
+    """Measures every bucket of the cases for this device."""
+    platform = jax.devices()[0].platform
+    cases = QUICK if setting.quick else CASES.get(platform, CASES["other"])
+    rows: list[Row] = []
+    notes: list[str] = []
+    results: dict[str, Any] = {}
+    bandwidth = measured_bandwidth(16 if setting.quick else 512)
+    for case in cases:
+        own, noted, result = _measure(case, bandwidth, setting)
+        rows += own
+        notes += noted
+        results[case.dtype] = result
+    return Report("buckets", "Programs of buckets", rows, plot, notes, results)
+
+
+def _measure(
+    case: Case, bandwidth: float, setting: Setting
+) -> tuple[list[Row], list[str], dict[str, Any]]:
+    sizes = sample_sizes(case.images, case.side)
+    buckets = choose_buckets(sizes, case.buckets, multiple=8)
+    starts, notes = _starts(case, buckets)
+    with no_persistent_cache():
+        table = _table(case, buckets)
+        table.compile()
+    peak = measured_peak(case.dtype)
+    seconds = _seconds(table, case, setting)
+    # Other work may have slowed one of them.
+    peak = max(peak, measured_peak(case.dtype))
+    _serve(table, sizes)
+    rows: list[Row] = []
+    for row in table.rows():
+        middle = spread(seconds[row.bucket])
+        flops = row.flops or _flops(case, row.bucket)
+        rate = flops / middle.median
+        name = _name(row.bucket)
+        rows.append(
+            {
+                "bucket": name,
+                "batch": row.batch_size,
+                "dtype": case.dtype,
+                "images": row.images,
+                "padding": row.padded_share,
+                "GFLOP": flops / 1e9,
+                # A library's convolutions on a GPU are not counted.
+                "GB": row.bytes / 1e9 if row.flops and row.bytes else None,
+                "compile s": row.compile_seconds,
+                **_start_columns(starts, name),
+                "ms": middle.median * 1e3,
+                "low": middle.low * 1e3,
+                "high": middle.high * 1e3,
+                "ms, served": row.seconds_per_call and row.seconds_per_call * 1e3,
+                "images/s": row.batch_size / middle.median,
+                "of peak": rate / peak,
+            }
+        )
+    result: dict[str, Any] = {
+        "measured peak, GFLOP/s": peak / 1e9,
+        "measured bandwidth, GB/s": bandwidth / 1e9,
+        "padded share, full batches": padding_waste(sizes, buckets),
+    }
+    notes.append(
+        f"{case.dtype}: {len(sizes)} images of shorter side {case.side}, "
+        f"{result['padded share, full batches']:.1%} of full batches is padding; "
+        f"the device's measured peak is {peak / 1e9:,.0f} GFLOP/s, its bandwidth "
+        f"{bandwidth / 1e9:.3g} GB/s"
+    )
+    notes += _on_starts(case, rows, result)
+    return rows, notes, result
+
+
+def _on_starts(case: Case, rows: Sequence[Row], result: dict[str, Any]) -> list[str]:
+    """What the starts come to over all buckets, in words; also put into `result`."""
+    total = {
+        name: sum(row[name] for row in rows)
+        for name in ("empty cache s", "filled cache s", "ahead s", "on demand s")
+        if all(row.get(name) is not None for row in rows)
+    }
+    notes = []
+    if {"empty cache s", "filled cache s"} <= set(total):
+        ratio = total["empty cache s"] / total["filled cache s"]
+        result["filled cache is × as fast"] = ratio
+        notes.append(
+            f"{case.dtype}: all programs are there after "
+            f"{total['empty cache s']:.3g} s with an empty persistent cache and "
+            f"{total['filled cache s']:.3g} s with a filled one, {ratio:.3g} times as "
+            "fast"
+        )
+    if {"ahead s", "on demand s"} <= set(total):
+        ratio = total["on demand s"] / total["ahead s"]
+        result["first results ahead are × as fast"] = ratio
+        notes.append(
+            f"{case.dtype}: a bucket's first batch takes "
+            f"{total['ahead s'] / len(rows):.3g} s where its program was compiled "
+            f"ahead, {total['on demand s'] / len(rows):.3g} s where it was not"
+        )
+    return notes
+
+
+def _seconds(
+    table: BucketTable, case: Case, setting: Setting
+) -> dict[Bucket, np.ndarray]:
+    """Seconds of each call of each bucket's program, the buckets in turn."""
+
+    def call(bucket: Bucket) -> Any:
+        program = table.program(bucket)
+        images = jnp.asarray(np.stack([sample_image(*bucket)] * table.batch_size))
+        sizes = jnp.asarray(np.full((table.batch_size, 2), bucket, np.int32))
+        return lambda: program(images, sizes)
+
+    named = {_name(bucket): bucket for bucket in table.buckets}
+    calls = {name: call(bucket) for name, bucket in named.items()}
+    seconds = time_in_turn(calls, rounds=setting.rounds, label=f"calls {case.dtype}")
+    return {named[name]: times for name, times in seconds.items()}
+
+
+def _serve(table: BucketTable, sizes: Sequence[Bucket]) -> None:
+    """Runs an image of each size through the table, which counts them."""
+    images = (sample_image(*size, n) for n, size in enumerate(sizes))
+    for _ in table.map(enumerate(images)):
+        pass
+
+
+def _starts(
+    case: Case, buckets: Sequence[Bucket]
+) -> tuple[dict[str, dict[str, Any]], list[str]]:
+    """What processes of their own measured, by start and bucket; notes on failures."""
+    found: dict[str, dict[str, Any]] = {}
+    notes = []
+    with tempfile.TemporaryDirectory() as folder:
+        for name, (cached, ahead) in STARTS.items():
+            given = {"case": case, "buckets": buckets, "ahead": ahead}
+            try:
+                found[name] = _in_a_process(given, Path(folder) if cached else None)
+            except (subprocess.SubprocessError, OSError, ValueError) as error:
+                said = (getattr(error, "stderr", "") or str(error)).strip()
+                notes.append(f"the start with {name} failed: {said.splitlines()[-1]}")
+    return found, notes
+
+
+def _in_a_process(given: Mapping[str, Any], cache: Path | None) -> dict[str, Any]:
+    code = (
+        "import json; from sppnet_jax.benchmarks.bucket_costs import start; "
+        "print(json.dumps(start(**json.loads(input()))))"
+    )
+    package = str(Path(__file__).resolve().parents[2])
+    paths = [package, os.environ.get("PYTHONPATH", "")]
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(filter(None, paths)),
+        "XLA_PYTHON_CLIENT_PREALLOCATE": "false",  # this process has its share already
+        "JAX_ENABLE_COMPILATION_CACHE": "true" if cache else "false",
+    }
+    if cache:
+        environment |= {
+            "JAX_COMPILATION_CACHE_DIR": str(cache),
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+            "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+        }
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        input=json.dumps(given),
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=PATIENCE,
+    )
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def start(
+    case: Sequence[Any], buckets: Sequence[Sequence[int]], ahead: bool
+) -> dict[str, dict[str, float | None]]:
+    """Takes the programs of some buckets from nothing to their first results.
+
+    `case`, `buckets`: plain lists, as JSON has them. `ahead`: compile all before the
+    first batch.
+
+    Returns: for each bucket, by its name, seconds to "compile" it and to the "first"
+    result of a batch that waits for it.
+    """
+    fields = Case(*case)
+    table = _table(fields, [(int(height), int(width)) for height, width in buckets])
+    if ahead:
+        table.compile()
+    first = {}
+    for bucket in table.buckets:
+        image = sample_image(*bucket)
+        batch = [(n, image) for n in range(table.batch_size)]
+        started = time.perf_counter()
+        for _ in table.map(batch):
+            pass
+        first[bucket] = time.perf_counter() - started
+    return {
+        _name(row.bucket): {
+            "compile": row.compile_seconds,
+            "first": first[row.bucket],
+        }
+        for row in table.rows()
+    }
+
+
+def _table(case: Case, buckets: Sequence[Bucket]) -> BucketTable:
+    """A table of programs that are not compiled yet, of one device."""
+    model, params = random_network(case.width, case.side, case.dtype)
+    return BucketTable(
+        scorer(model), params, buckets, case.batch, devices=jax.devices()[:1]
+    )
+
+
+def _flops(case: Case, bucket: Bucket) -> float:
+    """Of a bucket's program, for a device whose compiler doesn't count them."""
+    model, params = random_network(case.width, case.side, case.dtype)
+    images = jax.ShapeDtypeStruct((case.batch, *bucket, 3), np.uint8)
+    sizes = jax.ShapeDtypeStruct((case.batch, 2), np.int32)
+    return count_flops(scorer(model), params, images, sizes)
+
+
+def _start_columns(
+    starts: Mapping[str, Mapping[str, Any]], bucket: str
+) -> dict[str, float | None]:
+    def of(start: str, what: str) -> float | None:
+        return starts[start][bucket][what] if start in starts else None
+
+    demand, empty, filled = STARTS
+    return {
+        "empty cache s": of(empty, "compile"),
+        "filled cache s": of(filled, "compile"),
+        "ahead s": of(empty, "first"),
+        "on demand s": of(demand, "first"),
+    }
+
+
+def _name(bucket: Bucket) -> str:
+    return f"{bucket[0]}×{bucket[1]}"
+
+
+def plot(rows: Sequence[Row]) -> Figure:
+    """Seconds to a program and to a first result, and images a second, by bucket."""
+    figure = Figure(figsize=(13, 1.6 + 0.45 * len(rows)), layout="constrained")
+    left, middle, right = figure.subplots(1, 3, sharey=True)
+    _bars(
+        left,
+        rows,
+        {
+            "compile s": "no persistent cache",
+            "empty cache s": "empty cache",
+            "filled cache s": "filled cache",
+        },
+    )
+    left.set(title="until the program is there", xlabel="seconds")
+    _bars(middle, rows, {"on demand s": "on demand", "ahead s": "compiled ahead"})
+    middle.set(title="first batch of the bucket", xlabel="seconds")
+    _bars(right, rows, {"images/s": "images/s"})
+    for place, row in enumerate(rows):
+        batch, share = row["batch"], row["of peak"]
+        fastest, slowest = batch / row["low"] * 1e3, batch / row["high"] * 1e3
+        right.plot([slowest, fastest], [place, place], color="black", linewidth=1.5)
+        if share is not None:
+            text = f" {share:.0%} of peak"
+            right.text(fastest, place, text, va="center", fontsize=8)
+    right.set(title="full batches, median and quartiles", xlabel="images/s")
+    right.margins(x=0.35)
+    right.set_xlim(left=0)
+    names = [f"{row['bucket']}\n{row['dtype']}" for row in rows]
+    left.set_yticks(range(len(rows)), names, fontsize=8)
+    left.invert_yaxis()
+    for axes in (left, middle):
+        # Below the axis' label, whatever the height of the figure.
+        axes.legend(
+            fontsize=8,
+            loc="upper center",
+            bbox_to_anchor=(0.5, 0),
+            borderaxespad=5.5,
+            ncols=3,
+        )
+    return figure
+
+
+def _bars(axes: Any, rows: Sequence[Row], columns: Mapping[str, str]) -> None:
+    """Bars of some columns beside each other; what is missing has none."""
+    height = 0.8 / len(columns)
+    for number, (column, label) in enumerate(columns.items()):
+        places = [n - 0.4 + height * (number + 0.5) for n in range(len(rows))]
+        values = [row.get(column) or 0 for row in rows]
+        axes.barh(places, values, height * 0.9, color=f"C{number}", label=label)
+    axes.spines[["top", "right"]].set_visible(False)

@@ -1,0 +1,305 @@
+"""Thousands of windows of one map, beside masks and the region pools of others.
+
+- masks: a maximum over the whole map for every bin, as one would write it first in JAX;
+  bin by bin, which is the fastest form here (under `jax.vmap` over the windows XLA
+  holds all masked maps in memory, 255 GB of them for 2,000 windows);
+- ONNX Runtime's `MaxRoiPool`, one for each level, on a CPU;
+- `torchvision.ops.roi_pool`, one for each level, on a GPU.
+
+All pool the same windows of the same map, and their results are compared. No program
+can take less than the time of writing the results and the table once: "bound" is that
+time at the measured bandwidth of a large copy. Results go to fresh memory, whose pages
+the operating system hands out one by one: "writing alone" is a program that does no
+more than fill the results.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from matplotlib.figure import Figure
+
+from sppnet_jax.benchmarks.peak import measured_bandwidth
+from sppnet_jax.benchmarks.peers import find_peers, find_torch, torch_device
+from sppnet_jax.benchmarks.report import Report, Row, Setting, cell
+from sppnet_jax.benchmarks.timing import spread, time_in_turn, times_as_fast
+from sppnet_jax.pyramid.pooling import adaptive_span, num_bins
+from sppnet_jax.pyramid.windows import block_counts, window_pyramid_pool
+
+OURS, MASKS, WRITING = "sppnet_jax", "masks", "writing alone"
+MAX_ROI_POOL, ROI_POOL = "ONNX Runtime MaxRoiPool", "torchvision roi_pool"
+MASKED_ROUNDS = 3  # they take seconds
+
+
+class Case(NamedTuple):
+    """A map (height, width, channels), the number of windows, the pyramid.
+
+    `masked`: whether masks are timed too.
+    """
+
+    shape: tuple[int, int, int]
+    windows: int
+    levels: tuple[int, ...]
+    dtype: str = "float32"
+    masked: bool = False
+
+
+# The last maps of ZF-5 and Overfeat for a photograph of about 688×920 pixels.
+ZF5, OVERFEAT = (43, 58, 256), (56, 75, 512)
+PAPER = (6, 3, 2, 1)
+FULL = (
+    Case(ZF5, 2_000, PAPER, masked=True),
+    Case(ZF5, 2_000, PAPER, "bfloat16"),
+    Case(ZF5, 100, PAPER, masked=True),
+    Case(ZF5, 500, PAPER),
+    Case(ZF5, 10_000, PAPER),
+    Case(ZF5, 2_000, (6, 3, 2)),
+    Case(ZF5, 2_000, (6, 3)),
+    Case(ZF5, 2_000, (6,)),
+    Case(ZF5, 2_000, (4, 3, 2, 1)),
+    Case(OVERFEAT, 2_000, PAPER),
+)
+QUICK = (
+    Case((9, 13, 16), 20, PAPER, masked=True),
+    Case((9, 13, 16), 20, (3,), "bfloat16", masked=True),
+)
+
+
+def run(setting: Setting) -> Report:
+    """Times every case."""
+    peers, notes = find_peers("onnx", "onnxruntime")
+    on_gpu = jax.devices()[0].platform == "gpu"
+    if on_gpu:
+        torch, said = find_torch()
+        notes += said
+        if torch is not None:
+            more, said = find_peers("torchvision")
+            peers, notes = {**peers, **more, "torch": torch}, notes + said
+    bandwidth = measured_bandwidth()
+    rows: list[Row] = []
+    for case in QUICK if setting.quick else FULL:
+        rows += _rows(case, peers, bandwidth, on_gpu, setting)
+    notes.append(f"measured bandwidth of a large copy: {bandwidth / 1e9:.1f} GB/s")
+    title = "Windows of one map, pooled into a pyramid"
+    return Report("windows", title, rows, plot, notes)
+
+
+def _rows(
+    case: Case, peers: dict[str, Any], bandwidth: float, on_gpu: bool, setting: Setting
+) -> list[Row]:
+    features, windows = inputs(case)
+    x, w = jnp.asarray(features, case.dtype), jnp.asarray(windows)
+    ours = jax.jit(lambda x, w: window_pyramid_pool(x, w, case.levels))
+    masks = jax.jit(lambda x, w: masked_pool(x, w, case.levels))
+    shape = case.windows, num_bins(case.levels), case.shape[2]
+    fill = jax.jit(lambda x: jnp.broadcast_to(x[0, 0, 0], shape))
+    fast: dict[str, Callable[[], Any]] = {OURS: lambda: ours(x, w)}
+    if case.dtype == "float32" and "onnx" in peers and "onnxruntime" in peers:
+        fast[MAX_ROI_POOL] = max_roi_pool(peers, features, windows, case.levels)
+    if on_gpu and "torchvision" in peers:
+        name = ROI_POOL if case.dtype == "float32" else f"{ROI_POOL}, float32"
+        fast[name] = _roi_pool(peers, features, windows, case.levels)
+    alternatives = dict(fast)
+    if case.masked:
+        alternatives[MASKS] = lambda: masks(x, w)
+    expected = _as_numpy(ours(x, w))
+    differ = {
+        name: float(np.abs(_as_numpy(call()) - expected).max())
+        for name, call in alternatives.items()
+    }
+    label = f"{case.windows} windows of {case.shape}"
+    fast[WRITING] = lambda: fill(x)
+    seconds = time_in_turn(fast, rounds=setting.rounds, label=label)
+    ratio = {name: times_as_fast(seconds[OURS], s) for name, s in seconds.items()}
+    if MASKS in alternatives:
+        rounds = min(MASKED_ROUNDS, setting.rounds)
+        pair = {OURS: fast[OURS], MASKS: alternatives[MASKS]}
+        slow = time_in_turn(pair, rounds=rounds, warmup=0, label=label)
+        seconds[MASKS] = slow[MASKS]
+        ratio[MASKS] = times_as_fast(slow[OURS], slow[MASKS])
+    bound = least_bytes(case) / bandwidth
+    rows: list[Row] = []
+    for name, times in seconds.items():
+        middle = spread(times * 1e3)
+        rows.append(
+            {
+                "map": "×".join(map(str, case.shape)),
+                "windows": case.windows,
+                "levels": ",".join(map(str, case.levels)),
+                "dtype": case.dtype,
+                "what": name,
+                "ms": middle.median,
+                "low": middle.low,
+                "high": middle.high,
+                "bound, ms": bound * 1e3 if name == OURS else None,
+                "ours is × as fast": None if name == OURS else ratio[name].median,
+                "differs by": differ.get(name),
+            }
+        )
+    return rows
+
+
+def inputs(case: Case) -> tuple[np.ndarray, np.ndarray]:
+    """A map whose values bfloat16 holds, and windows of all sizes."""
+    random = np.random.default_rng(0)
+    features = random.normal(size=case.shape).astype(np.float32)
+    features = (features.view(np.uint32) & 0xFFFF0000).view(np.float32)
+    ends = random.integers(0, case.shape[:2], (2, case.windows, 2))
+    windows = np.concatenate([ends.min(axis=0), ends.max(axis=0) + 1], axis=1)
+    return features, windows.astype(np.int32)
+
+
+def least_bytes(case: Case) -> int:
+    """Bytes of the results and of the table, each once, in the dtype of the map."""
+    height, width, channels = case.shape
+    rows, columns = block_counts(case.shape, case.levels)
+    table = rows * columns * height * width * channels
+    results = case.windows * num_bins(case.levels) * channels
+    return (table + results) * jnp.dtype(case.dtype).itemsize
+
+
+def masked_pool(
+    features: jax.Array, windows: jax.Array, levels: Sequence[int]
+) -> jax.Array:
+    """Every bin as a masked maximum over the whole map."""
+    height, width, _ = features.shape
+
+    def pool(window: jax.Array) -> jax.Array:
+        top, left, bottom, right = window
+        parts = []
+        for level in levels:
+            index = jnp.arange(level)
+            first, last = adaptive_span(index, bottom - top, level)
+            rows = _inside(top + first, top + last, height)
+            first, last = adaptive_span(index, right - left, level)
+            columns = _inside(left + first, left + last, width)
+            masks = rows[:, None, :, None] & columns[None, :, None, :]
+            parts.append(masks.reshape(level * level, height, width))
+        return jax.lax.map(pool_bin, jnp.concatenate(parts))
+
+    def pool_bin(mask: jax.Array) -> jax.Array:
+        return jnp.where(mask[:, :, None], features, -jnp.inf).max(axis=(0, 1))
+
+    return jax.lax.map(pool, windows)
+
+
+def _inside(start: jax.Array, stop: jax.Array, size: int) -> jax.Array:
+    position = jnp.arange(size)
+    return (start[:, None] <= position) & (position < stop[:, None])
+
+
+def max_roi_pool(
+    peers: dict[str, Any],
+    features: np.ndarray,
+    windows: np.ndarray,
+    levels: Sequence[int],
+) -> Callable[[], np.ndarray]:
+    """One `MaxRoiPool` for each level; its results are [windows, channels, bins]."""
+    onnx, runtime = peers["onnx"], peers["onnxruntime"]
+    make, kinds = onnx.helper, onnx.TensorProto
+    channels = features.shape[2]
+    nodes, shapes = [], []
+    for n in levels:
+        nodes.append(
+            make.make_node(
+                "MaxRoiPool", ["maps", "rois"], [f"p{n}"], pooled_shape=[n, n]
+            )
+        )
+        nodes.append(make.make_node("Reshape", [f"p{n}", f"shape{n}"], [f"flat{n}"]))
+        shape = [0, channels, n * n]
+        shapes.append(make.make_tensor(f"shape{n}", kinds.INT64, [3], shape))
+    flat = [f"flat{n}" for n in levels]
+    nodes.append(make.make_node("Concat", flat, ["bins"], axis=2))
+    graph = make.make_graph(
+        nodes,
+        "pyramid",
+        [
+            make.make_tensor_value_info("maps", kinds.FLOAT, [1, channels, None, None]),
+            make.make_tensor_value_info("rois", kinds.FLOAT, [None, 5]),
+        ],
+        [make.make_tensor_value_info("bins", kinds.FLOAT, None)],
+        shapes,
+    )
+    model = make.make_model(graph, opset_imports=[make.make_opsetid("", 17)])
+    model.ir_version = 10
+    options = runtime.SessionOptions()
+    # Its idle threads would spin, and take the cores of whoever comes next.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    session = runtime.InferenceSession(
+        model.SerializeToString(), options, providers=["CPUExecutionProvider"]
+    )
+    given = {
+        "maps": np.ascontiguousarray(features.transpose(2, 0, 1)[None]),
+        "rois": _rois(windows),
+    }
+    return lambda: session.run(None, given)[0]
+
+
+def _roi_pool(
+    peers: dict[str, Any],
+    features: np.ndarray,
+    windows: np.ndarray,
+    levels: Sequence[int],
+) -> Callable[[], Any]:
+    """One `roi_pool` for each level, in float32: it has no bfloat16."""
+    torch, roi_pool = peers["torch"], peers["torchvision"].ops.roi_pool
+    device = torch_device()
+    maps = torch.from_numpy(features.transpose(2, 0, 1)[None].copy()).to(device)
+    rois = torch.from_numpy(_rois(windows)).to(device)
+
+    def pool() -> Any:
+        bins = [roi_pool(maps, rois, n).flatten(2) for n in levels]
+        joined = torch.cat(bins, dim=2)
+        if device == "cuda":
+            torch.cuda.synchronize()
+        return joined
+
+    return pool
+
+
+def _rois(windows: np.ndarray) -> np.ndarray:
+    """(image, left, top, right, bottom), the last cells included."""
+    top, left, bottom, right = windows.T
+    image = np.zeros(len(windows))
+    return np.stack([image, left, top, right - 1, bottom - 1], 1).astype(np.float32)
+
+
+def _as_numpy(value: Any) -> np.ndarray:
+    """A result as float32 [windows, bins, channels]."""
+    if isinstance(value, jax.Array):
+        return np.asarray(value, np.float32)
+    if not isinstance(value, np.ndarray):
+        value = value.float().cpu().numpy()
+    return value.transpose(0, 2, 1)
+
+
+def plot(rows: Sequence[Row]) -> Figure:
+    """Milliseconds by case on a logarithmic axis, one bar for each alternative."""
+    cases = list(dict.fromkeys(_name(row) for row in rows))
+    names = list(dict.fromkeys(row["what"] for row in rows))
+    figure = Figure(figsize=(9, 0.7 * len(cases) + 1.5), layout="constrained")
+    axes = figure.subplots()
+    height = 0.8 / len(names)
+    for n, name in enumerate(names):
+        own = [row for row in rows if row["what"] == name]
+        places = [cases.index(_name(row)) + n * height for row in own]
+        axes.barh(
+            places, [row["ms"] for row in own], height * 0.9, label=name, color=f"C{n}"
+        )
+        for place, row in zip(places, own, strict=True):
+            axes.text(row["ms"], place, f" {cell(row['ms'])}", va="center", fontsize=7)
+    axes.set_yticks([i + 0.4 - height / 2 for i in range(len(cases))], cases)
+    axes.tick_params(axis="y", labelsize=8)
+    axes.invert_yaxis()
+    axes.set_xscale("log")
+    axes.set_xlabel("ms")
+    axes.margins(x=0.1)
+    figure.legend(loc="outside upper center", ncols=4, fontsize=8)
+    return figure
+
+
+def _name(row: Row) -> str:
+    kind = "" if row["dtype"] == "float32" else f" {row['dtype']}"
+    return f"{row['windows']:,} windows, {row['map']}\n{{{row['levels']}}}{kind}"

@@ -1,0 +1,339 @@
+"""What a layer of a trained network says of every image of a split.
+
+An image is seen as a centre crop, warped whole to a square, or whole at its own aspect
+ratio, in fitted buckets (section 3.2). Linear SVMs are trained on the result (`svm`).
+"""
+
+import json
+import logging
+import zipfile
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import psutil
+
+from sppnet_jax.buckets.whole_images import (
+    fit_table,
+    map_whole_images,
+)
+from sppnet_jax.data.batches import Batches, eval_batches, warped_batches
+from sppnet_jax.data.broken import BrokenImages
+from sppnet_jax.data.sources import Source
+from sppnet_jax.network.model import SPPNet
+from sppnet_jax.network.preprocess import Preprocessing, normalize
+from sppnet_jax.network.trunks import Conv, layers_geometry
+from sppnet_jax.run import parallel
+from sppnet_jax.run.progress import progress_bar
+from sppnet_jax.run.run_folder import write_arrays
+from sppnet_jax.training.steps import shard_batch
+
+MODES = ("crop", "warp", "full")
+
+_Rows = Iterator[tuple[int, np.ndarray]]
+_Seen = Callable[[int, bool], None]  # index, whether it could be decoded
+_Activations = Callable[..., jax.Array]
+
+log = logging.getLogger(__name__)
+
+
+class Features(NamedTuple):
+    """One layer's activations of every image that could be decoded.
+
+    `values`: float32 [N, D]. `labels`: int32 [N], or of a multi-label source int8
+    [N, classes]. `indices`: int32 [N], the records' numbers in their split, ascending.
+    `names`: of the records. `class_names`: in the order of the labels. `broken`: how
+    many records could not be decoded and have no row.
+    """
+
+    values: np.ndarray
+    labels: np.ndarray
+    indices: np.ndarray
+    names: tuple[str, ...]
+    class_names: tuple[str, ...]
+    broken: int
+
+
+def layer_names(model: SPPNet, mode: str = "crop") -> tuple[str, ...]:
+    """The layers whose features `extract_features` gives in a mode."""
+    count = sum(isinstance(layer, Conv) for layer in model.backbone.layers)
+    convs = tuple(f"conv{number}" for number in range(1, count + 1))
+    # The map of a whole image has a size of its own: no row of one length.
+    return (*(convs if mode != "full" else ()), "pyramid", "fc6", "fc7", "fc8")
+
+
+def default_side(mode: str, *, image_size: int, resize_side: int) -> int:
+    """The side at which a mode sees images, where none is given."""
+    return image_size if mode == "warp" else resize_side
+
+
+def extract_features(
+    model: SPPNet,
+    params: Any,
+    preprocessing: Preprocessing,
+    source: Source,
+    *,
+    layer: str,
+    side: int,
+    mode: str,
+    batch_size: int,
+    max_buckets: int = 4,
+    workers: int = 0,
+    threads: int = 4,
+    strict: bool = False,
+) -> Features:
+    """The activations of a layer for every image of a source, in its order.
+
+    `layer`: "conv1" … after their ReLU, "pyramid" (what fc6 sees), "fc6" and "fc7"
+    after their ReLU, "fc8" (the logits). Maps are flattened row by row.
+    `side`: in pixels; of the whole image, shorter side, in the modes "crop" and "full",
+    of the square in the mode "warp".
+    `mode`: "crop", the centre crop of the model's `image_size`; "warp", the whole image
+    at another aspect; "full", the whole image, not longer than 4:1. A row of the mode
+    "full" is that of the image alone, whatever bucket it was computed in.
+    `batch_size`: of images of the training size; larger ones come in smaller batches.
+    `max_buckets`: programs for whole images. `workers`, `threads`, `strict`: see
+    `data.pipeline.eval_batches`.
+
+    Returns: the features; broken images are left out and counted.
+    Raises: ValueError for a layer or a side that the network or the mode doesn't have,
+    and for features that don't fit into the memory.
+    """
+    check_request(model, layer=layer, side=side, mode=mode)
+    activations = _layer_function(model, preprocessing, layer)
+    pixels = model.image_size if mode == "crop" else side
+    records = len(source.records)
+    length = _row_length(activations, params, pixels, whole=mode == "full")
+    _check_memory(records, length, layer)
+
+    values = np.zeros((records, length), np.float32)
+    valid = np.zeros(records, bool)
+    broken = BrokenImages(source)
+    with progress_bar(layer, records) as bar:
+
+        def seen(index: int, decoded: bool) -> None:
+            if not decoded:
+                broken.add(index)
+            bar.update(min(jax.process_count(), records - bar.n))
+
+        if mode == "full":
+            table = fit_table(
+                activations,
+                model,
+                params,
+                source,
+                side,
+                batch_size=batch_size,
+                max_buckets=max_buckets,
+                threads=threads,
+            )
+            rows = map_whole_images(
+                table,
+                source,
+                side,
+                threads=threads,
+                strict=strict,
+                on_example=lambda example: seen(example["index"], example["mask"]),
+            )
+        else:
+            shared: dict[str, Any] = {
+                "batch_size": parallel.round_up_to_devices(
+                    max(
+                        1,
+                        min(batch_size, batch_size * model.image_size**2 // pixels**2),
+                    )
+                ),
+                "workers": workers,
+                "threads": threads,
+                "strict": strict,
+                "process_index": jax.process_index(),
+                "process_count": jax.process_count(),
+            }
+            batches = (
+                eval_batches(source, image_size=pixels, resize_side=side, **shared)
+                if mode == "crop"
+                else warped_batches(source, image_size=pixels, **shared)
+            )
+            rows = _rows_of_squares(activations, params, batches, seen)
+        for index, row in rows:
+            values[index], valid[index] = row, True
+    broken.summarize()
+    values, valid = parallel.sum_over_processes((values, valid))
+    return _with_labels(values, valid, source, threads)
+
+
+def check_request(model: SPPNet, *, layer: str, side: int, mode: str) -> None:
+    """Raises ValueError if a network can't give the features that are asked for."""
+    if mode not in MODES:
+        raise ValueError(f"unknown mode {mode!r}: choose from {', '.join(MODES)}")
+    if layer not in layer_names(model):
+        raise ValueError(
+            f"unknown layer {layer!r}: this network has {', '.join(layer_names(model))}"
+        )
+    if mode == "full" and model.levels is None:
+        raise ValueError(
+            "this network has no spatial pyramid (levels=None), so it takes no whole "
+            "images of any size: use the mode crop or warp"
+        )
+    if layer not in layer_names(model, mode):
+        raise ValueError(
+            f"the map of {layer} has another size for each whole image, so its "
+            f"features would be of no one length: choose from "
+            f"{', '.join(layer_names(model, mode))}, or use the mode crop or warp"
+        )
+    if mode == "crop" and side < model.image_size:
+        raise ValueError(
+            f"a crop of {model.image_size}×{model.image_size} pixels does not fit into "
+            f"an image whose shorter side is {side}: give a side of at least "
+            f"{model.image_size}, or use the mode full"
+        )
+    if mode == "warp" and model.levels is None and side != model.image_size:
+        raise ValueError(
+            f"this network has no spatial pyramid (levels=None) and takes squares of "
+            f"{model.image_size} pixels only, not {side}"
+        )
+    layers_geometry(model.backbone.layers).map_size(side)
+
+
+def save_features(path: Path, features: Features, provenance: dict[str, Any]) -> None:
+    """Writes features and where they are from into one .npz file.
+
+    `provenance`: plain values, for JSON. The file is there only when it is whole.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_arrays(
+        path,
+        features=features.values,
+        labels=features.labels,
+        indices=features.indices,
+        names=np.array(features.names, str),
+        class_names=np.array(features.class_names, str),
+        broken=np.array(features.broken),
+        provenance=np.array(json.dumps(provenance)),
+    )
+
+
+def load_features(path: str | Path) -> tuple[Features, dict[str, Any]]:
+    """The features of a file that `save_features` wrote, and their provenance.
+
+    Raises: ValueError for another kind of file.
+    """
+    try:
+        with np.load(path) as arrays:
+            provenance = json.loads(str(arrays["provenance"]))
+            features = Features(
+                values=arrays["features"],
+                labels=arrays["labels"],
+                indices=arrays["indices"],
+                names=tuple(arrays["names"].tolist()),
+                class_names=tuple(arrays["class_names"].tolist()),
+                broken=int(arrays["broken"]),
+            )
+    except (
+        AttributeError,
+        EOFError,
+        KeyError,
+        TypeError,
+        ValueError,
+        zipfile.BadZipFile,
+    ) as error:
+        raise ValueError(
+            f"{path} holds no features: give a file that python -m sppnet_jax.features "
+            f"wrote ({error})"
+        ) from error
+    return features, provenance
+
+
+def _layer_function(
+    model: SPPNet, preprocessing: Preprocessing, layer: str
+) -> _Activations:
+    """From (params, images, valid sizes or None) to a layer's activations [b, D]."""
+
+    def activations(
+        params: Any, images: jax.Array, sizes: jax.Array | None = None
+    ) -> jax.Array:
+        inputs = normalize(images, preprocessing, sizes)
+        logits, named = model.apply({"params": params}, inputs, sizes)
+        values = {**named, "fc8": logits}[layer]
+        return values.reshape(len(images), -1).astype(jnp.float32)
+
+    return activations
+
+
+def _row_length(
+    activations: _Activations, params: Any, side: int, *, whole: bool
+) -> int:
+    image = jax.ShapeDtypeStruct((1, side, side, 3), np.uint8)
+    size = jax.ShapeDtypeStruct((1, 2), np.int32) if whole else None
+    return jax.eval_shape(activations, params, image, size).shape[1]
+
+
+def _check_memory(records: int, length: int, layer: str) -> None:
+    needed, free = 4 * records * length, psutil.virtual_memory().available
+    log.info(
+        "features of %s: %d images × %d numbers, %s",
+        layer,
+        records,
+        length,
+        _size_of(needed),
+    )
+    if needed > free:
+        raise ValueError(
+            f"the features of {layer} for {records} images take {_size_of(needed)}, "
+            f"and {_size_of(free)} of memory are free: extract them in parts, such as "
+            "split 'train[:10%]', or choose a later layer"
+        )
+
+
+def _size_of(count: int) -> str:
+    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
+
+
+def _rows_of_squares(
+    activations: _Activations, params: Any, batches: Batches, seen: _Seen
+) -> _Rows:
+    program = parallel.data_parallel(
+        lambda params, batch: activations(params, batch["image"])
+    )
+    replicated = parallel.replicate(params)
+    with batches:
+        for batch in batches:
+            found = np.asarray(program(replicated, shard_batch(batch)))
+            found = found.reshape(-1, found.shape[-1])
+            for index, mask, row in zip(
+                batch["index"], batch["mask"], found, strict=True
+            ):
+                if index < 0:
+                    continue
+                seen(int(index), bool(mask))
+                if mask:
+                    yield int(index), row
+
+
+def _with_labels(
+    values: np.ndarray, valid: np.ndarray, source: Source, threads: int
+) -> Features:
+    """Leaves broken records out, and reads what the others are called."""
+    indices = np.flatnonzero(valid)
+
+    def read(number: int) -> tuple[str, Any]:
+        record = source.records[number]
+        label = record["labels"] if source.multi_label else record["label"]
+        return record["name"], label
+
+    with ThreadPoolExecutor(threads) as pool:
+        read_again = list(pool.map(read, indices.tolist()))
+    shape = (-1, len(source.class_names)) if source.multi_label else (-1,)
+    dtype = np.int8 if source.multi_label else np.int32
+    return Features(
+        values=values if valid.all() else values[valid],
+        labels=np.array([label for _, label in read_again], dtype).reshape(shape),
+        indices=indices.astype(np.int32),
+        names=tuple(name for name, _ in read_again),
+        class_names=source.class_names,
+        broken=int((~valid).sum()),
+    )

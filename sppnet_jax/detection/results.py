@@ -1,0 +1,168 @@
+"""What a test of a detector leaves behind: precisions, detections, curves, pictures.
+
+results.json  table.md  precision_recall.png  examples.png
+voc/comp4_det_SPLIT_CLASS.txt  coco_results.json  coco_ground_truth.json
+"""
+
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sppnet_jax.data.images import decode_image
+from sppnet_jax.data.sources import Objects, Source
+from sppnet_jax.detection import pictures as detection_plots
+from sppnet_jax.detection import result_files
+from sppnet_jax.detection.average_precision import evaluate_detections
+from sppnet_jax.detection.detection_table import join_detections
+from sppnet_jax.detection.detector import Detections
+from sppnet_jax.detection.proposals import proposal_recall
+from sppnet_jax.run.run_folder import write_json
+
+EXAMPLES = 12  # images in the picture
+
+
+def write_results(
+    folder: Path,
+    source: Source,
+    objects: Sequence[Objects],
+    sizes: np.ndarray,
+    proposals: Sequence[np.ndarray],
+    found: Sequence[Detections],
+    *,
+    least_score: float,
+    about: dict[str, Any],
+) -> dict[str, Any]:
+    """Evaluates detections, writes all files and prints the table.
+
+    `objects`, `sizes`, `proposals`, `found`: of each record of the source.
+    `least_score`: of the boxes in the picture. `about`: more for results.json.
+
+    Returns: what results.json holds.
+    """
+    class_names = source.class_names
+    table = join_detections(found)
+    result = evaluate_detections(table, objects, class_names)
+    report = {
+        "data": source.name,
+        "split": source.split,
+        "images": len(source.records),
+        "map_11_point": result.map_11_point,
+        "map_area": result.map_area,
+        "classes": [
+            {"name": name, **_without_curves(one)}
+            for name, one in zip(class_names, result.classes, strict=True)
+        ],
+        "left_out": result.left_out,
+        "proposals": proposal_recall(proposals, objects, len(class_names)),
+        **about,
+    }
+    write_json(folder / "results.json", report)
+    text = markdown_table(report)
+    (folder / "table.md").write_text(text)
+    names = [source.records[index]["name"] for index in range(len(source.records))]
+    result_files.write_voc_results(
+        folder / "voc",
+        table,
+        image_ids(source),
+        class_names,
+        split=source.split,
+    )
+    result_files.write_coco_results(folder / "coco_results.json", table)
+    result_files.write_coco_ground_truth(
+        folder / "coco_ground_truth.json", names, sizes, objects, class_names
+    )
+    curves = [
+        detection_plots.Curve(name, one.recall, one.precision, one.ap_11_point)
+        for name, one in zip(class_names, result.classes, strict=True)
+        if one.ap_11_point is not None
+    ]
+    print(text)
+    picture = folder / "precision_recall.png"
+    print(f"curves: {detection_plots.plot_precision_recall(curves, picture)}")
+    picture = folder / "examples.png"
+    print(f"examples: {_draw_examples(source, objects, found, least_score, picture)}")
+    return report
+
+
+def image_ids(source: Source) -> list[str]:
+    """What VOC calls each image: the name of its file without the suffix.
+
+    Raises: ValueError where two images have the same.
+    """
+    names = [source.records[index]["name"] for index in range(len(source.records))]
+    ids = [str(Path(name).with_suffix("")) for name in names]
+    repeated = [name for name, count in Counter(ids).items() if count > 1]
+    if repeated:
+        raise ValueError(
+            f"{len(repeated)} images of {source.name!r} share a name with another, "
+            f"{repeated[0]!r} for instance: result files couldn't tell them apart. "
+            "Rename them"
+        )
+    return ids
+
+
+def markdown_table(report: dict[str, Any]) -> str:
+    """The average precision of each class, and how good the proposals were."""
+    lines = [
+        f"{report['data']}, split {report['split']}, {report['images']} images",
+        "",
+        "| class | AP, 11 points | AP, area | objects | difficult | detections |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in report["classes"]:
+        precisions = [
+            "–" if row[name] is None else f"{100 * row[name]:.1f}"
+            for name in ("ap_11_point", "ap_area")
+        ]
+        counts = [f"{row[n]:,}" for n in ("ground_truths", "difficult", "detections")]
+        lines.append(f"| {' | '.join([row['name'], *precisions, *counts])} |")
+    lines.append(
+        f"| mean | {100 * report['map_11_point']:.1f} | {100 * report['map_area']:.1f} "
+        "| | | |"
+    )
+    proposals = report["proposals"]
+    lines += [
+        "",
+        f"proposals: {proposals['mean_proposals']:.0f} an image, recall at IoU 0.5 "
+        f"{proposals['recall']:.1%}",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _without_curves(one: Any) -> dict[str, Any]:
+    numbers = one._asdict()
+    return {k: v for k, v in numbers.items() if k not in ("recall", "precision")}
+
+
+def _draw_examples(
+    source: Source,
+    objects: Sequence[Objects],
+    found: Sequence[Detections],
+    least_score: float,
+    path: Path,
+) -> Path:
+    """Draws some images, evenly spaced, with what was found and what is there."""
+    spaced = np.linspace(0, len(found) - 1, min(EXAMPLES, len(found))).astype(int)
+    shown = []
+    for index in spaced:
+        try:
+            image = decode_image(source.records[int(index)]["image"])
+        except ValueError:
+            continue
+        kept, truth = found[index].above(least_score), objects[index]
+        shown.append(
+            detection_plots.Shown(
+                image,
+                kept.boxes,
+                kept.labels,
+                kept.scores,
+                truth.boxes,
+                truth.labels,
+                truth.difficult,
+            )
+        )
+    return detection_plots.plot_detections(shown, source.class_names, path)

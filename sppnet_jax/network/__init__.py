@@ -1,0 +1,1 @@
+"""What is trained: trunk, pyramid and head, and what pixels become before it."""

@@ -1,0 +1,229 @@
+"""How the layers of a trunk run, with gradients of their own where XLA's are slow.
+
+    image_conv           the first convolution
+    local_response_norm  normalisation across channels
+    max_pool             of a table's row
+    zero_beyond          the mask of images in larger buckets
+
+On a CPU, XLA's gradient of the first convolution's filters treats the three colours as
+a batch of three, which leaves the CPU idle: for 7×7 filters at stride 2 it took five
+times as long as the convolution itself. Here it is a matrix product for each row of the
+filters, and takes as long as the convolution. XLA's gradient of a sum over neighbouring
+channels is slow there too; here it is that same sum again: what a channel takes from
+its neighbours, they take from it. Elsewhere, and for the gradient of the images,
+everything is XLA's. They differentiate in reverse mode only.
+"""
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from sppnet_jax.network.trunks import MaxPool, output_size
+from sppnet_jax.pyramid.span_max import span_max
+
+ValidSize = Int[Array, "batch 2"]
+Padding = tuple[tuple[int, int], tuple[int, int]]
+LAYOUT = ("NHWC", "HWIO", "NHWC")
+FEW_FILTERS = 24  # with fewer, XLA is fast
+
+
+def image_conv(
+    images: jax.Array,
+    kernel: jax.Array,
+    strides: Sequence[int],
+    padding: Sequence[tuple[int, int]],
+    **options: Any,
+) -> jax.Array:
+    """Convolves images [batch, height, width, colours]; for flax's `nn.Conv`.
+
+    `kernel`: [rows, columns, colours, filters]. `options`: the others that `nn.Conv`
+    gives to `lax.conv_general_dilated`; all of them have to be at their defaults.
+
+    Returns: [batch, rows, columns, filters].
+    Raises: ValueError for an option that is not at its default.
+    """
+    for name, value in options.items():
+        default = {1} if isinstance(value, tuple) else {1, None}
+        seen = set(value) if isinstance(value, tuple) else {value}
+        if name != "dimension_numbers" and not seen <= default:
+            raise ValueError(f"image_conv takes no {name}, got {value}")
+    stride = int(strides[0]), int(strides[1])
+    (top, bottom), (left, right) = padding
+    return _conv(images, kernel, stride, ((top, bottom), (left, right)))
+
+
+def local_response_norm(
+    maps: Float[Array, "*batch channels"],
+    size: int = 5,
+    k: float = 2.0,
+    alpha: float = 1e-4,
+    beta: float = 0.75,
+) -> Float[Array, "*batch channels"]:
+    """Divides each value by (k + α Σ x²)^β, the sum over the `size` channels around it.
+
+    Krizhevsky et al. 2012, section 3.3, whose α is not divided by the number of
+    channels (Caffe's and PyTorch's is). Channels beyond the ends count as zero. All but
+    `maps` are static; it differentiates in reverse mode.
+    """
+    return _norm(maps, size, k, alpha, beta)
+
+
+def max_pool(maps: Array, layer: MaxPool) -> Array:
+    """The maximum of each window; what is padding counts for nothing."""
+    rows, columns = (_pool_spans(layer, size) for size in maps.shape[1:3])
+    return span_max(maps, rows, columns)
+
+
+def zero_beyond(maps: Array, size: ValidSize | None) -> Array:
+    """Zeros outside each map's valid size: what the padding of the next layer holds."""
+    if size is None:
+        return maps
+    rows = jnp.arange(maps.shape[1])[:, None] < size[:, 0, None, None]
+    columns = jnp.arange(maps.shape[2])[None, :] < size[:, 1, None, None]
+    return jnp.where((rows & columns)[..., None], maps, 0)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _conv(
+    images: jax.Array, kernel: jax.Array, strides: tuple[int, int], padding: Padding
+) -> jax.Array:
+    return jax.lax.conv_general_dilated(
+        images, kernel, strides, padding, dimension_numbers=LAYOUT
+    )
+
+
+def _conv_forward(
+    images: jax.Array, kernel: jax.Array, strides: tuple[int, int], padding: Padding
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    return _conv(images, kernel, strides, padding), (images, kernel)
+
+
+def _conv_backward(
+    strides: tuple[int, int],
+    padding: Padding,
+    saved: tuple[jax.Array, jax.Array],
+    gradient: jax.Array,
+) -> tuple[jax.Array, jax.Array]:
+    images, kernel = saved
+
+    def xla(images: jax.Array, kernel: jax.Array) -> jax.Array:
+        return jax.lax.conv_general_dilated(
+            images, kernel, strides, padding, dimension_numbers=LAYOUT
+        )
+
+    def on_cpu(gradient: jax.Array) -> jax.Array:
+        return _kernel_gradient(images, kernel, strides, padding, gradient)
+
+    def elsewhere(gradient: jax.Array) -> jax.Array:
+        return jax.vjp(functools.partial(xla, images), kernel)[1](gradient)[0]
+
+    for_images = jax.vjp(lambda images: xla(images, kernel), images)[1](gradient)[0]
+    if kernel.shape[-1] < FEW_FILTERS:
+        return for_images, elsewhere(gradient)
+    return for_images, jax.lax.platform_dependent(
+        gradient, cpu=on_cpu, default=elsewhere
+    )
+
+
+_conv.defvjp(_conv_forward, _conv_backward)
+
+
+def _kernel_gradient(
+    images: jax.Array,
+    kernel: jax.Array,
+    strides: tuple[int, int],
+    padding: Padding,
+    gradient: jax.Array,
+) -> jax.Array:
+    """The gradient of the kernel, summed over one image after the other."""
+    rows, columns, colors, filters = kernel.shape
+    down, across = strides
+    height, width = gradient.shape[1:3]
+    padded = jnp.pad(images, ((0, 0), *padding, (0, 0)))
+
+    def add_image(
+        total: jax.Array, one: tuple[jax.Array, jax.Array]
+    ) -> tuple[jax.Array, None]:
+        image, own = one
+        # What each filter's row sees at every place of the image's rows.
+        seen = jnp.concatenate(
+            [
+                image[:, x : x + (width - 1) * across + 1 : across]
+                for x in range(columns)
+            ],
+            axis=-1,
+        )
+        outputs = own.reshape(height * width, filters)
+        products = [
+            jnp.matmul(
+                seen[y : y + (height - 1) * down + 1 : down]
+                .reshape(height * width, columns * colors)
+                .T,
+                outputs,
+                preferred_element_type=total.dtype,
+            )
+            for y in range(rows)
+        ]
+        return total + jnp.stack(products), None
+
+    dtype = jnp.promote_types(kernel.dtype, jnp.float32)
+    zeros = jnp.zeros((rows, columns * colors, filters), dtype)
+    total, _ = jax.lax.scan(add_image, zeros, (padded, gradient))
+    return total.reshape(kernel.shape).astype(kernel.dtype)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3, 4))
+def _norm(maps: jax.Array, size: int, k: float, alpha: float, beta: float) -> jax.Array:
+    wide = maps.astype(jnp.promote_types(maps.dtype, jnp.float32))
+    energy = k + alpha * _around(jnp.square(wide), size // 2, size)
+    return (wide * _power(energy, beta)).astype(maps.dtype)
+
+
+def _norm_forward(
+    maps: jax.Array, size: int, k: float, alpha: float, beta: float
+) -> tuple[jax.Array, jax.Array]:
+    return _norm(maps, size, k, alpha, beta), maps
+
+
+def _norm_backward(
+    size: int, k: float, alpha: float, beta: float, maps: jax.Array, gradient: jax.Array
+) -> tuple[jax.Array]:
+    wide, own = (
+        x.astype(jnp.promote_types(maps.dtype, jnp.float32)) for x in (maps, gradient)
+    )
+    energy = k + alpha * _around(jnp.square(wide), size // 2, size)
+    scale = _power(energy, beta)
+    # Those that have this channel around them lie on the other side of it.
+    taken = _around(own * wide * scale / energy, size - 1 - size // 2, size)
+    return ((own * scale - 2 * alpha * beta * wide * taken).astype(maps.dtype),)
+
+
+_norm.defvjp(_norm_forward, _norm_backward)
+
+
+def _around(values: jax.Array, before: int, size: int) -> jax.Array:
+    """The sum over `size` channels from `before` ones below each; zero beyond."""
+    outside = ((0, 0),) * (values.ndim - 1)
+    padded = jnp.pad(values, (*outside, (before, size - 1 - before)))
+    channels = values.shape[-1]
+    parts = [padded[..., i : i + channels] for i in range(size)]
+    return functools.reduce(jnp.add, parts)
+
+
+def _power(energy: jax.Array, beta: float) -> jax.Array:
+    """energy^-beta; roots for the usual β, several times as fast as a power."""
+    if beta == 0.75:
+        root = jax.lax.rsqrt(energy)
+        return root * jnp.sqrt(root)
+    return energy**-beta
+
+
+def _pool_spans(layer: MaxPool, size: int) -> list[tuple[int, int]]:
+    """The spans that a pooling sees along a side, less what is padding."""
+    starts = layer.stride * np.arange(output_size(layer, size)) - layer.padding
+    return [(max(0, s), min(size, s + layer.kernel)) for s in starts.tolist()]

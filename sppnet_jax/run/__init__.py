@@ -1,0 +1,1 @@
+"""What every run needs: its folder, checkpoints, metrics, progress, devices, caches."""

@@ -1,0 +1,20 @@
+"""The progress bars of all that takes a while."""
+
+import sys
+
+from tqdm import tqdm
+
+from sppnet_jax.run import parallel
+
+
+def progress_bar(name: str, images: int, *, done: int = 0) -> tqdm:
+    """A bar over so many images, shown by the first process; a context manager."""
+    return tqdm(
+        total=images,
+        initial=done,
+        unit="img",
+        desc=name,
+        # In a file each update is a line of its own.
+        mininterval=0.5 if sys.stderr.isatty() else 20,
+        disable=not parallel.is_first_process(),
+    )

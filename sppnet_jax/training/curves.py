@@ -1,0 +1,41 @@
+"""The picture of a training: loss and accuracy over its epochs."""
+
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
+
+from sppnet_jax.run.figures import save_figure
+from sppnet_jax.run.metrics import read_metrics
+
+
+def plot_training(workdir: Path) -> Path:
+    """Draws loss and accuracy over epochs from metrics.jsonl; returns training.png."""
+    rows = read_metrics(workdir)
+    steps = [row for row in rows if row["split"] == "train"]
+    epochs = [row for row in rows if row["split"] == "train_epoch"]
+    tests = [row for row in rows if row["split"] == "validation"]
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
+    _line(left, steps, "loss", color="0.8", label="training, one batch")
+    _line(left, epochs, "loss", color="C0", label="training, epoch mean")
+    _line(left, tests, "loss", color="C1", label="validation")
+    left.set(xlabel="epoch", ylabel="loss (cross entropy)", ylim=(0, None))
+    _line(right, epochs, "accuracy", color="C0", label="training (augmented)")
+    _line(right, tests, "top1", color="C1", label="validation, centre crop")
+    right.set(xlabel="epoch", ylabel="top-1 accuracy", ylim=(0, 1))
+    right.yaxis.set_major_formatter(matplotlib.ticker.PercentFormatter(1, decimals=0))
+    for axes in (left, right):
+        axes.grid(alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+        if axes.get_legend_handles_labels()[0]:
+            axes.legend(frameon=False)
+    return save_figure(figure, workdir / "training.png")
+
+
+def _line(axes: Axes, rows: list[dict], name: str, **style: Any) -> None:
+    if rows:
+        axes.plot([r["epoch"] for r in rows], [r[name] for r in rows], **style)

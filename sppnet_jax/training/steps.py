@@ -1,0 +1,154 @@
+"""One training step and one test step, data parallel.
+
+Broken and padded examples have mask False: they weigh nothing in losses and counts.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from sppnet_jax.network.model import SPPNet, init_params
+from sppnet_jax.network.preprocess import (
+    Preprocessing,
+    alter_colors,
+    normalize,
+    resize,
+)
+from sppnet_jax.run import parallel
+
+Batch = dict[str, jax.Array]  # "image", "label", "mask"
+Metrics = dict[str, jax.Array]
+
+
+class TrainState(NamedTuple):
+    """All that a step reads and writes on the device."""
+
+    step: jax.Array
+    params: Any
+    optimizer: Any
+    rng: jax.Array
+
+
+class Optimizer(NamedTuple):
+    """SGD with momentum; the learning rate is given to each step (see schedule.py)."""
+
+    momentum: float = 0.9
+    nesterov: bool = False
+    weight_decay: float = 5e-4
+    label_smoothing: float = 0.0
+
+    def transform(self) -> optax.GradientTransformation:
+        return optax.chain(
+            optax.add_decayed_weights(self.weight_decay, mask=_is_kernel),
+            optax.trace(decay=self.momentum, nesterov=self.nesterov),
+        )
+
+
+def create_state(model: SPPNet, optimizer: Optimizer, seed: int) -> TrainState:
+    """A fresh state, replicated over the devices."""
+
+    def init(rng: jax.Array) -> TrainState:
+        params_rng, state_rng = jax.random.split(rng)
+        params = init_params(model, params_rng)
+        momentum = optimizer.transform().init(params)
+        return TrainState(jnp.zeros((), jnp.int32), params, momentum, state_rng)
+
+    return parallel.make_replicated(init, jax.random.PRNGKey(seed))
+
+
+def shard_batch(batch: dict[str, Any]) -> Batch:
+    """What the steps take of a host batch, its rows split over the local devices."""
+    return parallel.shard({name: batch[name] for name in ("image", "label", "mask")})
+
+
+def make_train_step(
+    model: SPPNet,
+    optimizer: Optimizer,
+    preprocessing: Preprocessing,
+    *,
+    size: int | None = None,
+) -> Any:
+    """The jitted step `(state, batch, learning_rate) -> (state, metrics)`.
+
+    The state is donated. Metrics: sums over the batch of all devices, "loss",
+    "correct" and "count".
+
+    `size`: the side that the batch's images are resized to on the device; None trains
+    on them as they come. A smaller input is the same crop, resized (section 2.3).
+    """
+    transform = optimizer.transform()
+
+    def step(
+        state: TrainState, batch: Batch, learning_rate: jax.Array
+    ) -> tuple[TrainState, Metrics]:
+        rng = jax.random.fold_in(state.rng, state.step)
+        color_rng, dropout_rng = jax.random.split(
+            jax.random.fold_in(rng, parallel.device_index())
+        )
+        images = alter_colors(batch["image"], color_rng, preprocessing)
+        if size is not None:
+            images = resize(images, size)
+        images = normalize(images, preprocessing)
+        count = parallel.sum_over_devices(batch["mask"].sum())
+
+        def loss_fn(params: Any) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+            logits, _ = model.apply(
+                {"params": params}, images, train=True, rngs={"dropout": dropout_rng}
+            )
+            targets = optax.smooth_labels(
+                jax.nn.one_hot(batch["label"], logits.shape[-1]),
+                optimizer.label_smoothing,
+            )
+            losses = optax.softmax_cross_entropy(logits, targets) * batch["mask"]
+            # This device's share of the mean over the whole batch.
+            return losses.sum() / jnp.maximum(count, 1), (losses, logits)
+
+        grads, (losses, logits) = jax.grad(loss_fn, has_aux=True)(state.params)
+        grads = parallel.sum_over_devices(grads)
+        updates, momentum = transform.update(grads, state.optimizer, state.params)
+        updates = jax.tree.map(lambda u: -learning_rate * u, updates)
+        correct = (logits.argmax(-1) == batch["label"]) & batch["mask"]
+        metrics = {
+            "loss": parallel.sum_over_devices(losses.sum()),
+            "correct": parallel.sum_over_devices(correct.sum()),
+            "count": count,
+        }
+        params = optax.apply_updates(state.params, updates)
+        return TrainState(state.step + 1, params, momentum, state.rng), metrics
+
+    return parallel.data_parallel(step, scalars=1, donate_state=True)
+
+
+def make_test_step(
+    model: SPPNet, preprocessing: Preprocessing
+) -> Callable[..., tuple[Metrics, jax.Array]]:
+    """The step `(params, batch) -> (counts, probabilities)`.
+
+    Counts: sums over all devices, "loss", "top1", "top5" and "count"; probabilities:
+    softmax scores of this process's rows, [devices, rows, classes].
+    """
+
+    def step(params: Any, batch: Batch) -> tuple[Metrics, jax.Array]:
+        images = normalize(batch["image"], preprocessing)
+        logits, _ = model.apply({"params": params}, images)
+        mask = batch["mask"]
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"])
+        best = jax.lax.top_k(logits, min(5, logits.shape[-1]))[1]
+        hits = best == batch["label"][:, None]
+        counts = {
+            "loss": (losses * mask).sum(),
+            "top1": (hits[:, 0] & mask).sum(),
+            "top5": (hits.any(axis=1) & mask).sum(),
+            "count": mask.sum(),
+        }
+        return parallel.sum_over_devices(counts), jax.nn.softmax(logits)
+
+    return parallel.data_parallel(step)
+
+
+def _is_kernel(params: Any) -> Any:
+    return jax.tree.map(lambda x: np.ndim(x) > 1, params)
