@@ -22,7 +22,7 @@ from ml_collections import ConfigDict
 
 from experiments.detection_presets import DetectionSetting
 from sppnet_jax.detect import evaluate_from_config, train_from_config
-from sppnet_jax.detection import stages
+from sppnet_jax.run import stages
 from sppnet_jax.run import run_folder
 
 DETECTORS = "detectors"

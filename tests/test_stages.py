@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from sppnet_jax.detection import stages
-from sppnet_jax.detection.stages import digest_of, is_done, locked, run_stage
+from sppnet_jax.run import stages
+from sppnet_jax.run.stages import digest_of, is_done, locked, run_stage
 from tests.conftest import REPOSITORY
 
 
@@ -128,7 +128,7 @@ def test_a_killed_process_locks_its_folder_no_longer(tmp_path: Path) -> None:
     script = (
         "import sys, time\n"
         "from pathlib import Path\n"
-        "from sppnet_jax.detection.stages import locked\n"
+        "from sppnet_jax.run.stages import locked\n"
         "with locked(Path(sys.argv[1])):\n"
         "    print('locked', flush=True)\n"
         "    time.sleep(300)\n"

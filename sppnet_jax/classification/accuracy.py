@@ -1,43 +1,12 @@
 """Testing a classifier: exact counts over a whole split, on any number of devices."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from sppnet_jax.classification.scores import Scores
-from sppnet_jax.data.batches import Batches
-from sppnet_jax.run import parallel
-from sppnet_jax.training.steps import shard_batch
-
-
-def count_correct(
-    test_step: Callable[..., Any],
-    params: Any,
-    batches: Batches,
-    *,
-    records: int,
-) -> dict[str, float]:
-    """Top-1 and top-5 accuracy over batches, every valid example counted once.
-
-    `params`: replicated. `batches`: of `eval_batches` over `records` records; closed at
-    the end.
-
-    Returns: "loss", "top1", "top5" as means in 0 to 1, and "count", "broken".
-    Raises: ValueError if no example could be tested.
-    """
-    sums: dict[str, float] = dict.fromkeys(("loss", "top1", "top5", "count"), 0)
-    with batches:
-        for batch in batches:
-            counts, _ = test_step(params, shard_batch(batch))
-            for name, value in parallel.unreplicate(counts).items():
-                sums[name] += float(value)
-    count = int(sums.pop("count"))
-    if not count:
-        raise ValueError("there is no valid example to test: every image is broken")
-    means = {name: value / count for name, value in sums.items()}
-    return {**means, "count": count, "broken": records - count}
 
 
 def mean_scores(networks: Sequence[Scores]) -> Scores:

@@ -14,7 +14,7 @@ that a class whose windows are all off by the same is corrected in full.
 
 import logging
 import math
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import numpy as np
 from sklearn.linear_model import Ridge
@@ -22,11 +22,25 @@ from tqdm import tqdm
 
 from sppnet_jax.detection.boxes import clip_boxes, decode_boxes, encode_boxes
 from sppnet_jax.run import parallel
+from sppnet_jax.run.settings import above, at_least, share
 
 log = logging.getLogger(__name__)
 
 # A box grows or shrinks at most so much in one step; exp would overflow before long.
 MAX_LOG_RATIO = math.log(1000 / 16)
+
+
+class BoxRegression(NamedTuple):
+    """How box regression is learnt, if it is `enabled`.
+
+    `overlap`: of the boxes to learn from with an object, at least. `ridge`: see
+    `train_box_regressors`. `max_examples`: drawn at random if there are more.
+    """
+
+    enabled: bool = True
+    overlap: Annotated[float, share(above_zero=True)] = 0.5
+    ridge: Annotated[float, above(0)] = 4000.0
+    max_examples: Annotated[int, at_least(1)] = 20_000
 
 
 class BoxRegressors(NamedTuple):

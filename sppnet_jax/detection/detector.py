@@ -2,13 +2,13 @@
 
     head, weights = scoring_head(...)
     scored = score_boxes(features, program, weights, image, image_size)
-    found = suppress([scored], threshold=0.3, max_per_class=100)
+    found = suppress([scored], Suppression(nms=0.3))
 
 Several detectors are combined by suppressing the union of their scored boxes (4.4).
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +21,18 @@ from sppnet_jax.detection.hard_negatives import NEVER
 from sppnet_jax.detection.low_rank import fc_layers
 from sppnet_jax.detection.window_features import CHUNK, Head, WindowFeatures, rows_of
 from sppnet_jax.network.model import SPPNet
+from sppnet_jax.run.settings import at_least, share
+
+
+class Suppression(NamedTuple):
+    """What is left of an image's scored boxes.
+
+    `nms`: a box that overlaps a better one of its class by more goes (IoU).
+    `max_per_class`: the best so many of each class stay.
+    """
+
+    nms: Annotated[float, share()] = 0.3
+    max_per_class: Annotated[int, at_least(1)] = 100
 
 
 class Scored(NamedTuple):
@@ -127,13 +139,12 @@ def score_boxes(
 
 
 def suppress(
-    scored: Sequence[Scored], *, threshold: float, max_per_class: int
+    scored: Sequence[Scored],
+    settings: Suppression = Suppression(),  # noqa: B008, it can't be changed
 ) -> Detections:
     """Greedy non-maximum suppression for each class over the union of scored boxes.
 
     `scored`: of one image, by one detector or several.
-    `threshold`: a box that overlaps a better one by more goes.
-    `max_per_class`: the best so many of each class stay.
     """
     boxes = np.concatenate([part.boxes for part in scored])
     scores = np.concatenate([part.scores for part in scored])
@@ -148,14 +159,14 @@ def suppress(
     all_boxes[:count], all_scores[:count] = boxes, scores
     # A class that was never trained is not there, whatever is asked of it.
     valid = (np.arange(padded) < count)[:, None] & (all_scores > NEVER / 2)
-    kept = _suppress(all_boxes, all_scores, threshold, valid)
+    kept = _suppress(all_boxes, all_scores, settings.nms, valid)
     rows, labels = np.nonzero(np.asarray(kept)[:count])
     order = np.argsort(-scores[rows, labels], kind="stable")
     rank_in_class = np.zeros(len(order), np.int64)
     for label in range(classes):
         mine = labels[order] == label
         rank_in_class[mine] = np.arange(mine.sum())
-    order = order[rank_in_class < max_per_class]
+    order = order[rank_in_class < settings.max_per_class]
     rows, labels = rows[order], labels[order]
     return Detections(boxes[rows, labels], labels, scores[rows, labels])
 

@@ -20,7 +20,7 @@ cost memory but change nothing either, for the same reason.
 import logging
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 
@@ -29,6 +29,7 @@ from sppnet_jax.data.detection_sources import Objects
 from sppnet_jax.detection.boxes import iou
 from sppnet_jax.detection.svm_solver import solve_svms
 from sppnet_jax.run.progress import progress_bar
+from sppnet_jax.run.settings import above, at_least, share
 
 log = logging.getLogger(__name__)
 
@@ -37,31 +38,41 @@ NEVER = -1e9
 
 
 class Mining(NamedTuple):
-    """How negatives are found and SVMs trained; the defaults are the R-CNN release's.
+    """How negatives are found and SVMs trained; `C` to `thinning` are the release's.
 
-    `overlap`: a negative of a class overlaps none of its objects by more (IoU).
-    `thinning`: negatives of a class overlap each other by no more (IoU); 1 thins none.
+    `C`, `positive_weight`, `bias_multiplier`, `tolerance`: see `solve_svms`.
+    `feature_norm`: features are scaled to this mean length before.
+    `negative_overlap`: of a negative with objects of its class, at most (IoU).
+    `thinning`: of negatives of a class with each other, at most (IoU); 1 thins none.
+    `max_rounds`: after round 0; the release's one pass over the images trains the SVMs
+    again and again on the way.
     `initial_per_image`: random negatives of a class in each image, at most.
     `hard_per_image`: those that a round adds for a class in each image, at most.
-    `hard_score`: negatives that score more are hard; below −1.
-    `max_rounds`: after round 0; the paper has one.
     `max_rows`: windows kept in memory for all classes together, at most; training
     takes a few times the memory of their float32 features.
-    `C`, `positive_weight`, `bias_multiplier`, `tolerance`: see `solve_svms`.
+    `hard_score`: negatives that score more are hard; below −1.
     """
 
-    overlap: float = 0.3
-    thinning: float = 0.7
-    initial_per_image: int = 5
-    hard_per_image: int = 20
+    C: Annotated[float, above(0)] = 1e-3
+    bias_multiplier: Annotated[float, above(0)] = 10.0
+    positive_weight: Annotated[float, above(0)] = 2.0
+    feature_norm: Annotated[float, above(0)] = 20.0
+    negative_overlap: Annotated[float, share()] = 0.3
+    thinning: Annotated[float, share()] = 0.7
+    max_rounds: Annotated[int, at_least(0)] = 3
+    initial_per_image: Annotated[int, at_least(1)] = 5
+    max_rows: Annotated[int, at_least(1)] = 100_000
+    hard_per_image: Annotated[int, at_least(1)] = 50
     hard_score: float = -1.0001
-    max_rounds: int = 1
-    max_rows: int = 100_000
-    C: float = 1e-3
-    positive_weight: float = 2.0
-    bias_multiplier: float = 10.0
-    tolerance: float = 1e-3
-    seed: int = 0
+    tolerance: Annotated[float, above(0)] = 1e-3
+
+    def check(self) -> None:
+        """Raises ValueError for a score that would miss negatives with a loss."""
+        if not self.hard_score < -1:
+            raise ValueError(
+                f"hard_score must be below -1, not {self.hard_score}: negatives above "
+                "-1 have a loss, and would be missed"
+            )
 
 
 class MiningState(NamedTuple):
@@ -112,6 +123,7 @@ def mine_hard_negatives(
     num_classes: int,
     settings: Mining = Mining(),  # noqa: B008, it can't be changed
     *,
+    seed: int = 0,
     state: MiningState | None = None,
     on_round: Callable[[MiningState], None] | None = None,
 ) -> tuple[LinearSVMs, MiningState]:
@@ -125,6 +137,7 @@ def mine_hard_negatives(
     `positive_features`, `positive_labels`: float [P, D], scaled alike, and int [P], 0
     to `num_classes` − 1: the objects' own windows. A class without any is named in the
     log; its score is always NEVER.
+    `seed`: of the random negatives and of the solver's order.
     `state`: of an earlier call with the same arguments, to go on from there.
     `on_round`: called with the state after each round, such as to save it.
 
@@ -147,8 +160,8 @@ def mine_hard_negatives(
 
     while not _ended(state, settings.max_rounds):
         started = time.monotonic()
-        found = _find(features_of, boxes, objects, trained, state, settings)
-        state = _train(state, found, positives, labels, trained, settings)
+        found = _find(features_of, boxes, objects, trained, state, settings, seed)
+        state = _train(state, found, positives, labels, trained, settings, seed)
         seconds = np.append(state.seconds, time.monotonic() - started)
         state = state._replace(seconds=seconds)
         _log_round(state)
@@ -219,6 +232,7 @@ def _find(
     trained: np.ndarray,
     state: MiningState,
     settings: Mining,
+    seed: int,
 ) -> _Found:
     """One pass over the images: random negatives in round 0, hard ones afterwards."""
     round_number = len(state.seconds)
@@ -236,7 +250,8 @@ def _find(
     with progress_bar(name, len(boxes)) as bar:
         for image, (own, seen) in enumerate(zip(boxes, in_image, strict=True)):
             bar.update()
-            candidates = _candidates(own, objects[image], trained, settings.overlap)
+            overlap = settings.negative_overlap
+            candidates = _candidates(own, objects[image], trained, overlap)
             if not candidates.any():
                 continue
             if round_number:
@@ -247,7 +262,7 @@ def _find(
                 hard = candidates & ~taken & (scores > settings.hard_score)
                 chosen = _hardest(own, scores, hard, taken, settings)
             else:
-                rng = np.random.default_rng((settings.seed, image))
+                rng = np.random.default_rng((seed, image))
                 order = rng.permutation(len(own))
                 chosen = _first(own, order, candidates, settings)
                 scores = -np.argsort(order)[:, None]
@@ -355,6 +370,7 @@ def _train(
     labels: np.ndarray,
     trained: np.ndarray,
     settings: Mining,
+    seed: int,
 ) -> MiningState:
     """The state after training on what was found, but for the round's seconds."""
     classes = len(trained)
@@ -396,7 +412,7 @@ def _train(
         bias_multiplier=settings.bias_multiplier,
         tolerance=settings.tolerance,
         start=np.concatenate([state.duals, new]),
-        seed=settings.seed + round_number,
+        seed=seed + round_number,
     )
     return state._replace(
         features=found.features,
@@ -481,11 +497,7 @@ def _check(
             )
     if not any(len(own) for own in boxes):
         raise ValueError(f"none of the {len(boxes)} images has a box: no negatives")
-    if not settings.hard_score < -1:
-        raise ValueError(
-            f"hard_score must be below -1, not {settings.hard_score}: negatives above "
-            "-1 have a loss, and would be missed"
-        )
+    settings.check()
     limits = (settings.initial_per_image, settings.hard_per_image, settings.max_rows)
     if min(limits) < 1 or settings.max_rounds < 0:
         raise ValueError(

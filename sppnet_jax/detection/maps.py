@@ -19,18 +19,25 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from sppnet_jax.buckets import BucketTable, choose_buckets
 from sppnet_jax.buckets.whole_images import (
     MAX_ASPECT,
     fit_table,
+    fitting_batch,
     map_whole_images,
 )
 from sppnet_jax.data.broken import BrokenImages
-from sppnet_jax.data.images import decode_image, image_size, whole_size
+from sppnet_jax.data.images import (
+    decode_image,
+    image_size,
+    resize_whole,
+    whole_size,
+)
 from sppnet_jax.data.sources import Record, Source
 from sppnet_jax.detection.scales import Size, map_size_of
 from sppnet_jax.network.model import SPPNet
 from sppnet_jax.network.preprocess import Preprocessing, normalize
-from sppnet_jax.network.trunks import layers_geometry
+from sppnet_jax.network.trained import Network
 from sppnet_jax.pyramid.geometry import Geometry
 from sppnet_jax.run.progress import progress_bar
 from sppnet_jax.run.run_folder import whole_file
@@ -41,9 +48,7 @@ log = logging.getLogger(__name__)
 
 
 def convolve_split(
-    model: SPPNet,
-    params: Any,
-    preprocessing: Preprocessing,
+    network: Network,
     source: Source,
     folder: Path,
     *,
@@ -64,13 +69,12 @@ def convolve_split(
     programs and the seconds an image took on the device.
     Raises: ValueError for a network without a pyramid, or a scale that is too small.
     """
-    if model.levels is None:
+    if network.model.levels is None:
         raise ValueError(
             "this network has no spatial pyramid (levels=None): it can't pool windows "
             "from the map of a whole image. Train one with levels such as (6, 3, 2, 1)"
         )
-    function = map_function(model, preprocessing)
-    geometry = layers_geometry(model.backbone.layers)
+    function = map_function(network.model, network.preprocessing)
     broken = BrokenImages(source)
     report: dict[str, Any] = {"images": len(source.records), "scales": {}}
     for side in sides:
@@ -85,8 +89,7 @@ def convolve_split(
         part = subset(source, missing)
         table = fit_table(
             function,
-            model,
-            params,
+            network,
             part,
             side,
             batch_size=batch_size,
@@ -106,7 +109,7 @@ def convolve_split(
             for index, found in map_whole_images(
                 table, part, side, threads=threads, strict=False, on_example=seen
             ):
-                rows, columns = map_size_of(sizes[index], geometry)
+                rows, columns = map_size_of(sizes[index], network.geometry)
                 path = map_file(folder, side, missing[index])
                 save_array(path, found[:rows, :columns].astype(dtype))
                 bar.update()
@@ -143,18 +146,34 @@ def map_function(model: SPPNet, preprocessing: Preprocessing) -> Any:
     return maps
 
 
-def convolve_image(
-    model: SPPNet, params: Any, preprocessing: Preprocessing, image: np.ndarray
-) -> np.ndarray:
-    """The last map of one image at the size it has.
+def convolve_images(
+    network: Network,
+    images: Sequence[np.ndarray],
+    *,
+    sides: Sequence[int],
+    batch_size: int,
+    max_buckets: int = 4,
+) -> list[list[np.ndarray]]:
+    """The maps of images that are at hand, for each image one at each scale.
 
-    `image`: uint8 [height, width, 3], resized already. A new size compiles a program.
+    `images`: uint8 [height, width, 3] each. Other arguments as for `convolve_split`.
 
-    Returns: float32 [rows, columns, channels].
+    Returns: float32 [rows, columns, channels] each.
     """
-    sizes = np.array([image.shape[:2]], np.int32)
-    maps = jax.jit(map_function(model, preprocessing))(params, image[None], sizes)
-    return np.asarray(maps)[0]
+    function = map_function(network.model, network.preprocessing)
+    maps: list[list[np.ndarray]] = [[] for _ in images]
+    for side in sides:
+        resized = [resize_whole(image, side, MAX_ASPECT) for image in images]
+        buckets = choose_buckets([image.shape[:2] for image in resized], max_buckets)
+        area = max(height * width for height, width in buckets)
+        rows = fitting_batch(batch_size, network.model.image_size, area)
+        table = BucketTable(function, network.params, buckets, min(rows, len(resized)))
+        found = dict(table.map(enumerate(resized)))
+        for index, image in enumerate(resized):
+            height, width = image.shape[:2]
+            rows, columns = map_size_of((height, width), network.geometry)
+            maps[index].append(found[index][:rows, :columns])
+    return maps
 
 
 def load_maps(folder: Path, sides: Sequence[int], index: int) -> list[np.ndarray]:

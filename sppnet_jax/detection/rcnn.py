@@ -24,6 +24,7 @@ from sppnet_jax.detection.maps import save_array
 from sppnet_jax.detection.warp import warp_windows
 from sppnet_jax.network.model import SPPNet
 from sppnet_jax.network.preprocess import Preprocessing, normalize
+from sppnet_jax.network.trained import Network
 from sppnet_jax.network.trunks import layers_geometry
 from sppnet_jax.pyramid.pooling import num_bins
 from sppnet_jax.run import parallel
@@ -35,9 +36,7 @@ log = logging.getLogger(__name__)
 
 
 def convolve_windows(
-    model: SPPNet,
-    params: Any,
-    preprocessing: Preprocessing,
+    network: Network,
     source: Source,
     boxes: Sequence[np.ndarray],
     folder: Path,
@@ -58,8 +57,8 @@ def convolve_windows(
     """
     folder.mkdir(parents=True, exist_ok=True)
     missing = [i for i in range(len(boxes)) if not (folder / f"{i:06d}.npy").exists()]
-    run = windows_function(model, params, preprocessing, batch_size=batch_size)
-    fill = fill_color(preprocessing)
+    run = windows_function(network, batch_size=batch_size)
+    fill, side = fill_color(network.preprocessing), network.model.image_size
     broken = BrokenImages(source)
     seconds = {"warping": 0.0, "convolving": 0.0}
 
@@ -69,9 +68,7 @@ def convolve_windows(
             image = decode_image(source.records[index]["image"])
         except ValueError:
             return None, 0.0
-        warped = warp_windows(
-            image, boxes[index], model.image_size, context=context, fill=fill
-        )
+        warped = warp_windows(image, boxes[index], side, context=context, fill=fill)
         return warped, time.perf_counter() - started
 
     done = len(boxes) - len(missing)
@@ -102,17 +99,23 @@ def convolve_windows(
         "windows": int(sum(len(boxes[i]) for i in missing)),
         "broken": len(broken),
         "seconds": {name: round(value, 2) for name, value in seconds.items()},
-        "stored": "pooled vectors" if stores_pooled(model) else "maps of the windows",
+        "stored": kept_as(network.model),
     }
 
 
+def load_windows(folder: Path, index: int) -> np.ndarray:
+    """What is kept of an image's windows, [N, …]; read as far as it is used."""
+    return np.load(folder / f"{index:06d}.npy", mmap_mode="r")
+
+
 def windows_function(
-    model: SPPNet, params: Any, preprocessing: Preprocessing, *, batch_size: int
+    network: Network, *, batch_size: int
 ) -> Callable[[np.ndarray], np.ndarray]:
     """From warped windows uint8 [N, side, side, 3] to what is kept of each, [N, …].
 
     Runs in batches on all devices.
     """
+    model, preprocessing = network.model, network.preprocessing
     pooled = stores_pooled(model)
 
     def convolve(params: Any, images: jax.Array) -> jax.Array:
@@ -123,7 +126,7 @@ def windows_function(
         return maps.astype(jnp.float32)
 
     program = parallel.data_parallel(convolve)
-    replicated = parallel.replicate(params)
+    replicated = parallel.replicate(network.params)
     batch = parallel.round_up_to_devices(batch_size)
 
     def run(warped: np.ndarray) -> np.ndarray:
@@ -139,6 +142,11 @@ def windows_function(
         )
 
     return run
+
+
+def kept_as(model: SPPNet) -> str:
+    """What is kept of each window, in words."""
+    return "pooled vectors" if stores_pooled(model) else "maps of windows"
 
 
 def stores_pooled(model: SPPNet) -> bool:

@@ -13,7 +13,6 @@ rows: fc7, or the scores of all classes. Boxes with the same cells go through it
 """
 
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -22,7 +21,7 @@ import numpy as np
 
 from sppnet_jax.buckets.choice import choose_buckets
 from sppnet_jax.buckets.table import smallest_bucket
-from sppnet_jax.detection.maps import load_maps, scaled_sizes
+from sppnet_jax.detection.maps import scaled_sizes
 from sppnet_jax.detection.scales import (
     atlas_size,
     boxes_to_atlas,
@@ -58,7 +57,7 @@ class WindowFeatures(NamedTuple):
 
 
 def from_maps(
-    folder: Path,
+    maps_of: Callable[[int], list[np.ndarray]],
     boxes: Sequence[np.ndarray],
     sizes: np.ndarray,
     *,
@@ -69,8 +68,9 @@ def from_maps(
     rule: str = "paper",
     max_buckets: int = 4,
 ) -> WindowFeatures:
-    """Boxes pooled from the maps that `convolve_split` wrote: SPP-net.
+    """Boxes pooled from the maps of their images: SPP-net.
 
+    `maps_of`: an image's maps at all scales, `maps.load_maps` for instance.
     `boxes`: float [N, 4] for each image, in its pixels. `sizes`: of the images, int
     [images, 2]; (0, 0) for a broken one, which must have no boxes.
     `sides`, `area`, `rule`: see scales.py. `max_buckets`: shapes of stacked maps; each
@@ -84,9 +84,7 @@ def from_maps(
     buckets = choose_buckets(np.array(shapes), max_buckets) if shapes else ()
 
     def inputs(image: int, chosen: Rows) -> tuple[Any, int, np.ndarray]:
-        atlas = stack_maps(
-            load_maps(folder, sides, image), smallest_bucket(shapes[image], buckets)
-        )
+        atlas = stack_maps(maps_of(image), smallest_bucket(shapes[image], buckets))
         windows = boxes_to_atlas(
             boxes[image][chosen],
             tuple(sizes[image]),
@@ -121,15 +119,18 @@ def pool_atlas(
 
 
 def from_warped(
-    folder: Path, boxes: Sequence[np.ndarray], levels: tuple[int, ...] | None
+    stored_of: Callable[[int], np.ndarray],
+    boxes: Sequence[np.ndarray],
+    levels: tuple[int, ...] | None,
 ) -> WindowFeatures:
-    """Boxes warped and convolved one by one, from the files of rcnn.py: R-CNN.
+    """Boxes warped and convolved one by one, see rcnn.py: R-CNN.
 
-    `levels`: of the pyramid; None where the files hold pooled features already.
+    `stored_of`: what is kept of an image's boxes, [N, …].
+    `levels`: of the pyramid; None where that is pooled already.
     """
 
     def inputs(image: int, chosen: Rows) -> tuple[Any, int, np.ndarray]:
-        stored = np.load(folder / f"{image:06d}.npy", mmap_mode="r")
+        stored = stored_of(image)
         rows, which = np.unique(chosen, return_inverse=True)
         padded = np.zeros((_padded(len(rows)), *stored.shape[1:]), np.float32)
         padded[: len(rows)] = stored[rows]

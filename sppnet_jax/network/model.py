@@ -6,7 +6,7 @@ image to the size that the network was made for.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Annotated, Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -21,6 +21,7 @@ from sppnet_jax.network.layers import (
     zero_beyond,
 )
 from sppnet_jax.network.trunks import (
+    BACKBONES,
     LRN,
     Backbone,
     Conv,
@@ -29,9 +30,30 @@ from sppnet_jax.network.trunks import (
     output_size,
 )
 from sppnet_jax.pyramid.pooling import check_levels, spatial_pyramid_pool
+from sppnet_jax.run.settings import above, at_least, between, one_of
 
 Images = Float[Array, "batch height width 3"]
 Intermediates = dict[str, Array]
+
+
+WEIGHT_INITS = ("paper", "he")
+
+
+class Architecture(NamedTuple):
+    """Which network is made; see `create_model`.
+
+    `backbone`: "zf5", "convnet5", "overfeat5" or "overfeat7". `levels`: the pyramid; ()
+    for the twin without SPP. `width`: scales the filters and the units of fc6 and fc7.
+    `dropout`: of fc6 and fc7. `weight_init`: "paper", or "he" for narrow networks.
+    `bfloat16`: activations in bfloat16; parameters stay in float32.
+    """
+
+    backbone: Annotated[str, one_of(BACKBONES)] = "zf5"
+    levels: tuple[Annotated[int, at_least(1)], ...] = (6, 3, 2, 1)
+    width: Annotated[float, above(0)] = 1.0
+    dropout: Annotated[float, between(0, 1)] = 0.5
+    weight_init: Annotated[str, one_of(WEIGHT_INITS)] = "paper"
+    bfloat16: bool = False
 
 
 class SPPNet(nn.Module):
@@ -197,7 +219,7 @@ def create_model(
     Raises: ValueError for an unknown backbone, or values that do not fit.
     """
     backbone = get_backbone(name)
-    if weight_init not in ("paper", "he"):
+    if weight_init not in WEIGHT_INITS:
         raise ValueError(f"unknown weight_init {weight_init!r}: use 'paper' or 'he'")
     if not (width > 0 and num_classes >= 1 and 0 <= dropout < 1):
         raise ValueError(
@@ -216,6 +238,21 @@ def create_model(
         weight_init=weight_init,
         dtype=dtype,
     )
+
+
+def make_model(architecture: Architecture, num_classes: int, image_size: int) -> SPPNet:
+    """The network of some settings; `image_size` is the side that it is trained at."""
+    named = architecture._asdict()
+    dtype = jnp.bfloat16 if named.pop("bfloat16") else jnp.float32
+    name, levels = named.pop("backbone"), named.pop("levels") or None
+    return create_model(
+        name, levels, num_classes, image_size=image_size, dtype=dtype, **named
+    )
+
+
+def param_shapes(model: SPPNet) -> Any:
+    """The shapes of a model's parameters; nothing is computed."""
+    return jax.eval_shape(lambda rng: init_params(model, rng), jax.random.PRNGKey(0))
 
 
 def init_params(model: SPPNet, rng: jax.Array) -> Any:

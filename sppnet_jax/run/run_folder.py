@@ -10,6 +10,8 @@ from typing import IO, Any, NamedTuple
 
 import numpy as np
 
+from sppnet_jax.run.settings import at_new_names
+
 CONFIG_FILE = "config.json"
 DATA_FILE = "data.json"
 STATISTICS_FILE = "statistics.npz"
@@ -17,13 +19,32 @@ CHECKPOINTS = "checkpoints"
 
 
 class TrainingData(NamedTuple):
-    """What a run is trained on; class names are in the order of the labels."""
+    """What a run is trained on; class names are in the order of the labels.
+
+    `digest`: of every file's place, size and label; "" where a run knows none.
+    """
 
     name: str
     root: str
     split: str
     records: int
     class_names: tuple[str, ...]
+    digest: str = ""
+
+    def difference(self, now: "TrainingData") -> str:
+        """How data differs from these, in words; "" if it is the same.
+
+        The same files in a folder that was moved are the same data.
+        """
+        parts = (self.name, self.split, self.records, self.class_names)
+        if parts != (now.name, now.split, now.records, now.class_names):
+            return f"then {self}, now {now}"
+        if self.digest and self.digest != now.digest:
+            return (
+                f"{now} as before, but files have since been renamed, exchanged, "
+                "relabelled or changed"
+            )
+        return ""
 
     def __str__(self) -> str:
         names = ", ".join(self.class_names[:5])
@@ -48,7 +69,7 @@ def save_config(workdir: Path, config: dict[str, Any]) -> None:
 
 def load_config(workdir: Path) -> dict[str, Any]:
     """The settings that a run was trained with; FileNotFoundError if there are none."""
-    return read_json(workdir / CONFIG_FILE)
+    return at_new_names(read_json(workdir / CONFIG_FILE))
 
 
 def save_training_data(workdir: Path, data: TrainingData) -> None:
@@ -71,6 +92,11 @@ def load_statistics(workdir: Path) -> dict[str, np.ndarray] | None:
     """The mean image and the colour covariance, or None if they were not computed."""
     path = workdir / STATISTICS_FILE
     return read_arrays(path) if path.exists() else None
+
+
+def absolute(path: str) -> str:
+    """A path as text that is found again from any folder; "" stays ""."""
+    return str(Path(path).expanduser().absolute()) if path else ""
 
 
 @contextlib.contextmanager
