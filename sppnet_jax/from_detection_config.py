@@ -466,7 +466,7 @@ def _run_stages(config: ConfigDict, workdir: Path, split: Split) -> dict[str, st
                 features,
                 split.objects,
                 num_classes,
-                head=layer_head(config.layer, network.model.dtype),
+                head=layer_head(network.model, config.layer),
                 fc=fc,
                 mining=make_mining(config),
                 feature_norm=config.svm.feature_norm,
