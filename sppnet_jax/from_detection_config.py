@@ -287,7 +287,7 @@ def find_proposals(
             min_side=given.min_side,
             edge_model=given.model,
         ),
-        cache_folder(config, workdir) / "proposals.sqlite",
+        cache_folder(config, workdir) / "proposals",
         workers=given.workers or None,
     )
 
