@@ -80,7 +80,7 @@ def evaluate_from_config(
     from sppnet_jax.classification import pictures as plots
     from sppnet_jax.classification.accuracy import mean_scores, summarize
     from sppnet_jax.data.broken import BrokenImages
-    from sppnet_jax.run import parallel, run_folder
+    from sppnet_jax.run import files, parallel, run_folder
 
     trained_on = run_folder.load_training_data(workdirs[0])
     source = from_config.open_split(config, "test")
@@ -138,7 +138,7 @@ def evaluate_from_config(
         return report
     changed = bool(scales or positions or flip is not None)
     named = result_name(protocol_name, len(workdirs), changed=changed)
-    run_folder.write_json(workdirs[0] / f"{named}.json", report)
+    files.write_json(workdirs[0] / f"{named}.json", report)
     print(
         f"{protocol_name}: top-1 {_share(report, 'top1')}, top-5 "
         f"{_share(report, 'top5')} of {report['count']} images of {source.name}, split "

@@ -76,7 +76,7 @@ from sppnet_jax.network.preprocess import Preprocessing
 from sppnet_jax.network.trunks import layers_geometry
 from sppnet_jax.pyramid.geometry import Geometry
 from sppnet_jax.pyramid.pooling import num_bins
-from sppnet_jax.run import parallel, run_folder
+from sppnet_jax.run import files, parallel, run_folder
 from sppnet_jax.run.checkpoints import Checkpoints
 from sppnet_jax.run.progress import progress_bar
 
@@ -407,7 +407,7 @@ def train_detector(config: ConfigDict, workdir: Path) -> None:
             "stages": digests,
             "images": split.images,
         }
-        run_folder.write_json(workdir / DETECTOR_FILE, made)
+        files.write_json(workdir / DETECTOR_FILE, made)
 
 
 def _run_stages(config: ConfigDict, workdir: Path, split: Split) -> dict[str, str]:
@@ -602,10 +602,10 @@ def load_detector(config: ConfigDict, workdir: Path) -> Detector:
         fc = truncate_fc(fc, ranks)
     svms = regressors = None
     if config.scorer == "svm":
-        svms = LinearSVMs(**run_folder.read_arrays(workdir / "svm" / SVM_FILE))
+        svms = LinearSVMs(**files.read_arrays(workdir / "svm" / SVM_FILE))
     if config.regression.enabled:
         file = workdir / "regression" / REGRESSION_FILE
-        regressors = BoxRegressors(**run_folder.read_arrays(file))
+        regressors = BoxRegressors(**files.read_arrays(file))
     head, weights = scoring_head(
         network.model, fc, layer=config.layer, svms=svms, regressors=regressors
     )

@@ -28,8 +28,8 @@ from sppnet_jax.network.model import SPPNet
 from sppnet_jax.network.preprocess import Preprocessing, normalize
 from sppnet_jax.network.trunks import Conv, layers_geometry
 from sppnet_jax.run import parallel
+from sppnet_jax.run.files import write_arrays
 from sppnet_jax.run.progress import progress_bar
-from sppnet_jax.run.run_folder import write_arrays
 from sppnet_jax.training.steps import shard_batch
 
 MODES = ("crop", "warp", "full")
@@ -204,7 +204,6 @@ def save_features(path: Path, features: Features, provenance: dict[str, Any]) ->
 
     `provenance`: plain values, for JSON. The file is there only when it is whole.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     write_arrays(
         path,
         features=features.values,

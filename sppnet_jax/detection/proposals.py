@@ -37,8 +37,8 @@ from sppnet_jax.detection.proposers import (
     load_edge_model,
     selective_search,
 )
+from sppnet_jax.run.files import whole_file, write_array
 from sppnet_jax.run.progress import progress_bar
-from sppnet_jax.run.run_folder import whole_file
 
 log = logging.getLogger(__name__)
 
@@ -308,8 +308,7 @@ def _find_missing(
                 "in other images is kept"
             ) from error
         if boxes is not None:
-            with whole_file(path) as file:
-                np.save(file, boxes.astype(np.float32))
+            write_array(path, boxes.astype(np.float32))
 
     known = len(source.records) - len(missing)
     with (
