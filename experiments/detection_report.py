@@ -23,7 +23,7 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 
-from sppnet_jax.run import run_folder
+from sppnet_jax.run import files
 from sppnet_jax.run.figures import save_figure
 
 TEXT, RECALLED = "text", "as we recall it"
@@ -120,11 +120,9 @@ def write_results(
         ],
         "notes": list(notes),
     }
-    run_folder.write_json(folder / "results.json", results)
+    files.write_json(folder / "results.json", results)
     text = _markdown(title, columns, rows, claims, ratios, notes)
-    partial = folder / "table.md.partial"
-    partial.write_text(text)
-    partial.rename(folder / "table.md")
+    files.write_text(folder / "table.md", text)
 
 
 def plot_precisions(

@@ -160,7 +160,7 @@ def on_paper(folder: Path, options: argparse.Namespace) -> None:
     photo, proposal_seconds, note = _paper_photo(options)
     batch, batch_note = _batch(network, [photo], options.batch)
     fc = {name: network.params[name] for name in FC_LAYERS}
-    program = timing.fc_program(layer_head("fc7", jnp.float32))
+    program = timing.fc_program(layer_head(network.model, "fc7"))
     notes = [note, batch_note]
     wanted = [tuple(options.fc_rank)] if options.fc_rank else PAPER_RANKS
     truncated = {}

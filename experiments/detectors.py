@@ -22,8 +22,7 @@ from ml_collections import ConfigDict
 
 from experiments.detection_presets import DetectionSetting
 from sppnet_jax.detect import evaluate_from_config, train_from_config
-from sppnet_jax.run import stages
-from sppnet_jax.run import run_folder
+from sppnet_jax.run import files, run_folder, stages
 
 DETECTORS = "detectors"
 TESTED = "experiment_test.json"
@@ -118,7 +117,7 @@ def tested(given: DetectionSetting, detector: Detector, seed: int) -> dict[str, 
             return known["report"]
     report = evaluate_from_config(config, [workdir])
     jax.clear_caches()  # dozens of detectors in one process
-    run_folder.write_json(path, {"inputs": inputs, "report": report})
+    files.write_json(path, {"inputs": inputs, "report": report})
     return report
 
 

@@ -5,7 +5,6 @@ columns of their own, with how sure they are. What was not run says so.
 """
 
 import datetime
-import json
 import os
 import platform
 from collections.abc import Mapping, Sequence
@@ -19,6 +18,7 @@ from scipy import stats
 
 from experiments.presets import Network
 from experiments.setting import Setting
+from sppnet_jax.run import files
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -117,7 +117,6 @@ def write_report(
 ) -> Path:
     """Writes NAME/results.json, table.md and plot.png; returns their folder."""
     folder = setting.folder / name
-    folder.mkdir(parents=True, exist_ok=True)
     results = {
         "experiment": name,
         "title": title,
@@ -134,8 +133,10 @@ def write_report(
         ],
         "notes": list(notes),
     }
-    _write(folder / "results.json", json.dumps(results, indent=2) + "\n")
-    _write(folder / "table.md", _markdown(title, columns, rows, claims, notes))
+    files.write_json(folder / "results.json", results)
+    files.write_text(
+        folder / "table.md", _markdown(title, columns, rows, claims, notes)
+    )
     _plot(folder / "plot.png", title, columns, rows)
     return folder
 
@@ -236,9 +237,3 @@ def _draw_seeds(axes: Axes, height: float, values: Sequence[float]) -> None:
     spread = np.std(seeds, ddof=1) if len(seeds) > 1 else 0.0
     axes.errorbar(np.mean(seeds), height, xerr=spread, fmt="o", color="C0", capsize=3)
     axes.plot(seeds, [height] * len(seeds), "o", color="0.6", ms=4)
-
-
-def _write(path: Path, text: str) -> None:
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text)
-    partial.rename(path)

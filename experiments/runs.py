@@ -17,7 +17,7 @@ from experiments.presets import Network, network_config
 from experiments.setting import Setting
 from sppnet_jax import from_config, saved_config
 from sppnet_jax.evaluate import evaluate_from_config, result_name
-from sppnet_jax.run import run_folder
+from sppnet_jax.run import files, run_folder
 from sppnet_jax.run.metrics import read_metrics
 from sppnet_jax.train import train_from_config
 from sppnet_jax.training.step_log import DivergedError
@@ -81,7 +81,7 @@ def tested(workdirs: Sequence[Path], protocol: str) -> dict[str, Any]:
             return report
     config = saved_config.get_config(str(workdirs[0]))
     report = evaluate_from_config(config, workdirs, protocol)
-    run_folder.write_json(path, report)
+    files.write_json(path, report)
     return report
 
 

@@ -253,7 +253,7 @@ def _network(
     title: str,
 ) -> AblationRow:
     """The row of one network, trained and tested if that was not done before."""
-    from sppnet_jax.run import run_folder
+    from sppnet_jax.run import files, run_folder
     from sppnet_jax.training.step_log import DivergedError
 
     result = workdir / f"ablation_{protocol}.json"
@@ -269,7 +269,7 @@ def _network(
         try:
             _train(settings, workdir)
             report = evaluate_networks([workdir], protocol)
-            run_folder.write_json(result, report)
+            files.write_json(result, report)
         except DivergedError as error:
             reason = str(error)
             (workdir / DIVERGED).write_text(f"{reason}\n")

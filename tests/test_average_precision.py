@@ -7,11 +7,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 
+from sppnet_jax.classification.ranking import ELEVEN_RECALLS
 from sppnet_jax.detection.average_precision import (
-    ELEVEN_RECALLS,
     ClassResult,
-    area_ap,
-    eleven_point_ap,
     evaluate_class,
     evaluate_detections,
 )
@@ -49,18 +47,6 @@ def evaluate(
 
 def counts(result: ClassResult) -> tuple[int, int]:
     return result.true_positives, result.false_positives
-
-
-def colon(start: float, step: float, stop: float) -> list[float]:
-    """MATLAB's start:step:stop, symmetric about its middle."""
-    count = round((stop - start) / step)
-    values = [math.nan] * (count + 1)
-    for k in range(count // 2 + 1):
-        values[k] = start + k * step
-        values[count - k] = stop - k * step
-    if count % 2 == 0:
-        values[count // 2] = (start + stop) / 2
-    return values
 
 
 def devkit(
@@ -109,7 +95,7 @@ def devkit(
         t / (t + f) if t + f else math.nan for t, f in zip(cum_tp, cum_fp, strict=True)
     ]
     eleven = 0.0
-    for t in colon(0, 0.1, 1):
+    for t in ELEVEN_RECALLS:  # MATLAB's 0:0.1:1, as test_ranking.py has it
         reached = [p for r, p in zip(rec, prec, strict=True) if r >= t]
         numbers = [p for p in reached if not math.isnan(p)]
         p = max(numbers) if numbers else (math.nan if reached else 0.0)
@@ -181,23 +167,6 @@ def test_every_number_is_the_devkits_on_random_cases() -> None:
         compared += 1
         differing_aps.add(round(area, 9))
     assert len(differing_aps) > 100
-
-
-def test_the_eleven_recalls_are_matlabs() -> None:
-    assert list(ELEVEN_RECALLS) == colon(0, 0.1, 1)
-
-
-@pytest.mark.parametrize(
-    ("tenths", "points"),
-    # Points reached by finding so many of ten: 3/10 falls short of its own.
-    [(0, 1), (1, 2), (2, 3), (3, 3), (4, 5), (5, 6), (6, 7), (7, 8), (9, 10), (10, 11)],
-)
-def test_recalls_in_tenths_reach_the_points_that_they_reach_in_matlab(
-    tenths: int, points: int
-) -> None:
-    recall = np.arange(tenths + 1) / 10
-    found = eleven_point_ap(recall, np.ones(tenths + 1))
-    assert found == pytest.approx(points / 11)
 
 
 def test_average_precision_by_hand() -> None:
@@ -287,13 +256,6 @@ def test_no_detections_have_a_precision_of_zero() -> None:
     # VOC 2007's program answers NaN where nothing counts at all.
     ignored = evaluate([(0, 1.0, A)], [[(A, True), (B, False)]])
     assert (ignored.ap_11_point, ignored.ap_area) == (0, 0)
-
-
-def test_precision_at_a_recall_is_the_best_from_there_on() -> None:
-    # Wrong, found, found: precision 0, 1/2, 2/3, so 2/3 is the best everywhere.
-    recall, precision = np.array([0, 0.5, 1]), np.array([0, 1 / 2, 2 / 3])
-    assert eleven_point_ap(recall, precision) == pytest.approx(2 / 3)
-    assert area_ap(recall, precision) == pytest.approx(2 / 3)
 
 
 def scene() -> tuple[list[Found], list[Truth]]:

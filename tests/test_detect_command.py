@@ -516,13 +516,13 @@ class Reports:
 KILLERS = {
     "maps": """
         from sppnet_jax.detection import maps
-        original, calls = maps.save_array, []
+        original, calls = maps.write_array, []
         def kill(path, array):
             original(path, array)
             calls.append(path)
             if len(calls) == 17:
                 die()
-        maps.save_array = kill
+        maps.write_array = kill
         """,
     "finetune": """
         from sppnet_jax.run.metrics import MetricsLog

@@ -277,7 +277,7 @@ def test_sharing_windows_changes_no_score():
         boxes = np.concatenate([corners, corners + 30], axis=1).astype(np.float32)
         photos.append(Photo(picture(*size, seed=seed), boxes))
     windows = Windows((100, 140), 64.0**2)
-    program = detection_timing.fc_program(layer_head("fc7", jnp.float32))
+    program = detection_timing.fc_program(layer_head(model, "fc7"))
     systems = []
     for name, shared in (("shared", True), ("apart", False)):
         parts = detection_timing.spp_parts(network, windows, photos, shared=shared)
@@ -305,7 +305,7 @@ def test_rcnn_times_what_rcnn_computes():
     boxes[1:, 2:] -= np.arange(1, 5)[:, None]
     network, photos = Convolutions(model, params, inputs), [Photo(image, boxes)]
     parts = detection_timing.rcnn_parts(network, photos, context=0, batch_size=2)
-    program = detection_timing.fc_program(layer_head("fc7", jnp.float32))
+    program = detection_timing.fc_program(layer_head(model, "fc7"))
     parts["fc"] = detection_timing.fc_part(program, params)
     _, found = detection_timing.measure([System("R-CNN", parts, 1, 2)], photos)
     _, activations = model.apply(

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from sppnet_jax.detection.detector import layer_head, scoring_head
 from sppnet_jax.detection.low_rank import (
-    fc_layers,
     multiplications,
     spectrum_kept,
     truncate_fc,
@@ -53,27 +53,12 @@ def kernel(name: str, rows: int, columns: int) -> np.ndarray:
     return ((u * values) @ v.T).astype(np.float32)
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-def test_whole_layers_are_the_network(network: Any, dtype: Any) -> None:
-    model, params = network
-    model = model.clone(dtype=dtype)
-    pyramid = pooled_windows()
-    classify = jax.jit(lambda x: model.apply({"params": params}, x, method="classify"))
-    logits, fcs = classify(pyramid)
-    layers = jax.jit(lambda x: fc_layers(params, x, dtype))(pyramid)
-    assert {name: layer.dtype for name, layer in layers.items()} == {
-        "fc6": dtype,
-        "fc7": dtype,
-        "fc8": jnp.float32,
-    }
-    for name, expected in {**fcs, "fc8": logits}.items():
-        np.testing.assert_array_equal(layers[name], expected)
-
-
 def test_truncated_layers_compute_with_the_approximated_kernels(network: Any) -> None:
-    _, params = network
+    model, params = network
     ranks = {"fc6": 9, "fc7": 11}
     truncated = truncate_fc(params, ranks)
+    pooled = jnp.asarray(pooled_windows())
+    logits, fcs = model.apply({"params": truncated}, pooled, method="classify")
     expected = pooled_windows().astype(np.float64)
     for name in ("fc6", "fc7", "fc8"):
         weights = np.asarray(params[name]["kernel"], np.float64)
@@ -82,8 +67,35 @@ def test_truncated_layers_compute_with_the_approximated_kernels(network: Any) ->
         expected = expected @ ((u * s) @ vt) + np.asarray(params[name]["bias"])
         if name != "fc8":
             expected = np.maximum(expected, 0)
-        layer = fc_layers(truncated, pooled_windows())[name]
+        layer = {**fcs, "fc8": logits}[name]
         np.testing.assert_allclose(layer, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("ranks", [{}, {"fc6": 9, "fc7": 11}])
+def test_a_head_computes_no_layer_above_its_own(
+    network: Any, ranks: dict[str, int]
+) -> None:
+    model, params = network
+    truncated, used = truncate_fc(params, ranks), 0
+    for layer in ("fc6", "fc7"):
+        used += multiplications(truncated)[layer]
+        head = jax.jit(layer_head(model, layer))
+        compiled = head.lower(truncated, pooled_windows(256)).compile()
+        flops = compiled.cost_analysis()["flops"] / 256
+        # Beside products, some operations for each unit; fc8's products are 574.
+        assert 2 * used <= flops < 2 * used + 400
+
+
+def test_a_head_takes_layers_of_other_classes_than_the_network_s(network: Any) -> None:
+    model, params = network
+    pooled = jnp.asarray(pooled_windows())
+    expected, fcs = model.apply({"params": params}, pooled, method="classify")
+    other = model.clone(num_classes=99)
+    np.testing.assert_array_equal(layer_head(other, "fc7")(params, pooled), fcs["fc7"])
+    head, weights = scoring_head(other, params)
+    scores, deltas = head(weights, pooled)
+    assert deltas is None
+    np.testing.assert_array_equal(scores, jax.nn.softmax(expected)[:, :-1])
 
 
 @pytest.mark.parametrize("shape", [(60, 40), (40, 60), (50, 50)])

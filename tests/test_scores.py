@@ -1,15 +1,15 @@
 """Scores of views, pooled from maps or cut out, against loops over single images."""
 
 import functools
+import statistics
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from scipy.stats import binomtest
 
 from sppnet_jax.buckets.whole_images import MAX_ASPECT
-from sppnet_jax.classification.accuracy import mean_scores, summarize, wilson_interval
+from sppnet_jax.classification.accuracy import mean_scores, summarize
 from sppnet_jax.classification.scores import Scores, score_crops, score_maps
 from sppnet_jax.classification.views import Protocol, named_protocol
 from sppnet_jax.data.batches import eval_batches
@@ -228,10 +228,19 @@ def test_the_summary_equals_a_count_by_hand():
 
 
 @pytest.mark.parametrize(("correct", "count"), [(0, 7), (7, 7), (284, 372), (1, 2)])
-def test_the_interval_is_wilson_s(correct, count):
-    expected = binomtest(correct, count).proportion_ci(0.95, method="wilson")
-    found = wilson_interval(correct, count)
-    np.testing.assert_allclose(found, (expected.low, expected.high), atol=1e-7)
+def test_the_interval_ends_at_shares_that_the_count_only_just_allows(correct, count):
+    """Wilson's: there the count is 1.96 standard deviations from what is expected."""
+    scores = np.tile(np.float32([1, 0]), (count, 1))
+    labels = (np.arange(count) >= correct).astype(np.int32)
+    whole = np.ones(count, bool)
+    report = summarize(Scores(scores, labels, whole, np.ones(count, int)))
+    assert report["top1_correct"] == correct
+    deviations = statistics.NormalDist().inv_cdf(0.975)
+    low, high = report["top1_interval"]
+    assert 0 <= low <= correct / count <= high <= 1
+    for share in {low, high} - {correct / count}:
+        spread = np.sqrt(share * (1 - share) * count)
+        assert abs(correct - share * count) == pytest.approx(deviations * spread)
 
 
 def test_networks_are_combined_by_the_mean_of_their_scores():

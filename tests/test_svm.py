@@ -3,19 +3,16 @@
 import json
 import logging
 import math
-from typing import Any
 
 import numpy as np
 import pytest
-from sklearn.metrics import average_precision_score
 from sklearn.svm import LinearSVC
 
 from sppnet_jax.classification import svm
+from sppnet_jax.classification.ranking import mean_average_precision
 from sppnet_jax.classification.svm import (
-    average_precision,
     caltech_protocol,
     l2_normalize,
-    mean_average_precision,
     multi_label_protocol,
     random_splits,
     train_linear_svms,
@@ -181,101 +178,6 @@ def test_a_class_with_too_few_images_is_named() -> None:
         caltech_protocol(features, labels)
 
 
-def brute_force(scores: Any, labels: Any, points: int) -> float:
-    """VOC's definition, threshold by threshold."""
-    pairs = [(s, y) for s, y in zip(scores, labels, strict=True) if y != 0]
-    total = sum(y == 1 for _, y in pairs)
-    curve = []  # positives found so far, precision
-    for threshold in sorted({s for s, _ in pairs}, reverse=True):
-        above = [y for s, y in pairs if s >= threshold]
-        hits = sum(y == 1 for y in above)
-        curve.append((hits, hits / len(above)))
-
-    def best(hits_times: int, times: int) -> float:
-        return max(p for hits, p in curve if hits * times >= hits_times)
-
-    if points:
-        steps = points - 1
-        return sum(best(k * total, steps) for k in range(points)) / points
-    return sum(best(hit, 1) for hit in range(1, total + 1)) / total
-
-
-@pytest.mark.parametrize("points", [0, 11, 101])
-def test_average_precision_is_vocs(points: int) -> None:
-    rng = np.random.default_rng(0)
-    for trial in range(40):
-        size = int(rng.integers(2, 60))
-        scores = rng.normal(size=size) if trial % 2 else rng.integers(0, 9, size)
-        labels = rng.integers(-1, 2, size)
-        labels[0] = 1
-        found = average_precision(scores, labels, points=points)
-        assert found == pytest.approx(brute_force(scores, labels, points), abs=1e-12)
-
-
-@pytest.mark.parametrize(
-    ("ranking", "eleven", "area"),
-    [
-        ([1, 1, -1, -1], 1.0, 1.0),
-        # The second positive comes third, at precision 2/3.
-        ([1, -1, 1], (6 * 1 + 5 * 2 / 3) / 11, (1 + 2 / 3) / 2),
-        # Precision only rises: 1/2, then 2/3 is the best everywhere.
-        ([-1, 1, 1], 2 / 3, 2 / 3),
-        # An image that isn't counted changes nothing, wherever it ranks.
-        ([0, 1, 0, -1, 1, 0], (6 * 1 + 5 * 2 / 3) / 11, (1 + 2 / 3) / 2),
-        ([-1, -1, -1, 1], 0.25, 0.25),
-        # 3 of 10 found are a recall of 0.3: four points at precision 1.
-        (
-            [1] * 3 + [-1] * 7 + [1] * 7,
-            (4 + 7 * 10 / 17) / 11,
-            (3 + 7 * 10 / 17) / 10,
-        ),
-    ],
-)
-def test_average_precision_by_hand(
-    ranking: list[int], eleven: float, area: float
-) -> None:
-    scores = -np.arange(len(ranking))
-    assert average_precision(scores, np.array(ranking)) == pytest.approx(eleven)
-    assert average_precision(scores, np.array(ranking), points=0) == pytest.approx(area)
-
-
-def test_images_of_equal_score_enter_together() -> None:
-    labels = np.array([1, -1, -1, -1])
-    for shift in range(4):
-        assert average_precision(np.zeros(4), np.roll(labels, shift)) == 0.25
-
-
-def test_the_area_is_scikit_learns_where_precision_only_falls() -> None:
-    rng = np.random.default_rng(0)
-    compared = 0
-    while compared < 5:
-        labels = np.sort(rng.integers(0, 2, 12))[::-1] * 2 - 1
-        labels[rng.integers(12)] = -1
-        scores = -np.arange(12)
-        precision = (np.cumsum(labels == 1) / np.arange(1, 13))[labels == 1]
-        if len(precision) > 2 and (np.diff(precision) <= 0).all():
-            expected = average_precision_score(labels == 1, scores)
-            assert average_precision(scores, labels, points=0) == pytest.approx(
-                expected
-            )
-            compared += 1
-
-
-def test_a_class_that_no_image_shows_is_left_out_of_the_mean(
-    caplog: pytest.LogCaptureFixture,
-) -> None:
-    labels = np.array([[1, -1, -1], [-1, 0, 1], [1, -1, 1]], np.int8)
-    scores = np.array([[3.0, 1, 3], [1, 2, 2], [2, 3, 1]])
-    result = mean_average_precision(scores, labels, points=0)
-    assert result["average_precision"] == [1.0, None, pytest.approx(2 / 3)]
-    assert result["mean_average_precision"] == pytest.approx((1 + 2 / 3) / 2)
-    assert result["classes_without_positives"] == [1]
-    assert "classes [1] have no positive image" in caplog.text
-    assert math.isnan(average_precision(scores[:, 1], labels[:, 1]))
-    with pytest.raises(ValueError, match="none of the 1 classes is present"):
-        mean_average_precision(scores[:, 1:2], labels[:, 1:2])
-
-
 def test_separable_labels_have_perfect_precision(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
@@ -301,14 +203,14 @@ def test_the_protocol_is_its_parts() -> None:
     labels = one_against_rest(classes)
     labels[::7, 1] = 0
     result = multi_label_protocol(
-        features[:50], labels[:50], features[50:], labels[50:], C=2.0, points=0
+        features[:50], labels[:50], features[50:], labels[50:], C=2.0, rule="area"
     )
     scores = train_linear_svms(l2_normalize(features[:50]), labels[:50], C=2.0).scores(
         l2_normalize(features[50:])
     )
-    expected = [brute_force(scores[:, c], labels[50:, c], 0) for c in range(3)]
-    assert result["average_precision"] == pytest.approx(expected)
-    assert 0.5 < result["mean_average_precision"] == pytest.approx(np.mean(expected))
+    expected = mean_average_precision(scores, labels[50:], rule="area")
+    assert result == {**expected, "train_images": 50, "test_images": 40}
+    assert 0.5 < result["mean_average_precision"] < 1
 
 
 @pytest.mark.parametrize(
@@ -328,25 +230,8 @@ def test_labels_that_train_nothing_are_errors(labels: np.ndarray, message: str) 
         train_linear_svms(np.ones((6, 2)), labels)
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (([1.0, 2.0], [1]), r"scores \(2,\) and labels \(1,\)"),
-        (([1.0, np.nan], [1, -1]), r"scores \(2,\) .* finite, first in row 1"),
-        (([1.0, 2.0], [1, 5]), r"there are \[1, 5\]"),
-    ],
-)
-def test_rankings_that_make_no_sense_are_errors(arguments: Any, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        average_precision(*arguments)
-
-
 def test_other_arguments_that_make_no_sense_are_errors() -> None:
     features, labels = clusters((40, 40))
-    with pytest.raises(ValueError, match="points must be 0"):
-        average_precision(np.ones(2), np.ones(2), points=1)
-    with pytest.raises(ValueError, match=r"both be \[N, classes\]"):
-        mean_average_precision(np.ones(2), np.ones(2))
     with pytest.raises(ValueError, match="must be at least 1"):
         caltech_protocol(features, labels, splits=0)
     with pytest.raises(ValueError, match=r"\(80, 2\); for several use multi_label"):

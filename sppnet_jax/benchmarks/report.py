@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from sppnet_jax.run.run_folder import write_json
+from sppnet_jax.run.files import write_json
 
 Row = Mapping[str, Any]
 PACKAGES = ("jax", "jaxlib", "flax", "numpy", "torch", "torchvision", "onnxruntime")

@@ -13,7 +13,7 @@ from sppnet_jax.data.broken import BrokenImages
 from sppnet_jax.data.sources import Source
 from sppnet_jax.data.splits import open_split
 from sppnet_jax.network.trained import load_network
-from sppnet_jax.run import parallel, run_folder
+from sppnet_jax.run import files, parallel, run_folder
 from sppnet_jax.run.settings import plain
 from sppnet_jax.training.network_settings import NetworkSettings, network_settings
 from sppnet_jax.training.networks import check_data_is_unchanged
@@ -93,7 +93,7 @@ def evaluate_networks(
     if parallel.is_first_process():
         changed = bool(scales or positions or flip is not None)
         name = result_name(protocol_name, len(workdirs), changed=changed)
-        run_folder.write_json(workdirs[0] / f"{name}.json", report)
+        files.write_json(workdirs[0] / f"{name}.json", report)
         predictions = [
             Prediction(
                 image,

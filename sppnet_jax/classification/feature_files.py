@@ -20,7 +20,7 @@ from sppnet_jax.data.datasets import ImageData
 from sppnet_jax.data.sources import open_source
 from sppnet_jax.network.trained import load_network
 from sppnet_jax.run import parallel
-from sppnet_jax.run.run_folder import absolute, write_arrays
+from sppnet_jax.run.files import absolute, write_arrays
 from sppnet_jax.run.settings import plain
 from sppnet_jax.training.network_settings import NetworkSettings
 

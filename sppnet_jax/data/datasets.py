@@ -3,7 +3,7 @@
 from typing import Annotated, Any, NamedTuple
 
 from sppnet_jax.data.images import CROPS
-from sppnet_jax.run.run_folder import absolute
+from sppnet_jax.run.files import absolute
 from sppnet_jax.run.settings import at_least, one_of, share
 
 

@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from sppnet_jax.data.batches import eval_batches
 from sppnet_jax.data.sources import Record, Records, Source, TfdsRecords
-from sppnet_jax.run.run_folder import read_arrays, write_arrays
+from sppnet_jax.run.files import read_arrays, write_arrays
 
 log = logging.getLogger(__name__)
 
@@ -58,7 +58,6 @@ def kept_statistics(
         log.warning("%s can't be read, so it is made again: %s", path, error)
     statistics = image_statistics(source, **settings, threads=threads)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
         write_arrays(path, **statistics._asdict())
     except OSError as error:
         log.warning("the statistics of the images are not kept: %s", error)

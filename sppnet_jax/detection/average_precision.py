@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from sppnet_jax.classification.ranking import area_ap, eleven_point_ap
 from sppnet_jax.detection.boxes import iou
 from sppnet_jax.detection.detection_table import (
     DetectionTable,
@@ -25,11 +26,6 @@ from sppnet_jax.detection.detection_table import (
 )
 
 log = logging.getLogger(__name__)
-
-# MATLAB's 0:0.1:1, as VOC's program has it. Values below the middle are k·0.1, those
-# above 1 − k·0.1: so a recall of 3/10 misses the fourth, but 6/10 and 7/10 reach theirs
-# (k·0.1 throughout, as NumPy's arange computes, would put those out of reach as well).
-ELEVEN_RECALLS = (0, 0.1, 0.2, 0.30000000000000004, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1)
 
 
 class ClassResult(NamedTuple):
@@ -187,33 +183,6 @@ def evaluate_class(
         precision,
         **counts,
     )
-
-
-def eleven_point_ap(recall: np.ndarray, precision: np.ndarray) -> float:
-    """VOC 2007's average precision: the mean of the best at eleven recalls or above.
-
-    `recall`, `precision`: float [D], recall ascending.
-
-    Returns: 0 to 1; 0 without detections.
-    """
-    best = np.append(_envelope(precision), 0.0)
-    reached = best[np.searchsorted(recall, ELEVEN_RECALLS)]
-    return float((reached / len(ELEVEN_RECALLS)).sum())
-
-
-def area_ap(recall: np.ndarray, precision: np.ndarray) -> float:
-    """The average precision of VOC 2010 on: the area under the best precisions.
-
-    `recall`, `precision`: float [D], recall ascending.
-
-    Returns: 0 to 1; 0 without detections.
-    """
-    return float(np.diff(recall, prepend=0.0) @ _envelope(precision))
-
-
-def _envelope(precision: np.ndarray) -> np.ndarray:
-    """The best precision from each detection on."""
-    return np.maximum.accumulate(precision[::-1])[::-1]
 
 
 def _best_objects(

@@ -18,7 +18,6 @@ from sppnet_jax.classification.svm import LinearSVMs
 from sppnet_jax.detection.box_regression import BoxRegressors, regress_boxes
 from sppnet_jax.detection.boxes import nms_per_class
 from sppnet_jax.detection.hard_negatives import NEVER
-from sppnet_jax.detection.low_rank import fc_layers
 from sppnet_jax.detection.window_features import CHUNK, Head, WindowFeatures, rows_of
 from sppnet_jax.network.model import SPPNet
 from sppnet_jax.run.settings import at_least, share
@@ -62,7 +61,7 @@ class Detections(NamedTuple):
         return Detections(*(part[self.scores >= least] for part in self))
 
 
-def layer_head(layer: str, dtype: Any) -> Head:
+def layer_head(model: SPPNet, layer: str) -> Head:
     """The head that gives a layer's activations: "pyramid", "fc6" or "fc7".
 
     Its params are those of the fc layers, whole or truncated (low_rank.py).
@@ -71,7 +70,7 @@ def layer_head(layer: str, dtype: Any) -> Head:
     def head(params: Any, pooled: jax.Array) -> jax.Array:
         if layer == "pyramid":
             return pooled
-        return fc_layers(params, pooled, dtype)[layer].astype(jnp.float32)
+        return _classify(model, params, pooled)[1][layer].astype(jnp.float32)
 
     return head
 
@@ -98,10 +97,10 @@ def scoring_head(
     def head(weights: Any, pooled: jax.Array) -> tuple[jax.Array, jax.Array | None]:
         svms, regressors = weights["svms"], weights["regressors"]
         if svms is None:
-            logits = fc_layers(weights["fc"], pooled, model.dtype)["fc8"]
-            scores = jax.nn.softmax(logits.astype(jnp.float32))[:, :-1]
+            logits, _ = _classify(model, weights["fc"], pooled)
+            scores = jax.nn.softmax(logits)[:, :-1]
         else:
-            seen = layer_head(layer, model.dtype)(weights["fc"], pooled)
+            seen = layer_head(model, layer)(weights["fc"], pooled)
             scores = seen.astype(jnp.float32) @ svms.weights.T + svms.biases
         if regressors is None:
             return scores, None
@@ -169,6 +168,12 @@ def suppress(
     order = order[rank_in_class < settings.max_per_class]
     rows, labels = rows[order], labels[order]
     return Detections(boxes[rows, labels], labels, scores[rows, labels])
+
+
+def _classify(model: SPPNet, fc: Any, pooled: jax.Array) -> Any:
+    # Fine-tuning may have given fc8 other classes than the model's.
+    model = model.clone(num_classes=len(fc["fc8"]["bias"]))
+    return model.apply({"params": fc}, pooled, method="classify")
 
 
 @jax.jit

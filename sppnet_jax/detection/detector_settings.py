@@ -10,7 +10,8 @@ from sppnet_jax.detection.finetune import Finetuning
 from sppnet_jax.detection.hard_negatives import Mining
 from sppnet_jax.detection.proposals import ProposalSettings
 from sppnet_jax.pyramid.geometry import RULES
-from sppnet_jax.run.run_folder import absolute, load_config
+from sppnet_jax.run.files import absolute
+from sppnet_jax.run.run_folder import load_config
 from sppnet_jax.run.settings import at_least, one_of, read
 
 SYSTEMS = ("spp", "rcnn")
@@ -79,7 +80,7 @@ class DetectorSettings(NamedTuple):
     def with_absolute_paths(self) -> "DetectorSettings":
         """The same, found again from any folder."""
         files = ("file", "test_file", "model")
-        paths = {name: absolute(getattr(self.proposals, name)) for name in files}
+        paths: Any = {name: absolute(getattr(self.proposals, name)) for name in files}
         return self._replace(
             network=absolute(self.network),
             cache=absolute(self.cache),

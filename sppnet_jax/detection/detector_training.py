@@ -31,7 +31,7 @@ from sppnet_jax.detection.trained_detector import (
     finetuned_model,
 )
 from sppnet_jax.network.trained import Network, digest_arrays, load_network
-from sppnet_jax.run import parallel, run_folder, stages
+from sppnet_jax.run import files, parallel, run_folder, stages
 from sppnet_jax.run.checkpoints import Checkpoints
 from sppnet_jax.run.settings import plain
 
@@ -59,7 +59,7 @@ def train_detector(settings: DetectorSettings, workdir: Path) -> None:
             "stages": _run_stages(settings, network, workdir, split),
             "images": split.images,
         }
-        run_folder.write_json(workdir / DETECTOR_FILE, made)
+        files.write_json(workdir / DETECTOR_FILE, made)
 
 
 def check_network(settings: DetectorSettings, network: Network) -> None:
@@ -198,7 +198,7 @@ def _run_stages(
                 features,
                 split.objects,
                 len(names),
-                head=layer_head(settings.layer, network.model.dtype),
+                head=layer_head(network.model, settings.layer),
                 fc=fc,
                 mining=settings.svm,
                 seed=settings.seed,

@@ -29,7 +29,7 @@ from sppnet_jax.detection.window_features import (
     pooled_rows,
     rows_of,
 )
-from sppnet_jax.run.run_folder import write_arrays
+from sppnet_jax.run.files import write_arrays
 
 SVM_FILE = "svm.npz"
 REGRESSION_FILE = "regression.npz"

@@ -10,43 +10,20 @@ V comes from the eigenvectors of WᵀW, and U S is W V. For fc6's 12,800×4,096 
 less time than a randomised SVD of 1 % more error, and it is exact.
 
 Parameters are those of an `SPPNet`: a dict of layers, each with "kernel" [in, out] and
-"bias" [out]; a truncated one has "down" [in, r] and "up" [r, out] for its "kernel".
+"bias" [out]; a truncated one has "down" [in, r] and "up" [r, out] for its "kernel", and
+the network computes with either.
 """
 
 import logging
 from collections.abc import Mapping
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import scipy.linalg
-from jaxtyping import Array, Float
 
 log = logging.getLogger(__name__)
 
 FC_LAYERS = ("fc6", "fc7", "fc8")
-
-
-def fc_layers(
-    params: Mapping[str, Any],
-    pyramid: Float[Array, "windows pooled"],
-    dtype: Any = jnp.float32,
-) -> dict[str, Float[Array, "windows units"]]:
-    """fc6 and fc7 after their ReLU, and fc8, of pooled windows; without dropout.
-
-    With full layers this is `SPPNet.classify`; truncated ones may stand in for any.
-
-    `params`: the layers "fc6", "fc7" and "fc8"; others are ignored.
-    `pyramid`: float [N, D], the pooled vectors.
-    `dtype`: what the layers compute in.
-
-    Returns: "fc6" and "fc7" of `dtype`, "fc8" (the logits) of float32.
-    """
-    fc6 = jax.nn.relu(_dense(params["fc6"], pyramid, dtype))
-    fc7 = jax.nn.relu(_dense(params["fc7"], fc6, dtype))
-    fc8 = _dense(params["fc8"], fc7, dtype).astype(jnp.float32)
-    return {"fc6": fc6, "fc7": fc7, "fc8": fc8}
 
 
 def truncate_fc(params: Mapping[str, Any], ranks: Mapping[str, int]) -> dict[str, Any]:
@@ -105,13 +82,6 @@ def multiplications(params: Mapping[str, Any]) -> dict[str, int]:
         name: sum(int(np.size(params[name][f])) for f in factors if f in params[name])
         for name in FC_LAYERS
     }
-
-
-def _dense(layer: Mapping[str, Any], inputs: Array, dtype: Any) -> Array:
-    outputs = jnp.asarray(inputs, dtype)
-    for name in ("kernel",) if "kernel" in layer else ("down", "up"):
-        outputs = outputs @ jnp.asarray(layer[name], dtype)
-    return outputs + jnp.asarray(layer["bias"], dtype)
 
 
 def _best_factors(kernel: np.ndarray, rank: int) -> tuple[np.ndarray, np.ndarray]:

@@ -39,8 +39,8 @@ from sppnet_jax.network.model import SPPNet
 from sppnet_jax.network.preprocess import Preprocessing, normalize
 from sppnet_jax.network.trained import Network
 from sppnet_jax.pyramid.geometry import Geometry
+from sppnet_jax.run.files import write_array
 from sppnet_jax.run.progress import progress_bar
-from sppnet_jax.run.run_folder import whole_file
 
 DTYPES = ("float32", "float16")
 
@@ -78,7 +78,6 @@ def convolve_split(
     broken = BrokenImages(source)
     report: dict[str, Any] = {"images": len(source.records), "scales": {}}
     for side in sides:
-        (folder / str(side)).mkdir(parents=True, exist_ok=True)
         missing = [
             index
             for index in range(len(source.records))
@@ -104,14 +103,14 @@ def convolve_split(
                 if not example["mask"]:
                     index = missing[int(example["index"])]
                     broken.add(index)
-                    save_array(map_file(folder, side, index), np.zeros((0, 0, 0)))
+                    write_array(map_file(folder, side, index), np.zeros((0, 0, 0)))
 
             for index, found in map_whole_images(
                 table, part, side, threads=threads, strict=False, on_example=seen
             ):
                 rows, columns = map_size_of(sizes[index], network.geometry)
                 path = map_file(folder, side, missing[index])
-                save_array(path, found[:rows, :columns].astype(dtype))
+                write_array(path, found[:rows, :columns].astype(dtype))
                 bar.update()
         log.info("shorter side %d\n%s", side, table)
         report["scales"][str(side)] = _report(table)
@@ -187,12 +186,6 @@ def load_maps(folder: Path, sides: Sequence[int], index: int) -> list[np.ndarray
 def map_file(folder: Path, side: int, index: int) -> Path:
     """Where the map of an image at a scale is kept."""
     return folder / str(side) / f"{index:06d}.npy"
-
-
-def save_array(path: Path, array: np.ndarray) -> None:
-    """Writes an array to a file that is whole or not there."""
-    with whole_file(path) as file:
-        np.save(file, array)
 
 
 def image_sizes(source: Source, threads: int = 8) -> np.ndarray:

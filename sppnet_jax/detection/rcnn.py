@@ -20,7 +20,6 @@ import numpy as np
 from sppnet_jax.data.broken import BrokenImages
 from sppnet_jax.data.images import decode_image
 from sppnet_jax.data.sources import Source
-from sppnet_jax.detection.maps import save_array
 from sppnet_jax.detection.warp import warp_windows
 from sppnet_jax.network.model import SPPNet
 from sppnet_jax.network.preprocess import Preprocessing, normalize
@@ -28,6 +27,7 @@ from sppnet_jax.network.trained import Network
 from sppnet_jax.network.trunks import layers_geometry
 from sppnet_jax.pyramid.pooling import num_bins
 from sppnet_jax.run import parallel
+from sppnet_jax.run.files import write_array
 from sppnet_jax.run.progress import progress_bar
 
 PAPER_CONTEXT = 16 / 227  # of the warped side, on each side of the window
@@ -55,7 +55,6 @@ def convolve_windows(
     Returns: a report of plain values: images, windows, broken, and the seconds that
     warping and convolving took.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     missing = [i for i in range(len(boxes)) if not (folder / f"{i:06d}.npy").exists()]
     run = windows_function(network, batch_size=batch_size)
     fill, side = fill_color(network.preprocessing), network.model.image_size
@@ -86,12 +85,12 @@ def convolve_windows(
             path = folder / f"{index:06d}.npy"
             if warped is None:
                 broken.add(index)
-                save_array(path, np.zeros((0, 0, 0, 0), dtype))
+                write_array(path, np.zeros((0, 0, 0, 0), dtype))
             else:
                 started = time.perf_counter()
                 found = run(warped)
                 seconds["convolving"] += time.perf_counter() - started
-                save_array(path, found.astype(dtype))
+                write_array(path, found.astype(dtype))
             bar.update()
     broken.summarize()
     return {

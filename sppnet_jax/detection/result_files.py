@@ -27,7 +27,7 @@ from sppnet_jax.detection.detection_table import (
     check_detections,
     check_ground_truth,
 )
-from sppnet_jax.run.run_folder import whole_file
+from sppnet_jax.run.files import whole_file, write_text
 
 
 def write_voc_results(
@@ -54,7 +54,6 @@ def write_voc_results(
     table = check_detections(detections, len(image_ids), len(class_names))
     ids = _encode_names(image_ids, "image ids")
     paths = _voc_paths(folder, class_names, split, competition)
-    folder.mkdir(parents=True, exist_ok=True)
     # Sorted by class once; rows of a class stay in their order.
     order = np.argsort(table.labels, kind="stable")
     bounds = np.searchsorted(table.labels[order], np.arange(len(class_names) + 1))
@@ -149,7 +148,6 @@ def write_coco_results(path: Path, detections: DetectionTable) -> None:
                 "score": score,
             }
 
-    path.parent.mkdir(parents=True, exist_ok=True)
     _write_lines(path, _json_list(records()))
 
 
@@ -206,8 +204,7 @@ def write_coco_ground_truth(
         "annotations": [{"id": n, **one} for n, one in enumerate(objects, start=1)],
         "categories": [{"id": n, "name": c} for n, c in enumerate(class_names, 1)],
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    _write_lines(path, [json.dumps(value)])
+    write_text(path, json.dumps(value))
 
 
 def _voc_paths(

@@ -19,7 +19,7 @@ from sppnet_jax.detection.average_precision import evaluate_detections
 from sppnet_jax.detection.detection_table import join_detections
 from sppnet_jax.detection.detector import Detections
 from sppnet_jax.detection.proposals import proposal_recall
-from sppnet_jax.run.run_folder import write_json
+from sppnet_jax.run.files import write_json, write_text
 
 EXAMPLES = 12  # images in the picture
 
@@ -61,7 +61,7 @@ def write_results(
     }
     write_json(folder / "results.json", report)
     text = markdown_table(report)
-    (folder / "table.md").write_text(text)
+    write_text(folder / "table.md", text)
     names = [source.records[index]["name"] for index in range(len(source.records))]
     result_files.write_voc_results(
         folder / "voc",

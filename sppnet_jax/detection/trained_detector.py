@@ -27,7 +27,7 @@ from sppnet_jax.detection.split_features import image_features, split_features
 from sppnet_jax.detection.window_features import WindowFeatures, make_program
 from sppnet_jax.network.model import SPPNet
 from sppnet_jax.network.trained import Network, load_network
-from sppnet_jax.run import run_folder, stages
+from sppnet_jax.run import files, run_folder, stages
 from sppnet_jax.run.progress import progress_bar
 from sppnet_jax.run.settings import plain
 
@@ -97,10 +97,10 @@ def load_detector(workdir: Path, settings: DetectorSettings | None = None) -> De
         fc = truncate_fc(fc, ranks)
     svms = regressors = None
     if settings.scorer == "svm":
-        svms = LinearSVMs(**run_folder.read_arrays(workdir / "svm" / SVM_FILE))
+        svms = LinearSVMs(**files.read_arrays(workdir / "svm" / SVM_FILE))
     if settings.regression.enabled:
         file = workdir / "regression" / REGRESSION_FILE
-        regressors = BoxRegressors(**run_folder.read_arrays(file))
+        regressors = BoxRegressors(**files.read_arrays(file))
     head, weights = scoring_head(
         network.model, fc, layer=settings.layer, svms=svms, regressors=regressors
     )

@@ -56,6 +56,32 @@ class Architecture(NamedTuple):
     bfloat16: bool = False
 
 
+class Dense(nn.Module):
+    """A fully connected layer, whole or of a lower rank.
+
+    Its parameters are "kernel" [in, out] and "bias" [out]; instead of a kernel they may
+    hold two that follow each other, "down" [in, rank] and "up" [rank, out].
+    """
+
+    units: int
+    dtype: Any
+    kernel_init: Callable[..., Array]
+    bias_init: Callable[..., Array]
+
+    @nn.compact
+    def __call__(self, inputs: Float[Array, "batch in"]) -> Float[Array, "batch out"]:
+        if self.has_variable("params", "down"):
+            kernels = [self.get_variable("params", name) for name in ("down", "up")]
+        else:
+            shape = inputs.shape[-1], self.units
+            kernels = [self.param("kernel", self.kernel_init, shape)]
+        bias = self.param("bias", self.bias_init, (self.units,))
+        outputs = inputs.astype(self.dtype)
+        for kernel in kernels:
+            outputs = outputs @ jnp.asarray(kernel, self.dtype)
+        return outputs + jnp.asarray(bias, self.dtype)
+
+
 class SPPNet(nn.Module):
     """A convolutional stack, a pyramid (or one fixed pooling), three fc layers.
 
@@ -154,7 +180,10 @@ class SPPNet(nn.Module):
     def classify(
         self, pyramid: Float[Array, "batch pooled"], *, train: bool = False
     ) -> tuple[Float[Array, "batch classes"], Intermediates]:
-        """Logits from pooled vectors, and the activations of fc6 and fc7."""
+        """Logits from pooled vectors, and the activations of fc6 and fc7.
+
+        It needs the parameters of "fc6", "fc7" and "fc8" alone, whole or truncated.
+        """
         fc6 = nn.relu(self.fc6(pyramid))
         fc7 = nn.relu(self.fc7(self.drop(fc6, deterministic=not train)))
         logits = self.fc8(self.drop(fc7, deterministic=not train))
@@ -178,8 +207,8 @@ class SPPNet(nn.Module):
                 f"image_size."
             )
 
-    def _dense(self, units: int, bias: float) -> nn.Dense:
-        return nn.Dense(
+    def _dense(self, units: int, bias: float) -> Dense:
+        return Dense(
             units,
             dtype=self.dtype,
             kernel_init=self._kernel_init(),

@@ -1,15 +1,12 @@
 """The files of a run's folder that describe it: config, training data, statistics."""
 
-import contextlib
 import json
-import os
-import uuid
-from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from sppnet_jax.run.files import read_arrays, write_arrays, write_json
 from sppnet_jax.run.settings import at_new_names
 
 CONFIG_FILE = "config.json"
@@ -92,42 +89,6 @@ def load_statistics(workdir: Path) -> dict[str, np.ndarray] | None:
     """The mean image and the colour covariance, or None if they were not computed."""
     path = workdir / STATISTICS_FILE
     return read_arrays(path) if path.exists() else None
-
-
-def absolute(path: str) -> str:
-    """A path as text that is found again from any folder; "" stays ""."""
-    return str(Path(path).expanduser().absolute()) if path else ""
-
-
-@contextlib.contextmanager
-def whole_file(path: Path) -> Iterator[IO[bytes]]:
-    """Opens a file to write that is whole or not there, whoever else writes it."""
-    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.partial")
-    try:
-        with partial.open("wb") as file:
-            yield file
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def write_arrays(path: Path, **arrays: Any) -> None:
-    """Writes arrays by name into an .npz file that is whole or not there."""
-    with whole_file(path) as file:
-        np.savez(file, **arrays)
-
-
-def read_arrays(path: Path) -> dict[str, np.ndarray]:
-    """The arrays of an .npz file, by name."""
-    with np.load(path) as arrays:
-        return dict(arrays)
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Writes a file that is whole or not there; makes its folder."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with whole_file(path) as file:
-        file.write((json.dumps(value, indent=2) + "\n").encode())
 
 
 def read_json(path: Path) -> Any:

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from sppnet_jax.run.run_folder import write_json
+from sppnet_jax.run.files import write_json
 
 STAGE_FILE = "stage.json"
 

@@ -1,5 +1,6 @@
-"""A run's files are whole or not there, whoever writes them at the same time."""
+"""Files are whole or not there, whoever writes them at the same time."""
 
+import json
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -8,12 +9,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from sppnet_jax.run.run_folder import (
+from sppnet_jax.run.files import (
     read_arrays,
-    read_json,
     whole_file,
+    write_array,
     write_arrays,
     write_json,
+    write_text,
 )
 
 ROUNDS = 60
@@ -34,7 +36,7 @@ def write_whole_json(path: Path, number: int) -> None:
 
 
 def read_whole_json(path: Path) -> set[int]:
-    numbers = read_json(path)
+    numbers = json.loads(path.read_text())
     assert len(numbers) == 20_000
     return set(numbers)
 
@@ -99,10 +101,15 @@ def test_a_write_that_fails_leaves_what_was_there_and_nothing_else(
 
 
 def test_what_was_written_is_read(tmp_path: Path) -> None:
-    write_json(tmp_path / "new/folder/value.json", {"a": [1, None]})
-    assert read_json(tmp_path / "new/folder/value.json") == {"a": [1, None]}
-    write_arrays(tmp_path / "arrays.npz", a=np.arange(3), b=np.zeros((0, 2)))
-    found = read_arrays(tmp_path / "arrays.npz")
+    folder = tmp_path / "new" / "folder"
+    write_json(folder / "value.json", {"a": [1, None]})
+    assert json.loads((folder / "value.json").read_text()) == {"a": [1, None]}
+    write_text(folder / "value.txt", "α\n")
+    assert (folder / "value.txt").read_text() == "α\n"
+    write_array(folder / "array.npy", np.arange(3))
+    np.testing.assert_array_equal(np.load(folder / "array.npy"), np.arange(3))
+    write_arrays(folder / "arrays.npz", a=np.arange(3), b=np.zeros((0, 2)))
+    found = read_arrays(folder / "arrays.npz")
     assert {name: array.shape for name, array in found.items()} == {
         "a": (3,),
         "b": (0, 2),
