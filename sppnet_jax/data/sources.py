@@ -70,6 +70,7 @@ class Source(NamedTuple):
     name: str
     split: str
     multi_label: bool = False
+    digest: str = ""
 
 
 class TfdsRecords:
