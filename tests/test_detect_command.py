@@ -18,22 +18,38 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from ml_collections import ConfigDict
 
 from configs import folder as classifier_config
-from sppnet_jax import detect, from_config, from_detection_config
-from sppnet_jax import saved_config as saved
+from sppnet_jax import detect
+from sppnet_jax.cli import detector_base_config
+from sppnet_jax.data import splits
+from sppnet_jax.data.datasets import BoxData
 from sppnet_jax.data.detection_sources import open_detection_source, read_objects
-from sppnet_jax.detection import learn, maps
+from sppnet_jax.detection import detector_evaluation, learn, maps, split_features
 from sppnet_jax.detection.average_precision import evaluate_detections
+from sppnet_jax.detection.box_split import open_split_of
 from sppnet_jax.detection.detector import Scored, score_boxes, suppress
+from sppnet_jax.detection.detector_evaluation import (
+    evaluate_detectors,
+    settings_together,
+)
+from sppnet_jax.detection.detector_settings import DetectorSettings, detector_settings
+from sppnet_jax.detection.detector_training import check_network, train_detector
 from sppnet_jax.detection.examples import with_objects
 from sppnet_jax.detection.proposals import save_proposals
 from sppnet_jax.detection.result_files import read_voc_results
+from sppnet_jax.detection.trained_detector import (
+    detect_split,
+    load_detector,
+    load_detectors,
+)
 from sppnet_jax.detection.window_features import make_program
-from sppnet_jax.detection_config import check_detection_config, detection_base_config
+from sppnet_jax.network.model import make_model
+from sppnet_jax.network.trained import load_network
 from sppnet_jax.run import run_folder
 from sppnet_jax.run.checkpoints import Checkpoints
+from sppnet_jax.run.settings import plain, read
+from sppnet_jax.training.network_settings import NetworkSettings
 from tests.conftest import REPOSITORY
 from tests.data_helpers import encode, voc_object, voc_xml, write_voc_folder
 
@@ -88,11 +104,13 @@ def write_classifier(workdir: Path) -> Path:
     config = classifier_config.get_config()
     config.model.width = 1 / 16
     config.data.image_size, config.data.resize_side = 64, 70
+    config.data.root = "photos"
     run_folder.save_config(workdir, config.to_dict())
     names = ("one", "two", "three")
     data = run_folder.TrainingData("image_folder", "photos", "train", 9, names)
     run_folder.save_training_data(workdir, data)
-    model = from_config.make_model(config, len(names))
+    settings = read(NetworkSettings, config.to_dict())
+    model = make_model(settings.model, len(names), settings.data.image_size)
     images = jnp.zeros((1, 64, 64, 3))
     shapes = jax.eval_shape(model.init, jax.random.key(0), images)["params"]
     rng = np.random.default_rng(0)
@@ -115,8 +133,8 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return base
 
 
-def small_config(base: Path, **changes: Any) -> ConfigDict:
-    config = detection_base_config()
+def small_config(base: Path, **changes: Any) -> DetectorSettings:
+    config = detector_base_config()
     config.network = str(base / "classifier")
     config.cache = str(base / "cache")
     config.data.name, config.data.root = "voc_folder", str(base / "voc")
@@ -130,14 +148,13 @@ def small_config(base: Path, **changes: Any) -> ConfigDict:
     config.layer = "fc6"
     config.svm.C, config.svm.max_rounds = 0.01, 2
     config.update_from_flattened_dict(changes)
-    check_detection_config(config)
-    return config
+    return read(DetectorSettings, config.to_dict())
 
 
-def train(base: Path, workdir: Path, **changes: Any) -> ConfigDict:
-    config = small_config(base, **changes)
-    detect.train_from_config(config, workdir)
-    return config
+def train(base: Path, workdir: Path, **changes: Any) -> DetectorSettings:
+    settings = small_config(base, **changes)
+    train_detector(settings, workdir)
+    return settings
 
 
 @pytest.fixture(scope="module")
@@ -149,7 +166,7 @@ def trained(base: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def report(base: Path, trained: Path) -> dict[str, Any]:
-    return detect.evaluate_from_config(small_config(base), [trained])
+    return evaluate_detectors([trained], settings=small_config(base))
 
 
 @pytest.fixture(autouse=True)
@@ -173,7 +190,7 @@ def test_the_detector_finds_what_it_was_trained_on(report: dict[str, Any]) -> No
 
 
 @pytest.mark.parametrize(
-    ("splits", "train_split", "test_split"),
+    ("names", "train_split", "test_split"),
     [
         (("train", "val"), "train", "val"),
         (("train", "validation"), "train", "validation"),
@@ -189,24 +206,21 @@ def test_the_detector_finds_what_it_was_trained_on(report: dict[str, Any]) -> No
     ],
 )
 def test_no_image_is_in_both_of_the_default_splits(
-    splits: tuple[str, ...],
+    names: tuple[str, ...],
     train_split: str | None,
     test_split: str | None,
-    base: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(
-        from_detection_config, "available_splits", lambda *_, **__: splits
-    )
-    config = small_config(base)
+    monkeypatch.setattr(splits, "available_splits", lambda *_, **__: names)
+    opened = lambda name, split, **_: split  # noqa: E731
+    monkeypatch.setattr(splits, "open_detection_source", opened)
     for purpose, expected in (("train", train_split), ("test", test_split)):
         if expected:
-            found = from_detection_config._default_split(config, purpose)
-            assert found == expected
+            assert splits.open_box_split(BoxData(), purpose) == expected
         else:
-            message = f"{', '.join(splits)}: give --config.data.{purpose}_split"
+            message = f"{', '.join(names)}: give --config.data.{purpose}_split"
             with pytest.raises(ValueError, match=re.escape(message)):
-                from_detection_config._default_split(config, purpose)
+                splits.open_box_split(BoxData(), purpose)
 
 
 @pytest.mark.parametrize(("split", "seen", "count"), [("mixed", 2, 5), ("test", 0, 6)])
@@ -222,7 +236,7 @@ def test_tested_images_that_were_trained_on_are_counted(
     workdir = tmp_path / "copy"
     shutil.copytree(trained, workdir)
     config = small_config(base, **{"data.test_split": split})
-    assert detect.evaluate_from_config(config, [workdir])["trained_on"] == seen
+    assert evaluate_detectors([workdir], settings=config)["trained_on"] == seen
     stored = json.loads((workdir / "test/results.json").read_text())
     assert (stored["trained_on"], stored["images"]) == (seen, count)
     told = f"{seen} of the {count} images to test on were trained on"
@@ -234,7 +248,7 @@ def test_broken_images_are_named_and_their_objects_count_as_missed(
 ) -> None:
     for purpose, objects in (("train", 0), ("test", 2)):
         config = small_config(base, cache=str(tmp_path))
-        split = from_detection_config.open_split(config, purpose, tmp_path)
+        split = open_split_of(config, purpose, tmp_path)
         records = split.source.records
         names = [records[index]["name"] for index in range(len(records))]
         broken = [name.endswith(".webp") for name in names].index(True)
@@ -291,11 +305,9 @@ def test_detections_are_the_best_first_in_the_image_and_not_too_many(
     base: Path, trained: Path
 ) -> None:
     config = small_config(base, **{"test.max_per_class": 7})
-    detectors = detect._load_all([config], [trained])
-    split = from_detection_config.open_split(config, "test", trained)
-    for found in from_detection_config.detect_split(
-        [config], [trained], detectors, split
-    ):
+    detectors = load_detectors([trained], [config])
+    split = open_split_of(config, "test", trained)
+    for found in detect_split(detectors, split):
         assert (np.diff(found.scores) <= 0).all()
         counts = np.bincount(found.labels, minlength=2).tolist()
         assert counts in ([7, 7], [0, 0])
@@ -389,10 +401,10 @@ def test_a_stage_that_the_last_training_left_out_is_not_used(
     changes = {"finetune.steps": 4, "regression.enabled": False}
     config = train(base, workdir, scorer="softmax", **changes)
     assert (workdir / "svm/svm.npz").exists()
-    detect.evaluate_from_config(config, [workdir])
+    evaluate_detectors([workdir], settings=config)
     asked = small_config(base, **changes)
     with pytest.raises(FileNotFoundError, match="left out the stage 'svm'"):
-        detect.evaluate_from_config(asked, [workdir])
+        evaluate_detectors([workdir], settings=asked)
 
 
 @pytest.mark.parametrize(
@@ -425,7 +437,7 @@ def test_a_training_that_cannot_begin_leaves_the_finished_detector(
     }
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         train(base, workdir, **given)
-    again = detect.evaluate_from_config(saved.get_config(str(workdir)), [workdir])
+    again = evaluate_detectors([workdir])
     assert again["classes"] == report["classes"]
 
 
@@ -445,7 +457,7 @@ def test_a_class_without_objects_to_train_on_is_never_detected(
     changes = {"data.root": str(tmp_path / "voc"), "finetune.steps": 0}
     config = train(base, tmp_path / "run", **changes)
     assert "classes [1] have no objects to train on" in log.text
-    report = detect.evaluate_from_config(config, [tmp_path / "run"])
+    report = evaluate_detectors([tmp_path / "run"], settings=config)
     disc, square = report["classes"]
     assert disc["detections"] > 0
     assert (square["detections"], square["ground_truths"]) == (0, 6)
@@ -468,10 +480,10 @@ def test_scores_are_those_of_the_svms_as_they_were_trained(
     workdir = tmp_path / "copy"
     shutil.copytree(trained, workdir, ignore=shutil.ignore_patterns("svm"))
     config = train(base, workdir)
-    detector = from_detection_config.load_detector(config, workdir)
-    split = from_detection_config.open_split(config, "train", workdir)
+    detector = load_detector(workdir, config)
+    split = open_split_of(config, "train", workdir)
     boxes = with_objects(split.objects, split.proposals)
-    features, _ = from_detection_config.window_features(
+    features, _ = split_features.split_features(
         config, detector.network, split, boxes, workdir
     )
     program = make_program(features, detector.head)
@@ -537,7 +549,7 @@ KILLERS = {
 }
 
 
-def run_and_be_killed(where: str, config: Path, workdir: Path) -> str:
+def run_and_be_killed(where: str, workdir: Path) -> str:
     """`detect train` in a process of its own that is killed in a stage; its log."""
     body = textwrap.dedent(KILLERS[where])
     script = (
@@ -546,9 +558,8 @@ def run_and_be_killed(where: str, config: Path, workdir: Path) -> str:
         f"{body}\n"
         "runpy.run_module('sppnet_jax.detect', run_name='__main__', alter_sys=True)\n"
     )
-    flags = (f"--config={config}", f"--workdir={workdir}")
     result = subprocess.run(
-        [sys.executable, "-c", script, "train", *flags],
+        [sys.executable, "-c", script, "train", f"--workdir={workdir}"],
         cwd=REPOSITORY,
         env=dict(os.environ),
         capture_output=True,
@@ -570,12 +581,8 @@ def test_killed_in_every_stage_it_ends_as_if_it_had_never_been(
     workdir = base / "killed"
     changes = {"cache": str(base / "other_cache")}
     config = small_config(base, **changes)
-    run_folder.save_config(base / "config", config.to_dict())
-    file = REPOSITORY / "sppnet_jax/saved_config.py"
-    told = [
-        run_and_be_killed(where, Path(f"{file}:{base / 'config'}"), workdir)
-        for where in ("maps", "finetune")
-    ]
+    run_folder.save_config(workdir, plain(config))
+    told = [run_and_be_killed(where, workdir) for where in ("maps", "finetune")]
     assert "stage finetune begins" not in told[0]
     assert "stage finetune begins" in told[1]
     save = learn.write_arrays
@@ -591,10 +598,10 @@ def test_killed_in_every_stage_it_ends_as_if_it_had_never_been(
     assert re.search("fine-tuning goes on at step [48] of 12", log.text)
     monkeypatch.undo()
     with pytest.raises(FileNotFoundError, match="has not come to its end"):
-        detect.evaluate_from_config(config, [workdir])
+        evaluate_detectors([workdir], settings=config)
     train(base, workdir, **changes)
     assert "mining goes on after round 0" in log.text
-    again = detect.evaluate_from_config(config, [workdir])
+    again = evaluate_detectors([workdir], settings=config)
     before, after = Reports(trained, report), Reports(workdir, again)
     assert after.report == before.report
     assert after.arrays.keys() == before.arrays.keys() == {"svm.npz", "regression.npz"}
@@ -612,13 +619,13 @@ def test_a_detector_whose_training_has_not_ended_is_not_tested(
     def die(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(from_detection_config, "convolve_split", die)
+    monkeypatch.setattr(split_features, "convolve_split", die)
     with pytest.raises(KeyboardInterrupt):
         train(base, tmp_path / "copy", scales=(90,))
     monkeypatch.undo()
-    config = saved.get_config(str(tmp_path / "copy"))
+    config = detector_settings(tmp_path / "copy")
     with pytest.raises(FileNotFoundError, match="has not come to its end"):
-        detect.evaluate_from_config(config, [tmp_path / "copy"])
+        evaluate_detectors([tmp_path / "copy"], settings=config)
 
 
 @pytest.fixture(scope="module")
@@ -630,8 +637,8 @@ def rcnn(base: Path) -> Path:
 
 
 def test_rcnn_is_trained_and_tested_on_the_same_data(rcnn: Path) -> None:
-    config = saved.get_config(str(rcnn))
-    report = detect.evaluate_from_config(config, [rcnn])
+    config = detector_settings(rcnn)
+    report = evaluate_detectors([rcnn], settings=config)
     assert report["map_11_point"] > 0.4
     assert not (rcnn / "finetune").exists()
 
@@ -640,12 +647,12 @@ def test_two_detectors_are_combined(
     base: Path, trained: Path, rcnn: Path, report: dict[str, Any]
 ) -> None:
     config = small_config(base)
-    both = detect.evaluate_from_config(config, [trained, rcnn])
+    both = evaluate_detectors([trained, rcnn], settings=config)
     assert both["workdirs"] == [str(trained), str(rcnn)]
     assert (trained / "test_of_2/results.json").exists()
     assert both["map_11_point"] > 0.4
     assert both["classes"] != report["classes"]
-    twice = detect.evaluate_from_config(config, [trained, trained])
+    twice = evaluate_detectors([trained, trained], settings=config)
     for name in ("map_11_point", "map_area", "classes"):
         assert twice[name] == report[name]
 
@@ -654,14 +661,14 @@ def test_a_combination_suppresses_the_boxes_of_both(
     base: Path, trained: Path, rcnn: Path
 ) -> None:
     workdirs = [trained, rcnn]
-    configs = [small_config(base), saved.get_config(str(rcnn))]
-    detectors = detect._load_all(configs, workdirs)
-    split = from_detection_config.open_split(configs[0], "test", trained)
-    found = from_detection_config.detect_split(configs, workdirs, detectors, split)
+    configs = [small_config(base), detector_settings(rcnn)]
+    detectors = load_detectors(workdirs, configs)
+    split = open_split_of(configs[0], "test", trained)
+    found = detect_split(detectors, split)
     image = 2
     parts = []
     for config, workdir, detector in zip(configs, workdirs, detectors, strict=True):
-        features, _ = from_detection_config.window_features(
+        features, _ = split_features.split_features(
             config, detector.network, split, split.proposals, workdir
         )
         program = make_program(features, detector.head)
@@ -669,7 +676,7 @@ def test_a_combination_suppresses_the_boxes_of_both(
         assert len(part.scores) > 5
         parts.append(part)
     union = Scored(*(np.concatenate(pair) for pair in zip(*parts, strict=True)))
-    expected = suppress([union], threshold=0.3, max_per_class=100)
+    expected = suppress([union])
     for one, other in zip(found[image], expected, strict=True):
         np.testing.assert_array_equal(one, other)
 
@@ -679,8 +686,8 @@ def test_what_is_said_of_a_test_is_said_to_every_detector(
 ) -> None:
     """Else the whole weights of the second would find more than the truncated ones."""
     config = small_config(base, fc_rank=(150, 150))
-    alone = detect.evaluate_from_config(config, [trained])
-    twice = detect.evaluate_from_config(config, [trained, trained])
+    alone = evaluate_detectors([trained], settings=config)
+    twice = evaluate_detectors([trained, trained], settings=config)
     assert twice["classes"] == alone["classes"] != report["classes"]
 
 
@@ -689,36 +696,36 @@ def test_scores_of_different_kinds_are_not_combined(
 ) -> None:
     other = tmp_path / "copy"
     shutil.copytree(trained, other)
-    run_folder.save_config(other, small_config(base, scorer="softmax").to_dict())
+    run_folder.save_config(other, plain(small_config(base, scorer="softmax")))
     for pair in ([trained, other], [other, trained]):
-        config = saved.get_config(str(pair[0]))
+        config = detector_settings(pair[0])
         with pytest.raises(ValueError, match="some score by SVMs, others by softmax"):
-            detect.evaluate_from_config(config, pair)
-        config.scorer = "softmax" if config.scorer == "svm" else "svm"
-        assert len(detect._load_all(detect._configs_of(config, pair), pair)) == 2
+            evaluate_detectors(pair, settings=config)
+        swapped = "softmax" if config.scorer == "svm" else "svm"
+        both = settings_together(pair, config._replace(scorer=swapped))
+        assert len(load_detectors(pair, both)) == 2
 
 
 def test_images_that_share_a_name_are_refused_before_detection(
     base: Path, trained: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    split = from_detection_config.open_split(small_config(base), "test", trained)
+    split = open_split_of(small_config(base), "test", trained)
     count = len(split.source.records)
     records = [dict(split.source.records[index]) for index in range(count)]
     records[1]["name"], records[4]["name"] = "x/one.png", "x/one.jpg"
     source = split.source._replace(records=records)
-    monkeypatch.setattr(
-        from_detection_config, "open_split", lambda *_: split._replace(source=source)
-    )
+    changed = split._replace(source=source)
+    monkeypatch.setattr(detector_evaluation, "open_split_of", lambda *_: changed)
 
     def refuse(*_: Any) -> None:
         raise AssertionError("it detects")
 
-    monkeypatch.setattr(from_detection_config, "detect_split", refuse)
+    monkeypatch.setattr(detector_evaluation, "detect_split", refuse)
     with pytest.raises(ValueError, match=r"1 images of .* 'x/one' for instance"):
-        detect.evaluate_from_config(small_config(base), [trained])
+        evaluate_detectors([trained], settings=small_config(base))
     records[4]["name"] = "y/one.jpg"
     with pytest.raises(AssertionError, match="it detects"):
-        detect.evaluate_from_config(small_config(base), [trained])
+        evaluate_detectors([trained], settings=small_config(base))
 
 
 @pytest.mark.parametrize(
@@ -735,7 +742,7 @@ def test_what_only_tests_use_may_differ_from_the_training(
 ) -> None:
     folder = trained / "test"
     kept = {path: path.read_bytes() for path in folder.glob("*.json")}
-    found = detect.evaluate_from_config(small_config(base, **changes), [trained])
+    found = evaluate_detectors([trained], settings=small_config(base, **changes))
     assert found["map_area"] != report["map_area"]
     assert found["map_11_point"] > 0.25
     for path, content in kept.items():
@@ -759,14 +766,12 @@ def test_what_was_trained_otherwise_is_refused(
     config = small_config(base, **{setting: value})
     name = setting.partition(".")[0]
     with pytest.raises(ValueError, match=f"was trained with {name} = .* first"):
-        detect.evaluate_from_config(config, [trained])
+        evaluate_detectors([trained], settings=config)
 
 
 def test_a_classifiers_folder_and_config_are_refused_and_left_alone(
     base: Path, trained: Path
 ) -> None:
-    with pytest.raises(ValueError, match=r"config of a classifier; .*detect_folder"):
-        check_detection_config(classifier_config.get_config())
     config = base / "classifier/config.json"
     before = config.read_text()
     with pytest.raises(ValueError, match="holds a trained classifier"):
@@ -774,28 +779,28 @@ def test_a_classifiers_folder_and_config_are_refused_and_left_alone(
     assert config.read_text() == before
     for workdirs in ([base / "classifier"], [trained, base / "classifier"]):
         with pytest.raises(ValueError, match="holds a trained classifier"):
-            detect.evaluate_from_config(small_config(base), workdirs)
+            evaluate_detectors(workdirs, settings=small_config(base))
     with pytest.raises(FileNotFoundError, match="new holds no trained run"):
-        detect.evaluate_from_config(small_config(base), [base / "new"])
+        evaluate_detectors([base / "new"], settings=small_config(base))
 
 
 def test_mistakes_are_told_before_anything_is_loaded(base: Path) -> None:
     for name, value, message in (
         ("network", "", "--config.network=runs/NAME"),
         ("scales", (90, 90), "a side twice"),
-        ("system", "cnn", "choose from spp, rcnn"),
+        ("system", "cnn", "must be one of spp, rcnn, got 'cnn'"),
         ("proposals.method", "file", r"--config\.proposals\.file=FILE"),
         ("data.root", "", "--config.data.root=FOLDER"),
-        ("finetune.positives", 1.0, r"in \(0, 1\), got 1.0"),
-        ("fc_rank", (3,), "ranks of fc6 and fc7"),
+        ("finetune.positives", 1.0, "at least 0 and less than 1, got 1.0"),
+        ("fc_rank", (3,), r"must be a tuple of 2, got \(3,\)"),
         ("finetune.positive_overlap", 0.4, "a box would be both"),
         ("finetune.negative_overlap", (0.1, 0.6), "a box would be both"),
         ("finetune.negative_overlap", (0.5, 0.5), "0 ≤ low < high"),
-        ("finetune.positive_overlap", 1.1, "at most 1, got 1.1"),
-        ("svm.negative_overlap", 30, "at most 1, got 30"),
-        ("svm.thinning", 1.5, "at most 1, got 1.5"),
-        ("regression.overlap", 50, "at most 1, got 50"),
-        ("test.nms", 30, "at most 1, got 30"),
+        ("finetune.positive_overlap", 1.1, "and at most 1, got 1.1"),
+        ("svm.negative_overlap", 30.0, "at least 0 and at most 1, got 30.0"),
+        ("svm.thinning", 1.5, "and at most 1, got 1.5"),
+        ("regression.overlap", 50.0, "more than 0 and at most 1, got 50.0"),
+        ("test.nms", 30.0, "at least 0 and at most 1, got 30.0"),
     ):
         with pytest.raises(ValueError, match=message):
             small_config(base, **{name: value})
@@ -845,7 +850,7 @@ def test_what_the_network_can_just_do_is_not_refused(
         {"finetune.steps": 0, "finetune.batch_size": 30},
     ):
         config = small_config(base, **changes)
-        from_detection_config.check_network(config, tmp_path)
+        check_network(config, load_network(config.network))
 
 
 def test_proposals_may_come_from_a_file(
@@ -854,7 +859,7 @@ def test_proposals_may_come_from_a_file(
     """The objects of an image without proposals count as missed."""
     boxes = {}
     for purpose in ("train", "test"):
-        split = from_detection_config.open_split(small_config(base), purpose, base)
+        split = open_split_of(small_config(base), purpose, base)
         for index, found in enumerate(split.proposals):
             boxes[split.source.records[index]["name"]] = found
     boxes["b00.png"] = np.zeros((0, 4), np.float32)
@@ -866,12 +871,14 @@ def test_proposals_may_come_from_a_file(
         np.load(trained / "svm/svm.npz") as expected,
     ):
         np.testing.assert_array_equal(same["weights"], expected["weights"])
-    result = detect.evaluate_from_config(config, [tmp_path / "run"])
+    result = evaluate_detectors([tmp_path / "run"], settings=config)
     with_all = [row["ground_truths"] for row in report["classes"]]
     assert [row["ground_truths"] for row in result["classes"]] == with_all
     assert result["map_area"] < report["map_area"]
+    photo = tmp_path / "photo.png"
+    photo.write_bytes(encode(draw_scene(100)[0]))
     with pytest.raises(ValueError, match="proposals from a file"):
-        detect.detect_in_files(config, [tmp_path / "run"], ["photo.png"])
+        detect.detect_in_files(config, [tmp_path / "run"], [str(photo)])
 
 
 def test_photographs_are_looked_at_and_unreadable_ones_named(
@@ -926,5 +933,5 @@ def test_the_command_line_trains_tests_and_looks(
         "detect", "test", f"--workdir={base / 'classifier'}", check=False
     )
     assert wrong.returncode == 1
-    assert "error: this is the config of a classifier" in wrong.stderr
+    assert "holds a trained classifier, no detector" in wrong.stderr
     assert "Traceback" not in wrong.stderr

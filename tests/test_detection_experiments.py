@@ -30,11 +30,10 @@ from experiments.detection_report import (
 from experiments.detection_timing import Convolutions, Photo, System, Windows
 from experiments.detectors import Detector, share_stages, workdir_of
 from sppnet_jax import from_config
-from sppnet_jax.run import stages
 from sppnet_jax.detection.detector import layer_head
 from sppnet_jax.network.model import create_model
 from sppnet_jax.network.preprocess import Preprocessing
-from sppnet_jax.run import run_folder
+from sppnet_jax.run import run_folder, stages
 from sppnet_jax.run.checkpoints import Checkpoints
 from tests.data_helpers import encode, picture, voc_object, voc_xml, write_voc_folder
 

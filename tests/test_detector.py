@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from sppnet_jax.detection.detector import Detections, Scored, suppress
+from sppnet_jax.detection.detector import Detections, Scored, Suppression, suppress
 from sppnet_jax.detection.hard_negatives import NEVER
 
 CLASSES = 3
@@ -59,7 +59,7 @@ def test_detectors_are_combined_by_suppressing_the_union_of_their_boxes(
     boxes = np.concatenate([part.boxes for part in parts])
     scores = np.concatenate([part.scores for part in parts])
     for most in (5, 100):
-        found = suppress(parts, threshold=0.3, max_per_class=most)
+        found = suppress(parts, Suppression(0.3, most))
         expected = plain_suppress(boxes, scores, 0.3, most)
         assert as_set(found) == expected
         assert CLASSES < len(found.scores) == len(expected) < CLASSES * len(boxes)
@@ -70,14 +70,14 @@ def test_a_class_that_was_never_trained_is_never_detected() -> None:
     """Also where nothing else is, and where another detector knows it."""
     one, other = scored(0, 20), scored(1, 20)
     one.scores[:, 1] = NEVER
-    found = suppress([one], threshold=0.3, max_per_class=100)
+    found = suppress([one], Suppression(0.3, 100))
     assert set(found.labels.tolist()) == {0, 2}
     alone = plain_suppress(one.boxes, one.scores, 0.3, 100)
     assert as_set(found) == {row for row in alone if row[0] != 1}
-    both = suppress([one, other], threshold=0.3, max_per_class=100)
-    known = suppress([other], threshold=0.3, max_per_class=100)
+    both = suppress([one, other], Suppression(0.3, 100))
+    known = suppress([other], Suppression(0.3, 100))
     of_it = {row for row in as_set(known) if row[0] == 1}
     assert {row for row in as_set(both) if row[0] == 1} == of_it != set()
     one.scores[:] = NEVER
-    nothing = suppress([one], threshold=0.3, max_per_class=100)
+    nothing = suppress([one], Suppression(0.3, 100))
     assert [part.shape for part in nothing] == [(0, 4), (0,), (0,)]

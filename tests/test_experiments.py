@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+from sppnet_jax.config import check_config
 
 from experiments import (
     multi_view,
@@ -17,7 +18,6 @@ from experiments import (
 from experiments.presets import Network, Preset, network_config
 from experiments.report import Claim, Row, percent, write_report
 from experiments.runs import diverged, networks_of
-from sppnet_jax.config import check_config
 from sppnet_jax.training.step_log import DivergedError
 from tests.data_helpers import write_two_colors
 

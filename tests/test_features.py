@@ -13,17 +13,17 @@ import psutil
 import pytest
 from data_helpers import encode, make_source, picture, write_class_folders
 
+from sppnet_jax.classification.feature_files import load_features, save_features
 from sppnet_jax.classification.layer_features import (
     Features,
     extract_features,
     layer_names,
-    load_features,
-    save_features,
 )
 from sppnet_jax.data import images
 from sppnet_jax.data.sources import Source, open_source
 from sppnet_jax.network.model import SPPNet, create_model
 from sppnet_jax.network.preprocess import Preprocessing
+from sppnet_jax.network.trained import as_network
 
 SIZE = 32
 LAYERS = ("conv1", "conv2", "conv3", "conv4", "conv5", "pyramid", "fc6", "fc7", "fc8")
@@ -71,7 +71,7 @@ def varied_source(broken: tuple[int, ...] = ()) -> Source:
 
 def extract(network: tuple[SPPNet, Any], source: Source, **options: Any) -> Features:
     given = {"layer": "fc7", "side": 36, "mode": "crop", "batch_size": 4, **options}
-    return extract_features(*network, PLAIN, source, **given)
+    return extract_features(as_network(*network, PLAIN), source, **given)
 
 
 def activations(
@@ -134,8 +134,9 @@ def test_a_mean_image_is_warped_to_each_full_image(
     network: tuple[SPPNet, Any],
 ) -> None:
     source = varied_source()
+    seen = as_network(*network, MEAN)
     features = extract_features(
-        *network, MEAN, source, layer="fc6", side=40, mode="full", batch_size=4
+        seen, source, layer="fc6", side=40, mode="full", batch_size=4
     )
     expected = []
     for image in decoded(source):

@@ -242,7 +242,7 @@ def test_proposals_of_a_source_are_those_of_its_images(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     source = make_source(7, broken=(2,))
-    found = propose(source, SMALL, tmp_path / "new" / "cache", workers=2)
+    found = propose(source, SMALL, tmp_path / "new" / "cache")
     for index, boxes in enumerate(found):
         if index == 2:
             assert boxes.shape == (0, 4)
@@ -273,9 +273,9 @@ def test_what_is_in_the_cache_is_not_searched_again(
     tmp_path: Path, searches: list[tuple[int, ...]]
 ) -> None:
     cache = tmp_path / "cache"
-    first = propose(make_source(4), SMALL, cache, workers=2)
+    first = propose(make_source(4), SMALL, cache)
     assert len(searches) == 4
-    more = propose(make_source(6), SMALL, cache, workers=2)
+    more = propose(make_source(6), SMALL, cache)
     assert len(searches) == 6
     for boxes, known in zip(first, more, strict=False):
         np.testing.assert_array_equal(boxes, known)
@@ -286,7 +286,7 @@ def test_the_same_image_is_searched_once(
 ) -> None:
     source = make_source(3)
     twice = source._replace(records=[*source.records, *source.records])
-    found = propose(twice, SMALL, tmp_path / "cache", workers=2)
+    found = propose(twice, SMALL, tmp_path / "cache")
     assert len(searches) == 3
     for index in range(3):
         np.testing.assert_array_equal(found[index], found[index + 3])
@@ -299,21 +299,21 @@ def test_every_setting_that_matters_is_part_of_the_key(edge_model: Path) -> None
         SMALL._replace(width=61),
         SMALL._replace(min_side=9),
         SMALL._replace(seed=1),
-        SMALL._replace(method="edge_boxes", edge_model=str(edge_model)),
+        SMALL._replace(method="edge_boxes", model=str(edge_model)),
     ]
     assert len({settings_key(settings) for settings in changed}) == len(changed)
-    assert settings_key(SMALL) == settings_key(SMALL._replace(edge_model="unused"))
+    assert settings_key(SMALL) == settings_key(SMALL._replace(model="unused"))
 
 
 def test_other_settings_are_searched_anew(
     tmp_path: Path, searches: list[tuple[int, ...]]
 ) -> None:
     source, cache = make_source(1), tmp_path / "cache"
-    found = propose(source, SMALL, cache, workers=1)
-    fewer = propose(source, SMALL._replace(max_windows=1), cache, workers=1)
+    found = propose(source, SMALL, cache)
+    fewer = propose(source, SMALL._replace(max_windows=1), cache)
     assert len(searches) == 2
     np.testing.assert_array_equal(fewer[0], found[0][:1])
-    again = propose(source, SMALL, cache, workers=1)
+    again = propose(source, SMALL, cache)
     np.testing.assert_array_equal(again[0], found[0])
     assert len(searches) == 2
 
@@ -329,7 +329,7 @@ def test_a_failure_names_the_image_and_keeps_the_others(
     cache = tmp_path / "cache"
     monkeypatch.setattr(proposals, "selective_search", search)
     with pytest.raises(RuntimeError, match=r"'picture_3\.png', record 3 .*too large"):
-        propose(make_source(9), SMALL, cache, workers=1)
+        propose(make_source(9), SMALL, cache)
     assert count_kept(cache) >= 3
 
 
@@ -347,7 +347,7 @@ SLOW_RUN = """
         time.sleep(0.2)
         return search(image, **options)
     proposals.selective_search = slow
-    proposals.propose(make_source(40), SMALL, {cache!r}, workers=2)
+    proposals.propose(make_source(40), SMALL, {cache!r})
 """
 
 
@@ -366,7 +366,7 @@ def test_a_killed_run_goes_on_where_it_was_stopped(
         process.communicate(timeout=30)
     kept = count_kept(cache)
     assert 3 <= kept < 40
-    found = propose(make_source(40), SMALL, cache, workers=2)
+    found = propose(make_source(40), SMALL, cache)
     assert len(searches) == 40 - kept
     for index in (0, 39):
         image = picture(20 + index % 5, 24 + index % 7, seed=index)
@@ -390,12 +390,12 @@ def test_ctrl_c_ends_a_run_soon_and_keeps_what_was_found(
     cache = tmp_path / "cache"
     monkeypatch.setattr(proposals, "selective_search", search)
     with pytest.raises(KeyboardInterrupt):
-        propose(make_source(60), SMALL, cache, workers=2)
+        propose(make_source(60), SMALL, cache)
     assert len(calls) < 20
     kept = count_kept(cache)
     assert kept >= 5
     calls.clear()
-    propose(make_source(60), SMALL, cache, workers=4)
+    propose(make_source(60), SMALL, cache)
     assert len(calls) == 60 - kept
 
 
@@ -406,10 +406,10 @@ def test_two_processes_can_use_one_cache_and_find_the_same(tmp_path: Path) -> No
         from sppnet_jax.detection.proposals import propose
         from test_proposals import SMALL
         for count in range(2, 20):
-            propose(make_source(count), SMALL, {str(cache)!r}, workers=1)
+            propose(make_source(count), SMALL, {str(cache)!r})
     """
     processes = [in_another_process(code) for _ in range(2)]
-    expected = propose(make_source(19), SMALL, alone, workers=2)
+    expected = propose(make_source(19), SMALL, alone)
     errors = [process.communicate(timeout=120)[1] for process in processes]
     assert [process.returncode for process in processes] == [0, 0], errors
     assert count_kept(cache) == 19
@@ -428,8 +428,6 @@ def test_a_cache_or_settings_that_do_not_fit_are_refused(tmp_path: Path) -> None
         propose(source, SMALL._replace(method="objectness"), tmp_path / "new")
     with pytest.raises(ValueError, match="width -1 must be at least 0"):
         propose(source, SMALL._replace(width=-1), tmp_path / "new")
-    with pytest.raises(ValueError, match="workers must be at least 1, got 0"):
-        propose(source, SMALL, tmp_path / "new", workers=0)
     settings = SMALL._replace(method="edge_boxes")
     with pytest.raises(FileNotFoundError, match="EdgeBoxes needs one"):
         propose(source, settings, tmp_path / "new")
@@ -438,8 +436,8 @@ def test_a_cache_or_settings_that_do_not_fit_are_refused(tmp_path: Path) -> None
 
 def test_edge_boxes_of_a_source(tmp_path: Path, edge_model: Path) -> None:
     source = named_source("a.png", "b.png", size=(48, 64))
-    settings = ProposalSettings("edge_boxes", 50, edge_model=str(edge_model))
-    found = propose(source, settings, tmp_path / "cache", workers=2)
+    settings = ProposalSettings("edge_boxes", 50, model=str(edge_model))
+    found = propose(source, settings, tmp_path / "cache")
     for seed, boxes in enumerate(found):
         expected = edge_boxes(picture(48, 64, seed=seed), edge_model, max_windows=50)
         np.testing.assert_array_equal(boxes, expected)

@@ -24,6 +24,7 @@ from sppnet_jax.data.images import (
 from sppnet_jax.data.sources import Source
 from sppnet_jax.network.model import create_model, init_params
 from sppnet_jax.network.preprocess import Preprocessing, normalize
+from sppnet_jax.network.trained import as_network
 from sppnet_jax.network.trunks import backbone_geometry
 from sppnet_jax.pyramid.geometry import boxes_to_windows
 from sppnet_jax.pyramid.pooling import spatial_pyramid_pool
@@ -64,8 +65,7 @@ def softmax_of(logits):
 
 def scored_on_maps(protocol, source=None):
     return score_maps(
-        *network(),
-        MEAN_IMAGE,
+        as_network(*network(), MEAN_IMAGE),
         protocol,
         source or make_source(),
         batch_size=8,
@@ -154,9 +154,8 @@ def test_ten_views_of_crops_equal_a_loop_over_crops(levels, flip):
         resize_side=64,
         positions=protocol.positions,
     )
-    found = score_crops(
-        model, params, MEAN_IMAGE, protocol, batches, records=len(source.records)
-    )
+    seen = as_network(model, params, MEAN_IMAGE)
+    found = score_crops(seen, protocol, batches, records=len(source.records))
     # Crops come from the whole length, and the needle would be 192,000 pixels long.
     assert found.valid.tolist() == [True, True, False, True, False]
     for index in np.flatnonzero(found.valid):
@@ -194,9 +193,7 @@ def test_a_network_without_spp_is_refused_and_told_what_it_can_do():
     protocol = named_protocol("full_image", view=SIDE, resize_side=64, flip=False)
     with pytest.raises(ValueError, match="use the protocol single or ten_view"):
         score_maps(
-            model,
-            params,
-            MEAN_IMAGE,
+            as_network(model, params, MEAN_IMAGE),
             protocol,
             make_source(),
             batch_size=8,

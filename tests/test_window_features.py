@@ -1,5 +1,6 @@
 """Pooled features from files are those of a plain loop over images and windows."""
 
+import functools
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,6 +26,7 @@ from sppnet_jax.detection.maps import (
 from sppnet_jax.detection.rcnn import (
     convolve_windows,
     fill_color,
+    load_windows,
     stores_pooled,
     windows_function,
 )
@@ -41,6 +43,7 @@ from sppnet_jax.detection.window_features import (
 )
 from sppnet_jax.network.model import SPPNet, create_model
 from sppnet_jax.network.preprocess import Preprocessing
+from sppnet_jax.network.trained import as_network
 from sppnet_jax.network.trunks import layers_geometry
 
 SIDE = 64
@@ -105,7 +108,7 @@ BOXES = [random_boxes(number) for number in range(len(SIZES))]
 
 def convolve(folder: Path, source: Source = SOURCE, **options: Any) -> dict[str, Any]:
     return convolve_split(
-        *(MODEL, PARAMS, PLAIN, source, folder),
+        *(as_network(MODEL, PARAMS, PLAIN), source, folder),
         **{"sides": SCALES, "batch_size": 4, "max_buckets": 2, "threads": 2, **options},
     )
 
@@ -114,7 +117,8 @@ def features_from(folder: Path, **options: Any) -> WindowFeatures:
     sizes = image_sizes(SOURCE)
     sizes[BROKEN] = 0
     given = {"sides": SCALES, "geometry": GEOMETRY, "levels": LEVELS, **options}
-    return from_maps(folder, BOXES, sizes, area=SIDE**2, **given)
+    load = functools.partial(load_maps, folder, given["sides"])
+    return from_maps(load, BOXES, sizes, area=SIDE**2, **given)
 
 
 @pytest.fixture(scope="module")
@@ -338,9 +342,9 @@ def test_sizes_at_a_scale_are_bounded_to_4_to_1() -> None:
 def test_a_network_without_a_pyramid_and_a_scale_too_small_are_refused(
     tmp_path: Path,
 ) -> None:
-    given = (PLAIN, SOURCE, tmp_path)
+    given = (as_network(*network(None), PLAIN), SOURCE, tmp_path)
     with pytest.raises(ValueError, match="no spatial pyramid"):
-        convolve_split(*network(None), *given, sides=(64,), batch_size=4)
+        convolve_split(*given, sides=(64,), batch_size=4)
     with pytest.raises(ValueError, match="side of 20 pixels are too small"):
         convolve(tmp_path, sides=(20,))
 
@@ -354,12 +358,12 @@ def test_warped_windows_give_what_each_gives_alone(
     model, params = network(levels)
     assert stores_pooled(model) == pooled
     boxes = [own[:11] for own in BOXES]
-    report = convolve_windows(
-        *(model, params, PLAIN, SOURCE, boxes, tmp_path), context=4, batch_size=8
-    )
+    seen = as_network(model, params, PLAIN)
+    report = convolve_windows(seen, SOURCE, boxes, tmp_path, context=4, batch_size=8)
     assert (report["images"], report["windows"], report["broken"]) == (5, 44, 1)
     assert report["stored"].startswith("pooled" if pooled else "maps")
-    features = from_warped(tmp_path, boxes, None if pooled else levels)
+    load = functools.partial(load_windows, tmp_path)
+    features = from_warped(load, boxes, None if pooled else levels)
     program = make_program(features, pooled_rows)
     apply = jax.jit(
         lambda x: model.apply({"params": params}, x)[1]["pyramid"],
@@ -381,7 +385,7 @@ def test_warped_windows_give_what_each_gives_alone(
 
 def test_an_interrupted_run_warps_what_is_missing_only(tmp_path: Path) -> None:
     boxes = [own[:3] for own in BOXES]
-    given = (MODEL, PARAMS, PLAIN, SOURCE, boxes, tmp_path)
+    given = (as_network(MODEL, PARAMS, PLAIN), SOURCE, boxes, tmp_path)
     convolve_windows(*given, context=4, batch_size=4, dtype="float16")
     files = sorted(tmp_path.iterdir())
     assert len(files) == 5
@@ -397,7 +401,7 @@ def test_an_interrupted_run_warps_what_is_missing_only(tmp_path: Path) -> None:
 
 
 def test_an_image_without_windows_takes_part(tmp_path: Path) -> None:
-    run = windows_function(MODEL, PARAMS, PLAIN, batch_size=4)
+    run = windows_function(as_network(MODEL, PARAMS, PLAIN), batch_size=4)
     assert run(np.zeros((0, SIDE, SIDE, 3), np.uint8)).shape[0] == 0
 
 

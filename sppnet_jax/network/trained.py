@@ -7,7 +7,7 @@ import dataclasses
 import functools
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +96,33 @@ def load_network(
         step=step,
         trained_on=trained_on,
         settings=settings,
+    )
+
+
+def as_network(
+    model: SPPNet,
+    params: Any,
+    preprocessing: Preprocessing,
+    class_names: Sequence[str] = (),
+) -> Network:
+    """A network that is at hand, however it was made, as one value.
+
+    `class_names`: by default the numbers of the classes.
+    """
+    names = tuple(class_names) or tuple(map(str, range(model.num_classes)))
+    described = {
+        name: str(getattr(model, name)) for name in ("backbone", "levels", "dtype")
+    }
+    return Network(
+        model=model,
+        params=params,
+        preprocessing=preprocessing,
+        class_names=names,
+        geometry=layers_geometry(model.backbone.layers),
+        resize_side=model.image_size,
+        step=0,
+        trained_on=run_folder.TrainingData("", "", "", 0, names),
+        settings={"model": described},
     )
 
 
