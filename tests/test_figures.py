@@ -1,5 +1,8 @@
 """What all pictures share."""
 
+import subprocess
+import sys
+
 import cv2
 import matplotlib.pyplot
 import numpy as np
@@ -8,6 +11,23 @@ from matplotlib.figure import Figure
 
 from sppnet_jax.run.figures import COLORS, color_of, draw_label, panels, save_figure
 from sppnet_jax.run.figures import show_image as show
+
+
+def test_no_picture_of_the_package_needs_pyplot(tmp_path):
+    """It would take long to load, and keeps every figure."""
+    code = (
+        "import sys; sys.modules['matplotlib.pyplot'] = None\n"
+        "from pathlib import Path; import numpy as np\n"
+        "from sppnet_jax.classification.pictures import Prediction, plot_predictions\n"
+        "from sppnet_jax.detection.pictures import plot_times\n"
+        "import sppnet_jax.training.curves, notebooks.pictures.detection\n"
+        "import notebooks.pictures.buckets, notebooks.pictures.levels\n"
+        "image = np.zeros((5, 9, 3), np.uint8)\n"
+        "plot_predictions([Prediction(image, 'a', 1.0, 'b')], Path(sys.argv[1]))\n"
+    )
+    path = tmp_path / "drawn.png"
+    subprocess.run([sys.executable, "-c", code, path], check=True)
+    assert cv2.imread(str(path)).shape[1] == 240
 
 
 def test_a_figure_of_pyplot_is_closed_once_written(tmp_path):
