@@ -5,8 +5,12 @@ from typing import Any
 import cv2
 import numpy as np
 import pytest
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.transforms import Bbox
 
-from sppnet_jax.detection import pictures as detection_plots
+from sppnet_jax.detection import pictures
 from sppnet_jax.detection.pictures import (
     Curve,
     Shown,
@@ -38,18 +42,35 @@ def some_detections(height: int, width: int, count: int = 12, seed: int = 0) -> 
     )
 
 
-def spy_on_labels(monkeypatch: Any) -> list[tuple[Any, tuple[int, int]]]:
-    """Collects each label's rectangle and the (width, height) of its image."""
-    seen = []
-    place = detection_plots._place
+@pytest.fixture
+def figures(monkeypatch: Any) -> list[Figure]:
+    """Collects what is drawn, as matplotlib holds it."""
+    kept: list[Figure] = []
+    save = pictures.save_figure
 
-    def spy(rectangle: Any, wide: int, high: int, size: Any, taken: Any) -> Any:
-        found = place(rectangle, wide, high, size, taken)
-        seen.append((found, size))
-        return found
+    def canvas_of(figure: Figure) -> FigureCanvasAgg:
+        kept.append(figure)
+        return FigureCanvasAgg(figure)
 
-    monkeypatch.setattr(detection_plots, "_place", spy)
-    return seen
+    def save_and_keep(figure: Figure, path: Any) -> Any:
+        kept.append(figure)
+        return save(figure, path)
+
+    monkeypatch.setattr(pictures, "FigureCanvasAgg", canvas_of)
+    monkeypatch.setattr(pictures, "save_figure", save_and_keep)
+    return kept
+
+
+def labels(axes: Axes) -> dict[str, Bbox]:
+    """Each label's paper, in pixels of the figure."""
+    return {
+        text.get_text(): text.get_bbox_patch().get_window_extent()
+        for text in axes.texts
+    }
+
+
+def drawn_truth(path: Any, *shown: Shown) -> np.ndarray:
+    return cv2.imread(str(plot_detections(shown, NAMES, path / "grid.png")))
 
 
 def changed(image: np.ndarray, drawn: np.ndarray) -> np.ndarray:
@@ -89,68 +110,96 @@ def test_boxes_at_and_beyond_the_border_are_drawn(box: tuple[float, ...]) -> Non
     drawn = draw_detections(image, boxes, np.array([1]), np.array([-0.5]), NAMES)
     assert drawn.shape == image.shape
     assert changed(image, drawn).any()
-    shown = Shown(image, boxes, [1], [0.5], boxes, [0], [True])
-    assert changed(image, detection_plots._draw(shown, NAMES)).any()
 
 
-@pytest.mark.parametrize("size", [(300, 400), (48, 64), (500, 40), (3, 2)])
-def test_labels_lie_inside_the_image(size: tuple[int, int], monkeypatch: Any) -> None:
-    seen = spy_on_labels(monkeypatch)
-    shown = some_detections(*size, count=20)
-    detection_plots._draw(shown, NAMES)
-    assert len(seen) >= 20 or size[1] < 40
-    for (left, top, right, bottom), (width, height) in seen:
-        assert 0 <= left <= right < width
-        assert 0 <= top <= bottom < height
+@pytest.mark.filterwarnings("ignore:Glyph")
+@pytest.mark.parametrize("size", [(300, 400), (48, 64), (500, 40), (3, 2), (900, 1200)])
+def test_labels_lie_inside_the_image(
+    size: tuple[int, int], figures: list[Figure]
+) -> None:
+    drawn = draw_detections(*some_detections(*size, count=20)[:4], NAMES)
+    assert drawn.shape == (*size, 3)
+    (axes,) = figures[0].axes
+    assert len(axes.texts) == 20 or size[1] < 40
+    for place in labels(axes).values():
+        assert -0.5 <= place.x0 <= place.x1 <= size[1] + 0.5
+        assert -0.5 <= place.y0 <= place.y1 <= size[0] + 0.5
 
 
-def test_labels_avoid_each_other_where_there_is_room(monkeypatch: Any) -> None:
-    seen = spy_on_labels(monkeypatch)
-    image = picture(300, 400)
+def test_labels_avoid_each_other_where_there_is_room(figures: list[Figure]) -> None:
     boxes = np.array([[100, 100, 200, 300]] * 4, float)
-    draw_detections(image, boxes, np.arange(4) % 2, np.arange(4.0), NAMES)
-    pixels = np.zeros((300, 400), int)
-    for (left, top, right, bottom), _ in seen:
-        pixels[top : bottom + 1, left : right + 1] += 1
-    assert len(seen) == 4
-    assert pixels.max() == 1
+    draw_detections(
+        picture(300, 400), boxes, np.arange(4) % 2, np.arange(4) / 10, NAMES
+    )
+    places = list(labels(figures[0].axes[0]).values())
+    assert len(places) == 4
+    for number, one in enumerate(places):
+        for other in places[:number]:
+            shared = Bbox.intersection(one, other)
+            assert shared is None or min(shared.size) < 1
 
 
-def test_a_name_too_long_for_the_image_keeps_its_score() -> None:
-    font = detection_plots._font(12)
-    text = detection_plots._fit("a rather\nlong name", " 0.71", font, 100)
-    assert text.startswith("a r")
-    assert text.endswith("… 0.71")
-    assert font.getlength(text) <= 100
-    whole = detection_plots._fit("a rather\nlong name", " 0.71", font, 400)
-    assert whole == "a rather long name 0.71"
-    assert detection_plots._fit("cat", " 0.71", font, 5) == ""
+def test_letters_grow_with_the_image(figures: list[Figure]) -> None:
+    for height in (75, 300, 3000):
+        scale = height / 300
+        box = np.array([[150.0, 100.0, 250.0, 300.0]]) * scale
+        image = np.zeros((height, height * 4 // 3, 3), np.uint8)
+        draw_detections(image, box, np.array([0]), np.array([0.5]), NAMES)
+    small, middle, large = (
+        labels(figure.axes[0])["cat 0.50"].height for figure in figures
+    )
+    assert 10 < small < 20  # as small as can be read
+    assert middle < 25
+    assert large == pytest.approx(3000 * middle / 300, rel=0.2)
+
+
+def test_a_name_too_long_for_the_image_keeps_its_score(figures: list[Figure]) -> None:
+    names = ["a rather\nlong $name"]
+    for width in (100, 400, 5):
+        image, box = np.zeros((60, width, 3), np.uint8), np.array([[20.0, 0, 40, 5]])
+        draw_detections(image, box, np.array([0]), np.array([0.71]), names)
+    short, whole, none = (list(labels(figure.axes[0])) for figure in figures)
+    assert short[0].startswith("a r")
+    assert short[0].endswith("… 0.71")
+    assert whole == ["a rather long $name 0.71"]
+    assert none == []
 
 
 def test_the_truth_is_thinner_than_detections_and_named_only_if_missed(
-    monkeypatch: Any,
+    tmp_path: Any, figures: list[Figure]
 ) -> None:
-    seen = spy_on_labels(monkeypatch)
-    image = np.full((400, 600, 3), 128, np.uint8)
+    image = np.full((600, 900, 3), 128, np.uint8)
     none = np.zeros((0, 4)), np.zeros(0, int), np.zeros(0)
-    box = np.array([[100.0, 100.0, 300.0, 400.0]])
-    solid = draw_detections(image, box, np.array([0]), np.array([0.5]), NAMES)
-    dashed = detection_plots._draw(Shown(image, *none, box, [0]), NAMES)
-    dotted = detection_plots._draw(Shown(image, *none, box, [0], [True]), NAMES)
-    assert len(seen) == 3
-    frames = [changed(image, drawn)[101:301] for drawn in (solid, dashed, dotted)]
-    assert frames[0].sum() > frames[1].sum() > 0
-    np.testing.assert_array_equal(frames[1], frames[2])
-    assert (dashed != dotted).any()
+    box = np.array([[150.0, 150.0, 450.0, 600.0]])
+    solid, dashed, dotted = (
+        np.abs(drawn_truth(tmp_path, shown)[250:].astype(int) - 128).max(axis=2) > 9
+        for shown in (
+            Shown(image, box, [0], [0.5]),
+            Shown(image, *none, box, [0]),
+            Shown(image, *none, box, [0], [True]),
+        )
+    )
+    # The middle row of the box meets two lines, each as wide as it is drawn.
+    widths = [frame[50, 100:800].sum() for frame in (solid, dashed, dotted)]
+    assert widths[0] > widths[1] == widths[2] > 0
+    assert [list(labels(figure.axes[0])) for figure in figures] == [
+        ["cat 0.50"],
+        ["cat"],
+        ["cat"],
+    ]
+    styles = [p.get_linestyle() for f in figures[1:] for p in f.axes[0].patches]
+    assert styles[0] == styles[2] == "-"  # dark, below
+    assert styles[1] != styles[3]
     found = Shown(image, box + 5, [0], [0.5], box, [0])
-    detection_plots._draw(found, NAMES)
-    assert len(seen) == 4
-    detection_plots._draw(found._replace(truth_labels=[1]), NAMES)
-    assert len(seen) == 6
     # Half of either box is shared: an IoU of a third.
-    far = found._replace(boxes=box + np.array([0, 150, 0, 150]))
-    detection_plots._draw(far, NAMES)
-    assert len(seen) == 8
+    far = found._replace(boxes=box + np.array([0, 225, 0, 225]))
+    for shown in (found, found._replace(truth_labels=[1]), far):
+        drawn_truth(tmp_path, shown)
+    assert [list(labels(figure.axes[0])) for figure in figures[3:]] == [
+        ["cat 0.50"],
+        ["cat 0.50", "diningtable"],
+        ["cat 0.50", "cat"],
+    ]
 
 
 @pytest.mark.parametrize(
@@ -175,24 +224,30 @@ def test_a_grid_holds_every_image_in_its_order(
         np.testing.assert_array_equal(color, 10 * k if k < count else 255)
 
 
+@pytest.mark.filterwarnings("ignore:Glyph")
 def test_a_grid_of_any_images_is_drawn(tmp_path: Any) -> None:
-    sizes = [(60, 100), (100, 60), (9, 900), (900, 9), (1, 1), (40, 40)]
-    shown = [some_detections(*size, count=5) for size in sizes]
-    page = cv2.imread(str(plot_detections(shown, NAMES, tmp_path / "grid.png")))
+    sizes = [(60, 100), (100, 60), (9, 900), (2500, 9), (1, 1), (40, 40)]
+    page = drawn_truth(tmp_path, *(some_detections(*size, count=5) for size in sizes))
     assert page.shape[1] <= 1800
 
 
-def test_a_grid_enlarges_boxes_with_their_image(tmp_path: Any) -> None:
-    image = np.full((30, 40, 3), 128, np.uint8)
-    box = np.array([[10.0, 12.0, 20.0, 36.0]])
-    shown = Shown(image, box, np.array([0]), np.array([0.5]))
-    drawn = cv2.imread(str(plot_detections([shown], NAMES, tmp_path / "one.png")))
-    tile = drawn[8 : 8 + 675, 8 : 8 + 900].astype(int)
-    # 40 pixels became 900: the lower edge is at 20 · 22.5, the right at 36 · 22.5.
-    columns = np.flatnonzero(abs(tile[400] - 128).max(axis=-1) > 20)
-    rows = np.flatnonzero(abs(tile[:, 700] - 128).max(axis=-1) > 20)
-    assert (columns.min(), columns.max()) == (270, 809)
-    assert rows.max() == 449
+@pytest.mark.parametrize("scale", [1, 100])
+def test_a_grid_scales_boxes_with_their_image(
+    tmp_path: Any, scale: int, figures: list[Figure]
+) -> None:
+    image = np.full((30 * scale, 40 * scale, 3), 128, np.uint8)
+    box = np.array([[10.0, 12.0, 20.0, 36.0]]) * scale
+    page = drawn_truth(tmp_path, Shown(image, box, np.array([0]), np.array([0.5])))
+    gray = (abs(page.astype(int) - 128) < 3).all(axis=2)
+    rows, columns = np.flatnonzero(gray.any(axis=1)), np.flatnonzero(gray.any(axis=0))
+    top, left = rows.min(), columns.min()
+    pixel = (np.ptp(columns) + 1) / 40
+    # Below the label, along a row and a column inside the box: its outermost pixels.
+    row, column = int(top + 17 * pixel), int(left + 33 * pixel)
+    across = np.flatnonzero(~gray[row, left : columns.max()])
+    down = np.flatnonzero(~gray[row : rows.max(), column]) + row - top
+    edges = [across.min(), across.max() + 1, down.max() + 1]
+    np.testing.assert_allclose(edges, np.multiply([12, 36, 20], pixel), atol=1)
 
 
 @pytest.mark.parametrize("suffix", [".png", ".jpg", ".JPEG"])
@@ -217,35 +272,29 @@ def test_precision_is_drawn_over_recall(tmp_path: Any, classes: int, size: int) 
     assert drawn.std() > 5
 
 
-def test_the_eleven_points_are_the_highest_precision_from_there_on() -> None:
-    axes = detection_plots.plt.figure().add_subplot()
+@pytest.mark.parametrize("others", [0, 8])
+def test_the_eleven_points_are_the_highest_precision_from_there_on(
+    tmp_path: Any, others: int, figures: list[Figure]
+) -> None:
     curve = Curve("cat", np.array([0.2, 0.2, 0.4]), np.array([1, 0.5, 0.6]), 0.4)
-    detection_plots._curve(axes, curve, "C0")
-    points = axes.lines[1].get_xydata()
+    plot_precision_recall([curve] * (1 + others), tmp_path / "curves.png")
+    line, points = (line.get_xydata() for line in figures[0].axes[0].lines)
+    np.testing.assert_array_equal(line.T, curve[1:3])
     np.testing.assert_allclose(points[:, 0], np.arange(11) / 10)
     np.testing.assert_allclose(points[:, 1], [1, 1, 1, 0.6, 0.6, *[0] * 6])
-    detection_plots.plt.close(axes.figure)
 
 
 @pytest.mark.parametrize("slowest", [1.0, 14.37])
 def test_a_bar_ends_at_the_sum_of_its_parts(
-    tmp_path: Any, monkeypatch: Any, slowest: float
+    tmp_path: Any, figures: list[Figure], slowest: float
 ) -> None:
-    kept = []
-    save = detection_plots.save_figure
-
-    def spy(figure: Any, path: Any) -> Any:
-        kept.append(figure.axes[0])
-        return save(figure, path)
-
-    monkeypatch.setattr(detection_plots, "save_figure", spy)
     rows = {
         "one $scale_": {"convolution": 0.053, "fc": 0.089, "nothing": 0.0},
         "R-CNN": {"warping": 0.2, "convolution": slowest},
     }
     drawn = cv2.imread(str(plot_times(rows, tmp_path / "times.png")))
     assert drawn.shape[1] == 1350
-    (axes,) = kept
+    (axes,) = figures[0].axes
     ends = [patch.get_x() + patch.get_width() for patch in axes.patches]
     np.testing.assert_allclose([ends[2], ends[4]], [0.142, 0.2 + slowest])
     assert axes.get_xscale() == ("log" if slowest > 10 else "linear")
@@ -276,5 +325,5 @@ def test_arguments_that_do_not_fit_are_errors(tmp_path: Any) -> None:
         plot_times({"SPP": {"fc": -1.0}}, path)
     with pytest.raises(ValueError, match="no times to draw"):
         plot_times({}, path)
-    with pytest.raises(ValueError, match=r"drawn\.gif: its suffix must be one of"):
+    with pytest.raises(ValueError, match=r"drawn\.gif: its suffix must be"):
         save_image(image, path.with_suffix(".gif"))

@@ -21,10 +21,10 @@ from notebooks.pictures.detection import (
     plot_windows,
 )
 from sppnet_jax.detection.detector import Detections
-from sppnet_jax.detection.pictures import COLORS
 from sppnet_jax.detection.scales import boxes_to_atlas
 from sppnet_jax.pyramid.geometry import Sliding, stack_geometry
 from sppnet_jax.pyramid.pooling import spatial_pyramid_pool
+from sppnet_jax.run.figures import COLORS
 from tests.data_helpers import picture
 
 # Stride 4; unit 0's centre is pixel 3; a unit sees 9 pixels.
@@ -215,7 +215,7 @@ def test_steps_are_beside_each_other_with_what_they_overlap() -> None:
     assert len(left.texts) == 0
     told = {text.get_text() for text in right.texts}
     names = ["x", "$y_", "z"]
-    assert told == {f"{n}  {s:.1f}" for n, s in zip(names, few.scores, strict=True)}
+    assert told == {f"{n} {s:.1f}" for n, s in zip(names, few.scores, strict=True)}
 
 
 def test_nothing_found_is_drawn_too() -> None:
