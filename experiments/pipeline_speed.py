@@ -27,7 +27,13 @@ from tqdm import tqdm
 
 from experiments.photographs import photograph_folder
 from sppnet_jax import cli
-from sppnet_jax.benchmarks.report import Report, Row, Setting, result_folder, show
+from sppnet_jax.benchmarks.report import (
+    Measurements,
+    Report,
+    Timing,
+    result_folder,
+    show,
+)
 from sppnet_jax.benchmarks.timing import spread, times_as_fast
 from sppnet_jax.data import images
 from sppnet_jax.data.batches import Batches, train_batches
@@ -82,18 +88,18 @@ class Counted:
 Work = Callable[[], Used]
 
 
-def run(cases: Sequence[Case], setting: Setting, folder: Path, *, batch: int) -> Report:
+def run(cases: Sequence[Case], timing: Timing, folder: Path, *, batch: int) -> Report:
     """Measures each case: its pipelines, and the parts of their work.
 
     `folder`: for files that last as long as the run. `batch`: images of a batch.
     """
-    rows: list[Row] = []
+    rows: list[Measurements] = []
     notes: list[str] = []
     for case in cases:
         count = case.steps * batch
         work = {BARE: _repeat(_decode(case), count)}
         with contextlib.ExitStack() as stack:
-            for name, options in _pipelines(case, quick=setting.quick).items():
+            for name, options in _pipelines(case, quick=timing.quick).items():
                 records = Counted(case.source.records, folder / f"{len(work)}.reads")
                 batches = train_batches(
                     case.source._replace(records=records),
@@ -110,10 +116,10 @@ def run(cases: Sequence[Case], setting: Setting, folder: Path, *, batch: int) ->
                 work[name] = _repeat(part, count)
             for warm_up in work.values():
                 warm_up()
-            used = measure_in_turn(work, setting.rounds, case.name)
+            used = measure_in_turn(work, timing.rounds, case.name)
         rows += _rows(case, used, count)
         notes.append(_bound(case, rows))
-    if setting.quick:
+    if timing.quick:
         notes.append("quick: no worker processes")
     return Report(
         "pipeline",
@@ -233,12 +239,12 @@ def _parts(case: Case) -> dict[str, Callable[[int], Any]]:
     }
 
 
-def _rows(case: Case, used: dict[str, list[Used]], count: int) -> list[Row]:
+def _rows(case: Case, used: dict[str, list[Used]], count: int) -> list[Measurements]:
     cpu = {name: np.array([u.cpu for u in us]) / count for name, us in used.items()}
     wall = {name: np.array([u.wall for u in us]) / count for name, us in used.items()}
     parts = [name for name in used if name.startswith("part: ")]
     names = [name for name in used if name not in parts and "not used" not in name]
-    rows: list[Row] = []
+    rows: list[Measurements] = []
     for name in used:
         middle = spread(cpu[name] * 1e3)
         row: dict[str, Any] = {
@@ -259,7 +265,7 @@ def _rows(case: Case, used: dict[str, list[Used]], count: int) -> list[Row]:
     return rows
 
 
-def _bound(case: Case, rows: Sequence[Row]) -> str:
+def _bound(case: Case, rows: Sequence[Measurements]) -> str:
     """What the parts leave of the bare rate if all else cost nothing."""
     ms = {row["what"]: row["CPU ms"] for row in rows if row["images"] == case.name}
     bare, resizing = ms[BARE], ms["part: cropping, resizing"]
@@ -273,7 +279,7 @@ def _bound(case: Case, rows: Sequence[Row]) -> str:
     )
 
 
-def plot(rows: Sequence[Row]) -> Figure:
+def plot(rows: Sequence[Measurements]) -> Figure:
     """The rate per core of each pipeline, and the parts of one thread's work."""
     cases = list(dict.fromkeys(row["images"] for row in rows))
     figure = Figure(figsize=(10, 3.4 * len(cases)), layout="constrained")
@@ -336,15 +342,15 @@ def main() -> None:
     if given.rounds < 1:
         parser.error(f"--rounds must be at least 1, got {given.rounds}")
     cli.show_own_log()
-    setting = Setting(given.rounds, given.quick, given.out)
+    timing = Timing(given.rounds, given.quick, given.out)
     try:
         with tempfile.TemporaryDirectory() as name:
             opened = open_cases(
                 Path(name), root=given.root, data_dir=given.data_dir, quick=given.quick
             )
             batch = 8 if given.quick else 64
-            report = run(opened, setting, Path(name), batch=batch)
-            show(report, setting)
+            report = run(opened, timing, Path(name), batch=batch)
+            show(report, timing)
     except KeyboardInterrupt:
         sys.exit("interrupted; nothing is written")
     except (ValueError, OSError, RuntimeError) as error:

@@ -15,7 +15,7 @@ import os
 import sys
 import traceback
 
-from sppnet_jax.benchmarks.report import Setting, result_folder, show
+from sppnet_jax.benchmarks.report import Timing, result_folder, show
 
 # By name: the module in benchmarks/, and what it measures.
 SUITES = {
@@ -51,7 +51,7 @@ def main() -> None:
         parser.error(f"unknown suite {unknown[0]!r}: choose from {', '.join(SUITES)}")
     if given.rounds < 1:
         parser.error(f"--rounds must be at least 1, got {given.rounds}")
-    setting = Setting(given.rounds, given.quick, given.out)
+    timing = Timing(given.rounds, given.quick, given.out)
     # On a GPU, peers need room in the same memory.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     failed = []
@@ -59,7 +59,7 @@ def main() -> None:
         try:
             module = f"sppnet_jax.benchmarks.{SUITES[name][0]}"
             suite = importlib.import_module(module)
-            show(suite.run(setting), setting)
+            show(suite.run(timing), timing)
         except KeyboardInterrupt:
             sys.exit("interrupted; the suites before are written")
         except Exception as error:  # of a peer, too; the other suites still run

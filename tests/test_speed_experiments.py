@@ -14,7 +14,7 @@ from data_helpers import encode, picture
 from experiments import pipeline_speed, startup_speed
 from experiments.first_step import CPU, PARTS, TOTAL
 from experiments.photographs import SIZE, photograph, photograph_folder
-from sppnet_jax.benchmarks.report import Setting, show
+from sppnet_jax.benchmarks.report import Timing, show
 from sppnet_jax.data.images import decode_image, image_size
 from sppnet_jax.data.sources import Source
 
@@ -29,8 +29,8 @@ def small_case():
 
 
 def test_the_pipeline_s_rates_follow_from_its_seconds(small_case, tmp_path):
-    setting = Setting(rounds=2, quick=True, folder=tmp_path)
-    report = pipeline_speed.run([small_case], setting, tmp_path, batch=8)
+    timing = Timing(rounds=2, quick=True, folder=tmp_path)
+    report = pipeline_speed.run([small_case], timing, tmp_path, batch=8)
     rows = {row["what"]: row for row in report.rows}
     assert rows["bare decoding"]["of bare decoding"] == 1
     for name in ("bare decoding", "1 thread", "8 threads", "paper's crops"):
@@ -40,7 +40,7 @@ def test_the_pipeline_s_rates_follow_from_its_seconds(small_case, tmp_path):
     assert rows["1 thread"]["CPU ms"] > rows["part: cropping, resizing"]["CPU ms"] > 0
     assert not any("worker" in name for name in rows)
     assert "quick: no worker processes" in report.notes
-    show(report, setting)
+    show(report, timing)
     stored = json.loads((tmp_path / "pipeline.json").read_text())
     assert [row["what"] for row in stored["rows"]] == list(rows)
     assert decode_image((tmp_path / "pipeline.png").read_bytes()).std() > 10
@@ -114,7 +114,7 @@ def test_second_starts_are_compared_with_first_ones_round_by_round(
     assert ratio["median"] == np.median([12 / 3, 36 / 3, 60 / 3])
     assert totals[1]["first / second"] == ratio["median"]
     assert not list(tmp_path.iterdir())
-    show(report, Setting(3, True, tmp_path / "out"))
+    show(report, Timing(3, True, tmp_path / "out"))
     assert decode_image((tmp_path / "out/startup.png").read_bytes()).std() > 10
 
 

@@ -26,7 +26,7 @@ from sppnet_jax.benchmarks.cold import no_persistent_cache
 from sppnet_jax.benchmarks.flops import count_flops
 from sppnet_jax.benchmarks.networks import random_network, scorer
 from sppnet_jax.benchmarks.peak import measured_bandwidth, measured_peak
-from sppnet_jax.benchmarks.report import Report, Row, Setting
+from sppnet_jax.benchmarks.report import Measurements, Report, Timing
 from sppnet_jax.benchmarks.sample_images import sample_image, sample_sizes
 from sppnet_jax.benchmarks.timing import spread, time_in_turn
 from sppnet_jax.buckets import BucketTable, choose_buckets, padding_waste
@@ -35,7 +35,7 @@ from sppnet_jax.buckets.choice import Bucket
 PATIENCE = 900  # seconds for a process that compiles all buckets
 
 
-class Case(NamedTuple):
+class _Case(NamedTuple):
     """ZF-5 of a width, images of a shorter side in batches, so many buckets at most."""
 
     width: float
@@ -47,10 +47,10 @@ class Case(NamedTuple):
 
 
 CASES = {
-    "cpu": [Case(1.0, 224, 400, 4, 6, "float32")],
-    "other": [Case(1.0, 224, 400, 128, 6, t) for t in ("float32", "bfloat16")],
+    "cpu": [_Case(1.0, 224, 400, 4, 6, "float32")],
+    "other": [_Case(1.0, 224, 400, 128, 6, t) for t in ("float32", "bfloat16")],
 }
-QUICK = [Case(1 / 16, 64, 40, 2, 2, "float32")]
+QUICK = [_Case(1 / 16, 64, 40, 2, 2, "float32")]
 STARTS = {  # what a process does: its persistent cache, and whether it compiles ahead
     "no cache, on demand": (False, False),
     "empty cache, ahead": (True, True),
@@ -58,16 +58,16 @@ STARTS = {  # what a process does: its persistent cache, and whether it compiles
 }
 
 
-def run(setting: Setting) -> Report:
+def run(timing: Timing) -> Report:
     """Measures every bucket of the cases for this device."""
     platform = jax.devices()[0].platform
-    cases = QUICK if setting.quick else CASES.get(platform, CASES["other"])
-    rows: list[Row] = []
+    cases = QUICK if timing.quick else CASES.get(platform, CASES["other"])
+    rows: list[Measurements] = []
     notes: list[str] = []
     results: dict[str, Any] = {}
-    bandwidth = measured_bandwidth(16 if setting.quick else 512)
+    bandwidth = measured_bandwidth(16 if timing.quick else 512)
     for case in cases:
-        own, noted, result = _measure(case, bandwidth, setting)
+        own, noted, result = _measure(case, bandwidth, timing)
         rows += own
         notes += noted
         results[case.dtype] = result
@@ -75,8 +75,8 @@ def run(setting: Setting) -> Report:
 
 
 def _measure(
-    case: Case, bandwidth: float, setting: Setting
-) -> tuple[list[Row], list[str], dict[str, Any]]:
+    case: _Case, bandwidth: float, timing: Timing
+) -> tuple[list[Measurements], list[str], dict[str, Any]]:
     sizes = sample_sizes(case.images, case.side)
     buckets = choose_buckets(sizes, case.buckets, multiple=8)
     starts, notes = _starts(case, buckets)
@@ -84,11 +84,11 @@ def _measure(
         table = _table(case, buckets)
         table.compile()
     peak = measured_peak(case.dtype)
-    seconds = _seconds(table, case, setting)
+    seconds = _seconds(table, case, timing)
     # Other work may have slowed one of them.
     peak = max(peak, measured_peak(case.dtype))
     _serve(table, sizes)
-    rows: list[Row] = []
+    rows: list[Measurements] = []
     for row in table.rows():
         middle = spread(seconds[row.bucket])
         flops = row.flops or _flops(case, row.bucket)
@@ -129,7 +129,9 @@ def _measure(
     return rows, notes, result
 
 
-def _on_starts(case: Case, rows: Sequence[Row], result: dict[str, Any]) -> list[str]:
+def _on_starts(
+    case: _Case, rows: Sequence[Measurements], result: dict[str, Any]
+) -> list[str]:
     """What the starts come to over all buckets, in words; also put into `result`."""
     total = {
         name: sum(row[name] for row in rows)
@@ -158,7 +160,7 @@ def _on_starts(case: Case, rows: Sequence[Row], result: dict[str, Any]) -> list[
 
 
 def _seconds(
-    table: BucketTable, case: Case, setting: Setting
+    table: BucketTable, case: _Case, timing: Timing
 ) -> dict[Bucket, np.ndarray]:
     """Seconds of each call of each bucket's program, the buckets in turn."""
 
@@ -170,7 +172,7 @@ def _seconds(
 
     named = {_name(bucket): bucket for bucket in table.buckets}
     calls = {name: call(bucket) for name, bucket in named.items()}
-    seconds = time_in_turn(calls, rounds=setting.rounds, label=f"calls {case.dtype}")
+    seconds = time_in_turn(calls, rounds=timing.rounds, label=f"calls {case.dtype}")
     return {named[name]: times for name, times in seconds.items()}
 
 
@@ -182,7 +184,7 @@ def _serve(table: BucketTable, sizes: Sequence[Bucket]) -> None:
 
 
 def _starts(
-    case: Case, buckets: Sequence[Bucket]
+    case: _Case, buckets: Sequence[Bucket]
 ) -> tuple[dict[str, dict[str, Any]], list[str]]:
     """What processes of their own measured, by start and bucket; notes on failures."""
     found: dict[str, dict[str, Any]] = {}
@@ -240,7 +242,7 @@ def start(
     Returns: for each bucket, by its name, seconds to "compile" it and to the "first"
     result of a batch that waits for it.
     """
-    fields = Case(*case)
+    fields = _Case(*case)
     table = _table(fields, [(int(height), int(width)) for height, width in buckets])
     if ahead:
         table.compile()
@@ -261,7 +263,7 @@ def start(
     }
 
 
-def _table(case: Case, buckets: Sequence[Bucket]) -> BucketTable:
+def _table(case: _Case, buckets: Sequence[Bucket]) -> BucketTable:
     """A table of programs that are not compiled yet, of one device."""
     model, params = random_network(case.width, case.side, case.dtype)
     return BucketTable(
@@ -269,7 +271,7 @@ def _table(case: Case, buckets: Sequence[Bucket]) -> BucketTable:
     )
 
 
-def _flops(case: Case, bucket: Bucket) -> float:
+def _flops(case: _Case, bucket: Bucket) -> float:
     """Of a bucket's program, for a device whose compiler doesn't count them."""
     model, params = random_network(case.width, case.side, case.dtype)
     images = jax.ShapeDtypeStruct((case.batch, *bucket, 3), np.uint8)
@@ -296,7 +298,7 @@ def _name(bucket: Bucket) -> str:
     return f"{bucket[0]}×{bucket[1]}"
 
 
-def plot(rows: Sequence[Row]) -> Figure:
+def plot(rows: Sequence[Measurements]) -> Figure:
     """Seconds to a program and to a first result, and images a second, by bucket."""
     figure = Figure(figsize=(13, 1.6 + 0.45 * len(rows)), layout="constrained")
     left, middle, right = figure.subplots(1, 3, sharey=True)
@@ -338,7 +340,7 @@ def plot(rows: Sequence[Row]) -> Figure:
     return figure
 
 
-def _bars(axes: Any, rows: Sequence[Row], columns: Mapping[str, str]) -> None:
+def _bars(axes: Any, rows: Sequence[Measurements], columns: Mapping[str, str]) -> None:
     """Bars of some columns beside each other; what is missing has none."""
     height = 0.8 / len(columns)
     for number, (column, label) in enumerate(columns.items()):

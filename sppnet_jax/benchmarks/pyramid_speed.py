@@ -15,7 +15,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from sppnet_jax.benchmarks.peers import find_torch, torch_device
-from sppnet_jax.benchmarks.report import Report, Row, Setting
+from sppnet_jax.benchmarks.report import Measurements, Report, Timing
 from sppnet_jax.benchmarks.timing import spread, time_in_turn, times_as_fast
 from sppnet_jax.pyramid.pooling import spatial_pyramid_pool
 
@@ -23,7 +23,7 @@ OURS, FIRST, LAST = "sppnet_jax", "PyTorch, contiguous", "PyTorch, channels_last
 PASSES = ("forward", "forward + backward")
 
 
-class Case(NamedTuple):
+class _Case(NamedTuple):
     """A batch of maps, and the pyramid."""
 
     batch: int
@@ -33,27 +33,27 @@ class Case(NamedTuple):
 
 
 PAPER = (  # training batches: conv5 at 224 and 180 pixels of ZF-5, 224 of Overfeat
-    Case(128, 13, 256, (6, 3, 2, 1)),
-    Case(128, 10, 256, (6, 3, 2, 1)),
-    Case(128, 13, 256, (4, 3, 2, 1)),
-    Case(128, 18, 512, (6, 3, 2, 1)),
+    _Case(128, 13, 256, (6, 3, 2, 1)),
+    _Case(128, 10, 256, (6, 3, 2, 1)),
+    _Case(128, 13, 256, (4, 3, 2, 1)),
+    _Case(128, 18, 512, (6, 3, 2, 1)),
 )
-QUICK = (Case(2, 13, 8, (6, 3, 2, 1)),)
+QUICK = (_Case(2, 13, 8, (6, 3, 2, 1)),)
 
 
-def run(setting: Setting) -> Report:
+def run(timing: Timing) -> Report:
     """Times every case in float32 and bfloat16."""
     torch, notes = find_torch()
-    rows: list[Row] = []
-    for case in QUICK if setting.quick else PAPER:
+    rows: list[Measurements] = []
+    for case in QUICK if timing.quick else PAPER:
         for dtype in ("float32", "bfloat16"):
-            rows += _rows(case, dtype, torch, setting)
+            rows += _rows(case, dtype, torch, timing)
     return Report(
         "pyramid", "Spatial pyramid pooling of a batch of maps", rows, plot, notes
     )
 
 
-def _rows(case: Case, dtype: str, torch: Any, setting: Setting) -> list[Row]:
+def _rows(case: _Case, dtype: str, torch: Any, timing: Timing) -> list[Measurements]:
     maps, weights = _inputs(case)
     passes = _ours(maps, weights, case.levels, dtype)
     alternatives = {OURS: passes}
@@ -63,11 +63,11 @@ def _rows(case: Case, dtype: str, torch: Any, setting: Setting) -> list[Row]:
                 torch, maps, weights, case.levels, dtype, getattr(torch, form)
             )
     differ = {name: _difference(other, passes) for name, other in alternatives.items()}
-    rows: list[Row] = []
+    rows: list[Measurements] = []
     for number, pass_name in enumerate(PASSES):
         seconds = time_in_turn(
             {name: calls[number] for name, calls in alternatives.items()},
-            rounds=setting.rounds,
+            rounds=timing.rounds,
             label=f"{case.side}×{case.side}×{case.channels} {dtype} {pass_name}",
         )
         for name, times in seconds.items():
@@ -90,7 +90,7 @@ def _rows(case: Case, dtype: str, torch: Any, setting: Setting) -> list[Row]:
     return rows
 
 
-def _inputs(case: Case) -> tuple[np.ndarray, np.ndarray]:
+def _inputs(case: _Case) -> tuple[np.ndarray, np.ndarray]:
     """Maps of distinct values in a channel, exact in bfloat16, and weights of bins."""
     random = np.random.default_rng(0)
     shape = (case.batch, case.side, case.side, case.channels)
@@ -181,7 +181,7 @@ def _as_numpy(value: Any) -> np.ndarray:
     return value.float().cpu().movedim(1, -1).numpy()
 
 
-def plot(rows: Sequence[Row]) -> Figure:
+def plot(rows: Sequence[Measurements]) -> Figure:
     """Milliseconds of each alternative, a panel for each case."""
     cases = list(dict.fromkeys((r["maps"], r["levels"]) for r in rows))
     figure = Figure(figsize=(4.2 * len(cases), 4.6), layout="constrained")

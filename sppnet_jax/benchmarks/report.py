@@ -12,12 +12,12 @@ import jax
 
 from sppnet_jax.run.run_folder import write_json
 
-Row = Mapping[str, Any]
+Measurements = Mapping[str, Any]
 PACKAGES = ("jax", "jaxlib", "flax", "numpy", "torch", "torchvision", "onnxruntime")
 
 
-class Setting(NamedTuple):
-    """How a suite runs.
+class Timing(NamedTuple):
+    """How a suite is timed.
 
     `rounds`: how often each alternative is timed. `quick`: small shapes, to see that
     everything runs; its numbers mean nothing. `folder`: where files go.
@@ -39,8 +39,8 @@ class Report(NamedTuple):
 
     suite: str
     title: str
-    rows: Sequence[Row]
-    plot: Callable[[Sequence[Row]], Any]
+    rows: Sequence[Measurements]
+    plot: Callable[[Sequence[Measurements]], Any]
     notes: Sequence[str] = ()
     results: Mapping[str, Any] = {}
 
@@ -75,8 +75,8 @@ def machine() -> dict[str, Any]:
     }
 
 
-def show(report: Report, setting: Setting) -> None:
-    """Prints a report and writes SUITE.json and SUITE.png into the setting's folder."""
+def show(report: Report, timing: Timing) -> None:
+    """Prints a report and writes SUITE.json and SUITE.png into the timing's folder."""
     seen = machine()
     versions = ", ".join(f"{name} {v}" for name, v in seen["versions"].items())
     print(f"\n{report.title}")
@@ -84,17 +84,17 @@ def show(report: Report, setting: Setting) -> None:
     print(table(report.rows))
     for note in report.notes:
         print(note)
-    if setting.quick:
+    if timing.quick:
         print("quick: small shapes, these numbers mean nothing")
-    path = setting.folder / f"{report.suite}.json"
+    path = timing.folder / f"{report.suite}.json"
     write_json(
         path,
         {
             "suite": report.suite,
             "title": report.title,
             "machine": seen,
-            "rounds": setting.rounds,
-            "quick": setting.quick,
+            "rounds": timing.rounds,
+            "quick": timing.quick,
             "rows": [dict(row) for row in report.rows],
             "notes": list(report.notes),
             **report.results,
@@ -105,7 +105,7 @@ def show(report: Report, setting: Setting) -> None:
     print(f"written: {path}, {picture}", flush=True)
 
 
-def table(rows: Sequence[Row]) -> str:
+def table(rows: Sequence[Measurements]) -> str:
     """Rows as aligned text; the columns of all rows, in the order they appear."""
     columns = list(dict.fromkeys(name for row in rows for name in row))
     lines = [columns, *([cell(row.get(name)) for name in columns] for row in rows)]

@@ -22,7 +22,7 @@ from matplotlib.figure import Figure
 from sppnet_jax.benchmarks.flops import count_flops
 from sppnet_jax.benchmarks.peak import measured_peak
 from sppnet_jax.benchmarks.peers import find_peers, find_torch, torch_device
-from sppnet_jax.benchmarks.report import Report, Row, Setting
+from sppnet_jax.benchmarks.report import Measurements, Report, Timing
 from sppnet_jax.benchmarks.timing import spread, time_in_turn, times_as_fast
 from sppnet_jax.network.model import SPPNet, create_model
 from sppnet_jax.network.preprocess import Preprocessing
@@ -80,17 +80,17 @@ class Step(NamedTuple):
     peak_bytes: int | None
 
 
-def run(setting: Setting) -> Report:
+def run(timing: Timing) -> Report:
     """Times every backbone, and measures the memory of each alternative."""
     platform = jax.devices()[0].platform
-    size = QUICK if setting.quick else SIZES.get(platform, SIZES["cpu"])
+    size = QUICK if timing.quick else SIZES.get(platform, SIZES["cpu"])
     torch, notes = find_torch()
-    rounds = min(setting.rounds, size.rounds)
-    if rounds < setting.rounds:
-        notes.append(f"{rounds} rounds, not {setting.rounds}: a step takes seconds")
+    rounds = min(timing.rounds, size.rounds)
+    if rounds < timing.rounds:
+        notes.append(f"{rounds} rounds, not {timing.rounds}: a step takes seconds")
     if "bfloat16" not in size.dtypes:
         notes.append("bfloat16 is left out: processors are slower in it")
-    rows: list[Row] = []
+    rows: list[Measurements] = []
     for dtype in size.dtypes:
         peak = measured_peak(dtype)
         for name in size.networks:
@@ -129,7 +129,7 @@ def _explanations(platform: str, torch: Any) -> list[str]:
 
 def _rows(
     name: str, dtype: str, size: Size, torch: Any, rounds: int, peak: float
-) -> tuple[list[Row], list[str]]:
+) -> tuple[list[Measurements], list[str]]:
     """The rows of one backbone in one dtype, and notes on what did not work."""
     peers = {peer.name(): peer for peer in _peers(dtype)} if torch is not None else {}
     params = _random_params(name, dtype, size)
@@ -155,7 +155,7 @@ def _rows(
     running.clear()  # frees their states
     if jax.devices()[0].platform == "cpu":
         peaks = _resident_peaks(name, dtype, size, [None, *peers.values()])
-    rows: list[Row] = []
+    rows: list[Measurements] = []
     for what, times in seconds.items():
         middle = spread(times * 1e3)
         ratio = times_as_fast(seconds[OURS], times)
@@ -361,7 +361,7 @@ def _memory_status(field: str) -> int:
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
 
 
-def plot(rows: Sequence[Row]) -> Figure:
+def plot(rows: Sequence[Measurements]) -> Figure:
     """Images/s and peak memory of each alternative, by network."""
     names = list(dict.fromkeys(r["network"] for r in rows))
     kinds = list(dict.fromkeys((r["what"], r["dtype"]) for r in rows))
