@@ -17,6 +17,7 @@ sizes, one photograph and 2,000 windows; fc6 and fc7 are computed, nothing after
 import argparse
 from collections import defaultdict
 from collections.abc import Sequence
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -24,23 +25,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import sklearn.datasets
+from ml_collections import ConfigDict
 
 from experiments import detection_timing as timing
-from experiments.detection_presets import (
-    PAPER_SCALES,
-    PAPER_SIDE,
-    DetectionSetting,
-    paper_scales,
-    run,
-)
-from experiments.detection_report import (
-    TEXT,
-    Column,
-    Figure,
-    Ratio,
-    Row,
-    write_results,
-)
 from experiments.detection_timing import (
     CONVOLUTION,
     FC,
@@ -54,8 +41,26 @@ from experiments.detection_timing import (
     System,
     Windows,
 )
-from experiments.detectors import Detector, detector_config, tested, workdir_of
-from experiments.report import Claim
+from experiments.report import (
+    TEXT,
+    Cited,
+    Claim,
+    Column,
+    Ratio,
+    Row,
+    differences,
+    write_report,
+)
+from experiments.runs import (
+    PAPER_SIDE,
+    DetectionSetting,
+    DetectorRecipe,
+    detector_config,
+    detector_test,
+    load_detector,
+    open_test_split,
+)
+from experiments.setting import PAPER_SCALES, paper_scales, run_detection
 from sppnet_jax import from_detection_config, saved_config
 from sppnet_jax.data.images import decode_image
 from sppnet_jax.detection.detector import layer_head
@@ -91,29 +96,34 @@ ROUNDS = 5  # of SPP-net for one of R-CNN
 PAPER_RANKS = ((1024, 256), (512, 256))
 
 # VOC 2007; all three with the same ZF-5, fc7 fine-tuned, box regression.
-PAPER: dict[str, dict[str, Figure]] = {
+PAPER: dict[str, dict[str, Cited]] = {
     ONE: {
-        ELEVEN: Figure(0.580, TEXT),
-        CONVOLUTION: Figure(0.053),
-        FC: Figure(0.089),
+        ELEVEN: Cited(0.580, TEXT),
+        CONVOLUTION: Cited(0.053),
+        FC: Cited(0.089),
     },
     FIVE: {
-        ELEVEN: Figure(0.592, TEXT),
-        CONVOLUTION: Figure(0.293),
-        FC: Figure(0.089),
+        ELEVEN: Cited(0.592, TEXT),
+        CONVOLUTION: Cited(0.293),
+        FC: Cited(0.089),
     },
     RCNN: {
-        ELEVEN: Figure(0.592, TEXT),
-        CONVOLUTION: Figure(14.37, TEXT),
-        FC: Figure(0.089, TEXT),
+        ELEVEN: Cited(0.592, TEXT),
+        CONVOLUTION: Cited(14.37, TEXT),
+        FC: Cited(0.089, TEXT),
     },
 }
 # How many times faster than R-CNN; the paper's windows go through fc one by one.
 PAPER_RATIOS = {
-    (ONE, CONVOLUTION): Figure(270, TEXT),
-    (FIVE, CONVOLUTION): Figure(49, TEXT),
-    (ONE + EVERY, FEATURES): Figure(102, TEXT),
-    (FIVE + EVERY, FEATURES): Figure(38, TEXT),
+    (ONE, CONVOLUTION): Cited(270, TEXT),
+    (FIVE, CONVOLUTION): Cited(49, TEXT),
+    (ONE + EVERY, FEATURES): Cited(102, TEXT),
+    (FIVE + EVERY, FEATURES): Cited(38, TEXT),
+}
+COMPARISONS = {
+    f"{ONE} is better than {RCNN}": (ONE, RCNN),
+    f"{FIVE} is better than {RCNN}": (FIVE, RCNN),
+    f"SVD lowers mAP ({ONE}, the same SVMs)": (ONE, ONE + SVD),
 }
 
 Times = dict[str, Seconds]  # by system, by part
@@ -134,26 +144,25 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def main(given: DetectionSetting, options: argparse.Namespace) -> None:
+def main(given: DetectionSetting, options: argparse.Namespace) -> Path:
     _check(options)
     ranks = _ranks(given, options)
     detectors = {
-        ONE: Detector(paper_scales(given, 1)),
-        FIVE: Detector(paper_scales(given, 5)),
-        RCNN: Detector(system="rcnn"),
-        ONE + SVD: Detector(paper_scales(given, 1), ranks=ranks),
+        ONE: DetectorRecipe(paper_scales(given, 1)),
+        FIVE: DetectorRecipe(paper_scales(given, 5)),
+        RCNN: DetectorRecipe(system="rcnn"),
+        ONE + SVD: DetectorRecipe(paper_scales(given, 1), ranks=ranks),
     }
     reports: dict[str, dict[int, Any]] = defaultdict(dict)
     for seed in given.seeds:
         for name, detector in detectors.items():
-            reports[name][seed] = tested(given, detector, seed)
-            folder = _report(given, reports, {}, [])
+            reports[name][seed] = detector_test(given, detector, seed)
+            _report(given, reports, {}, [])
     times, notes = _time(given, options, detectors)
-    folder = _report(given, reports, times, notes)
-    print(f"\n{(folder / 'table.md').read_text()}\nin {folder}: table.md, plot.png")
+    return _report(given, reports, times, notes)
 
 
-def on_paper(folder: Path, options: argparse.Namespace) -> None:
+def on_paper(folder: Path, options: argparse.Namespace) -> Path:
     """Measures the times at the paper's sizes; no detector is trained."""
     _check(options)
     network = _random_network(options.width)
@@ -188,40 +197,37 @@ def on_paper(folder: Path, options: argparse.Namespace) -> None:
         seconds[PROPOSALS] = [proposal_seconds] if proposal_seconds else []
     rows = [_row(system.name, {}, times) for system in systems]
     measured = [c for c in PARTS if any(row.measured.get(c.name) for row in rows)]
-    folder = folder / NAME
-    write_results(
-        folder,
+    given = DetectionSetting("paper", ConfigDict(), PAPER_SIDE, folder, ())
+    made = write_report(
+        given,
+        NAME,
         title=f"{TITLE}: seconds at the paper's sizes",
-        about={"preset": "paper", "width": options.width, "batch": batch},
+        about={"width": options.width, "batch": batch},
         columns=measured,
         rows=rows,
         ratios=_ratios(times),
         notes=notes,
     )
     # Proposals are the same for all, and would hide what differs.
-    _plot(folder, times, PARTS[1:])
-    print(f"\n{(folder / 'table.md').read_text()}\nin {folder}: table.md, plot.png")
+    _plot(made, times, PARTS[1:])
+    return made
 
 
 def _time(
     given: DetectionSetting,
     options: argparse.Namespace,
-    detectors: dict[str, Detector],
+    detectors: dict[str, DetectorRecipe],
 ) -> tuple[Times, list[str]]:
     """The times of the first seed's detectors on some test images, and notes."""
     seed = given.seeds[0]
     configs = {n: detector_config(given, d, seed) for n, d in detectors.items()}
     loaded = {
-        name: from_detection_config.load_detector(
-            configs[name], workdir_of(given, detector, seed)
-        )
+        name: load_detector(given, detector, seed)
         for name, detector in detectors.items()
     }
     config, one = configs[ONE], loaded[ONE]
     photos = _photos(
-        from_detection_config.open_split(
-            config, "test", workdir_of(given, detectors[ONE], seed)
-        ),
+        open_test_split(given, detectors[ONE], seed),
         options.timed_images,
     )
     own = one.network
@@ -418,7 +424,6 @@ def _report(
     times: Times,
     notes: Sequence[str],
 ) -> Path:
-    folder = given.folder / NAME
     names = (ONE, FIVE, RCNN, ONE + SVD, ONE + EVERY, FIVE + EVERY)
     rows = [_row(name, reports.get(name, {}), times) for name in names]
     columns = [c for c in PARTS if any(row.measured.get(c.name) for row in rows)]
@@ -434,23 +439,20 @@ def _report(
         "Windows by themselves give the scores that shared ones do: mAP is that of the "
         "row without."
     )
-    write_results(
-        folder,
+    folder = write_report(
+        given,
+        NAME,
         title=TITLE,
-        about={"preset": given.preset_name, "seeds": list(given.seeds)},
         columns=[*PRECISIONS, *columns],
         rows=rows,
         claims=[
             Claim(
-                f"{ONE} is better than {RCNN}, 11 points", _gains(reports, ONE, RCNN)
-            ),
-            Claim(
-                f"{FIVE} is better than {RCNN}, 11 points", _gains(reports, FIVE, RCNN)
-            ),
-            Claim(
-                f"SVD lowers mAP ({ONE}, the same SVMs), 11 points",
-                _gains(reports, ONE, ONE + SVD),
-            ),
+                f"{text}, 11 points",
+                differences(
+                    reports[better], reports[worse], itemgetter("map_11_point")
+                ),
+            )
+            for text, (better, worse) in COMPARISONS.items()
         ],
         ratios=_ratios(times),
         notes=[about_data, *notes, *([same] if times else [])],
@@ -493,15 +495,6 @@ def _ratios(times: Times) -> list[Ratio]:
     return found
 
 
-def _gains(reports: dict[str, dict[int, Any]], better: str, worse: str) -> list[float]:
-    highs, lows = reports.get(better, {}), reports.get(worse, {})
-    return [
-        highs[seed]["map_11_point"] - lows[seed]["map_11_point"]
-        for seed in highs
-        if seed in lows
-    ]
-
-
 def _plot(folder: Path, times: Times, columns: Sequence[Column]) -> None:
     rows = {
         name: {
@@ -527,4 +520,4 @@ def _check(options: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    run(main, __doc__, add_options=add_options, on_paper=on_paper)
+    run_detection(main, __doc__, add_options=add_options, on_paper=on_paper)

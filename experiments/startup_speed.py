@@ -9,7 +9,6 @@ opening the data, the training set's statistics, making the network, compiling t
 and running it. JAX_COMPILATION_CACHE_DIR in the environment is left out of account.
 """
 
-import argparse
 import json
 import os
 import shutil
@@ -26,13 +25,13 @@ from tqdm import tqdm
 
 from experiments.first_step import CPU, PARTS, TOTAL
 from experiments.photographs import photograph_folder
-from sppnet_jax import cli
+from experiments.setting import messages_alone
 from sppnet_jax.benchmarks.report import (
     Measurements,
     Report,
-    Timing,
-    result_folder,
     show,
+    timing_of,
+    timing_parser,
 )
 from sppnet_jax.benchmarks.timing import spread, times_as_fast
 from sppnet_jax.data.sources import open_source
@@ -178,25 +177,15 @@ def networks(folder: Path, *, quick: bool, data_dir: str) -> dict[str, list[str]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m experiments.startup_speed",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    given, timing = timing_of(
+        timing_parser(
+            "experiments.startup_speed", __doc__, out="runs/startup", rounds=3
+        )
     )
-    parser.add_argument(
-        "--out",
-        type=result_folder,
-        default="runs/startup",
-        help="folder of the results",
-    )
-    parser.add_argument("--rounds", type=int, default=3, help="starts of each kind")
-    parser.add_argument("--quick", action="store_true", help="small, to see it run")
-    given = parser.parse_args()
-    if given.rounds < 1:
-        parser.error(f"--rounds must be at least 1, got {given.rounds}")
-    cli.show_own_log()
-    timing = Timing(given.rounds, given.quick, given.out)
-    with tempfile.TemporaryDirectory() as name:
+    with (
+        messages_alone(given.traceback, "nothing is written"),
+        tempfile.TemporaryDirectory() as name,
+    ):
         folder = Path(name)
         data_dir = os.environ.get("TFDS_DATA_DIR", str(folder / "tensorflow_datasets"))
         trainings = networks(folder, quick=given.quick, data_dir=data_dir)

@@ -128,6 +128,14 @@ def test_alternatives_take_turns_and_compile_before_the_clock_starts():
     assert turns == ["a", "b", "a", "b"]  # the second round begins with b
 
 
+def test_work_takes_turns_at_being_the_first():
+    order = []
+    work = {name: lambda name=name: order.append(name) or len(order) for name in "abc"}
+    found = timing.in_turn(work, rounds=4)
+    assert "".join(order) == "abc" + "bca" + "cab" + "abc"
+    assert found == {"a": [1, 6, 8, 10], "b": [2, 4, 9, 11], "c": [3, 5, 7, 12]}
+
+
 def test_a_table_shows_three_digits_and_a_dash_for_what_is_missing():
     rows = [{"what": "a", "ms": 1.23456}, {"what": "b", "ms": None, "n": 12_345}]
     assert report.table(rows).splitlines() == [

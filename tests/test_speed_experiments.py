@@ -25,7 +25,7 @@ def small_case():
     encoded = [encode(picture(40, 50, seed=n), ".jpg") for n in range(40)]
     records = [{"image": e, "label": 0, "name": str(n)} for n, e in enumerate(encoded)]
     source = Source(records, ("one",), "memory", "train")
-    return pipeline_speed.Case("small", source, 24, 28, 0.35, True, steps=3)
+    return pipeline_speed._Case("small", source, 24, 28, 0.35, True, steps=3)
 
 
 def test_the_pipeline_s_rates_follow_from_its_seconds(small_case, tmp_path):
@@ -65,17 +65,6 @@ def test_a_pipeline_s_measurement_holds_exactly_the_images_it_took(
         assert records.reads() == full + 24
     assert used.wall > 0
     assert used.cpu > 0
-
-
-def test_alternatives_take_turns_at_being_the_first():
-    order = []
-
-    def work(name):
-        return lambda: order.append(name) or pipeline_speed.Used(1.0, 2.0)
-
-    used = pipeline_speed.measure_in_turn({n: work(n) for n in "abc"}, 4, "")
-    assert "".join(order) == "abc" + "bca" + "cab" + "abc"
-    assert used == {n: [(1.0, 2.0)] * 4 for n in "abc"}
 
 
 def test_photographs_are_photographs_of_one_size_and_the_same_each_time(tmp_path):

@@ -26,9 +26,9 @@ from sppnet_jax.benchmarks.cold import no_persistent_cache
 from sppnet_jax.benchmarks.flops import count_flops
 from sppnet_jax.benchmarks.networks import random_network, scorer
 from sppnet_jax.benchmarks.peak import measured_bandwidth, measured_peak
-from sppnet_jax.benchmarks.report import Measurements, Report, Timing
+from sppnet_jax.benchmarks.report import Measurements, Report, Timing, draw_bars
 from sppnet_jax.benchmarks.sample_images import sample_image, sample_sizes
-from sppnet_jax.benchmarks.timing import spread, time_in_turn
+from sppnet_jax.benchmarks.timing import milliseconds, time_in_turn
 from sppnet_jax.buckets import BucketTable, choose_buckets, padding_waste
 from sppnet_jax.buckets.choice import Bucket
 
@@ -90,9 +90,8 @@ def _measure(
     _serve(table, sizes)
     rows: list[Measurements] = []
     for row in table.rows():
-        middle = spread(seconds[row.bucket])
+        took = milliseconds(seconds[row.bucket])
         flops = row.flops or _flops(case, row.bucket)
-        rate = flops / middle.median
         name = _name(row.bucket)
         rows.append(
             {
@@ -106,12 +105,10 @@ def _measure(
                 "GB": row.bytes / 1e9 if row.flops and row.bytes else None,
                 "compile s": row.compile_seconds,
                 **_start_columns(starts, name),
-                "ms": middle.median * 1e3,
-                "low": middle.low * 1e3,
-                "high": middle.high * 1e3,
+                **took,
                 "ms, served": row.seconds_per_call and row.seconds_per_call * 1e3,
-                "images/s": row.batch_size / middle.median,
-                "of peak": rate / peak,
+                "images/s": row.batch_size / took["ms"] * 1e3,
+                "of peak": flops / took["ms"] * 1e3 / peak,
             }
         )
     result: dict[str, Any] = {
@@ -325,9 +322,7 @@ def plot(rows: Sequence[Measurements]) -> Figure:
     right.set(title="full batches, median and quartiles", xlabel="images/s")
     right.margins(x=0.35)
     right.set_xlim(left=0)
-    names = [f"{row['bucket']}\n{row['dtype']}" for row in rows]
-    left.set_yticks(range(len(rows)), names, fontsize=8)
-    left.invert_yaxis()
+    left.tick_params(axis="y", labelsize=8)
     for axes in (left, middle):
         # Below the axis' label, whatever the height of the figure.
         axes.legend(
@@ -342,9 +337,9 @@ def plot(rows: Sequence[Measurements]) -> Figure:
 
 def _bars(axes: Any, rows: Sequence[Measurements], columns: Mapping[str, str]) -> None:
     """Bars of some columns beside each other; what is missing has none."""
-    height = 0.8 / len(columns)
-    for number, (column, label) in enumerate(columns.items()):
-        places = [n - 0.4 + height * (number + 0.5) for n in range(len(rows))]
-        values = [row.get(column) or 0 for row in rows]
-        axes.barh(places, values, height * 0.9, color=f"C{number}", label=label)
+    values = {
+        label: {f"{row['bucket']}\n{row['dtype']}": row.get(column) for row in rows}
+        for column, label in columns.items()
+    }
+    draw_bars(axes, values)
     axes.spines[["top", "right"]].set_visible(False)

@@ -6,6 +6,7 @@ forward + backward is a forward pass too.
 """
 
 import functools
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -15,8 +16,8 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from sppnet_jax.benchmarks.peers import find_torch, torch_device
-from sppnet_jax.benchmarks.report import Measurements, Report, Timing
-from sppnet_jax.benchmarks.timing import spread, time_in_turn, times_as_fast
+from sppnet_jax.benchmarks.report import Measurements, Report, Timing, draw_bars
+from sppnet_jax.benchmarks.timing import milliseconds, time_in_turn, times_as_fast
 from sppnet_jax.pyramid.pooling import spatial_pyramid_pool
 
 OURS, FIRST, LAST = "sppnet_jax", "PyTorch, contiguous", "PyTorch, channels_last"
@@ -71,7 +72,6 @@ def _rows(case: _Case, dtype: str, torch: Any, timing: Timing) -> list[Measureme
             label=f"{case.side}×{case.side}×{case.channels} {dtype} {pass_name}",
         )
         for name, times in seconds.items():
-            middle = spread(times * 1e3)
             ratio = times_as_fast(seconds[OURS], times)
             rows.append(
                 {
@@ -80,9 +80,7 @@ def _rows(case: _Case, dtype: str, torch: Any, timing: Timing) -> list[Measureme
                     "dtype": dtype,
                     "pass": pass_name,
                     "what": name,
-                    "ms": middle.median,
-                    "low": middle.low,
-                    "high": middle.high,
+                    **milliseconds(times),
                     "ours is × as fast": None if name == OURS else ratio.median,
                     "differs by": differ[name][number],
                 }
@@ -188,27 +186,12 @@ def plot(rows: Sequence[Measurements]) -> Figure:
     for axes, case in zip(
         figure.subplots(1, len(cases), squeeze=False)[0], cases, strict=True
     ):
-        own = [r for r in rows if (r["maps"], r["levels"]) == case]
-        groups = list(dict.fromkeys((r["dtype"], r["pass"]) for r in own))
-        names = list(dict.fromkeys(r["what"] for r in own))
-        height = 0.8 / len(names)
-        for n, name in enumerate(names):
-            for g, group in enumerate(groups):
-                for r in own:
-                    if r["what"] == name and (r["dtype"], r["pass"]) == group:
-                        axes.barh(
-                            g + n * height,
-                            r["ms"],
-                            height * 0.9,
-                            color=f"C{n}",
-                            label=name if not g else None,
-                        )
-        axes.set_yticks(
-            [g + 0.4 - height / 2 for g in range(len(groups))],
-            [f"{d}\n{p}" for d, p in groups],
-            fontsize=8,
-        )
-        axes.invert_yaxis()
+        values: dict[str, dict[str, float]] = defaultdict(dict)
+        for r in rows:
+            if (r["maps"], r["levels"]) == case:
+                values[r["what"]][f"{r['dtype']}\n{r['pass']}"] = r["ms"]
+        draw_bars(axes, values)
+        axes.tick_params(axis="y", labelsize=8)
         axes.set_xlabel("ms")
         axes.set_title(f"{case[0]}, {{{case[1]}}}", fontsize=10)
     labels = figure.axes[0].get_legend_handles_labels()

@@ -19,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any, NamedTuple
@@ -27,8 +28,8 @@ import jax
 import numpy as np
 from matplotlib.figure import Figure
 
-from sppnet_jax.benchmarks.report import Measurements, Report, Timing
-from sppnet_jax.benchmarks.timing import spread, time_in_turn
+from sppnet_jax.benchmarks.report import Measurements, Report, Timing, draw_bars
+from sppnet_jax.benchmarks.timing import milliseconds, spread, time_in_turn
 from sppnet_jax.network.model import create_model
 from sppnet_jax.network.preprocess import Preprocessing
 from sppnet_jax.run import caches, parallel
@@ -132,7 +133,7 @@ def _rows(
     one = seconds["1 × 1"] / _global_batch(kind, case, 1)
     for name, layout in names.items():
         batch = _global_batch(kind, case, layout.devices)
-        middle = spread(seconds[name] / STEPS * 1e3)
+        took = milliseconds(seconds[name] / STEPS)
         rows.append(
             {
                 "processes × devices": name,
@@ -140,10 +141,8 @@ def _rows(
                 "devices": layout.devices,
                 "processes": layout.processes,
                 "batch": batch,
-                "ms": middle.median,
-                "low": middle.low,
-                "high": middle.high,
-                "images/s": batch / middle.median * 1e3,
+                **took,
+                "images/s": batch / took["ms"] * 1e3,
                 "rate": spread(one / (seconds[name] / batch)).median,
                 "loss": losses[layout],
             }
@@ -318,13 +317,11 @@ def _own_batch(size: int, case: _Case, job: dict[str, Any]) -> dict[str, np.ndar
 def plot(rows: Sequence[Measurements]) -> Figure:
     """Milliseconds of a step and images/s beside one device, by layout."""
     figure = Figure(figsize=(9, 4), layout="constrained")
-    kinds = list(dict.fromkeys(r["scaling"] for r in rows))
     for axes, column in zip(figure.subplots(1, 2), ("ms", "rate"), strict=True):
-        for n, kind in enumerate(kinds):
-            own = [r for r in rows if r["scaling"] == kind]
-            places = np.arange(len(own)) + 0.4 * n - 0.2
-            axes.bar(places, [r[column] for r in own], 0.36, label=f"{kind} scaling")
-            axes.set_xticks(range(len(own)), [r["processes × devices"] for r in own])
+        values: dict[str, dict[str, float]] = defaultdict(dict)
+        for r in rows:
+            values[f"{r['scaling']} scaling"][r["processes × devices"]] = r[column]
+        draw_bars(axes, values, upright=True)
         axes.set_xlabel("processes × devices of each")
         axes.grid(axis="y", alpha=0.3)
     figure.axes[0].set_ylabel("ms of a step")

@@ -9,6 +9,7 @@ import contextlib
 import ctypes
 import importlib
 import multiprocessing
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
 from pathlib import Path
@@ -22,8 +23,8 @@ from matplotlib.figure import Figure
 from sppnet_jax.benchmarks.flops import count_flops
 from sppnet_jax.benchmarks.peak import measured_peak
 from sppnet_jax.benchmarks.peers import find_peers, find_torch, torch_device
-from sppnet_jax.benchmarks.report import Measurements, Report, Timing
-from sppnet_jax.benchmarks.timing import spread, time_in_turn, times_as_fast
+from sppnet_jax.benchmarks.report import Measurements, Report, Timing, draw_bars
+from sppnet_jax.benchmarks.timing import milliseconds, time_in_turn, times_as_fast
 from sppnet_jax.network.model import SPPNet, create_model
 from sppnet_jax.network.preprocess import Preprocessing
 from sppnet_jax.network.trunks import BACKBONES
@@ -157,21 +158,19 @@ def _rows(
         peaks = _resident_peaks(name, dtype, size, [None, *peers.values()])
     rows: list[Measurements] = []
     for what, times in seconds.items():
-        middle = spread(times * 1e3)
+        took = milliseconds(times)
         ratio = times_as_fast(seconds[OURS], times)
         rows.append(
             {
                 "network": name,
                 "dtype": dtype,
                 "what": what,
-                "images/s": size.batch / middle.median * 1e3,
-                "ms": middle.median,
-                "low": middle.low,
-                "high": middle.high,
+                "images/s": size.batch / took["ms"] * 1e3,
+                **took,
                 "ours is × as fast": None if what == OURS else ratio.median,
                 "peak MB": _megabytes(peaks.get(what)),
                 "GFLOP": flops / 1e9,
-                "share of peak": flops / (middle.median / 1e3) / peak,
+                "share of peak": flops / (took["ms"] / 1e3) / peak,
                 "differs by": differ.get(what),
             }
         )
@@ -363,24 +362,16 @@ def _memory_status(field: str) -> int:
 
 def plot(rows: Sequence[Measurements]) -> Figure:
     """Images/s and peak memory of each alternative, by network."""
-    names = list(dict.fromkeys(r["network"] for r in rows))
-    kinds = list(dict.fromkeys((r["what"], r["dtype"]) for r in rows))
     figure = Figure(figsize=(10, 4.6), layout="constrained")
     left, right = figure.subplots(1, 2)
-    width = 0.8 / max(1, len(kinds))
-    for n, (what, dtype) in enumerate(kinds):
-        own = {
-            r["network"]: r for r in rows if (r["what"], r["dtype"]) == (what, dtype)
-        }
-        for axes, column in ((left, "images/s"), (right, "peak MB")):
-            heights = [own.get(name, {}).get(column) or 0.0 for name in names]
-            places = np.arange(len(names)) + (n + 0.5) * width - 0.4
-            axes.bar(places, heights, width * 0.9, label=f"{what}, {dtype}")
+    for axes, column in ((left, "images/s"), (right, "peak MB")):
+        values: dict[str, dict[str, float]] = defaultdict(dict)
+        for r in rows:
+            values[f"{r['what']}, {r['dtype']}"][r["network"]] = r[column]
+        draw_bars(axes, values, upright=True)
+        axes.grid(axis="y", alpha=0.3)
     left.set_ylabel("images/s")
     right.set_ylabel("peak memory, MB")
-    for axes in (left, right):
-        axes.set_xticks(range(len(names)), names)
-        axes.grid(axis="y", alpha=0.3)
     figure.legend(
         *left.get_legend_handles_labels(), loc="outside lower center", ncols=3
     )

@@ -13,6 +13,7 @@ the operating system hands out one by one: "writing alone" is a program that doe
 more than fill the results.
 """
 
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -23,8 +24,8 @@ from matplotlib.figure import Figure
 
 from sppnet_jax.benchmarks.peak import measured_bandwidth
 from sppnet_jax.benchmarks.peers import find_peers, find_torch, torch_device
-from sppnet_jax.benchmarks.report import Measurements, Report, Timing, cell
-from sppnet_jax.benchmarks.timing import spread, time_in_turn, times_as_fast
+from sppnet_jax.benchmarks.report import Measurements, Report, Timing, cell, draw_bars
+from sppnet_jax.benchmarks.timing import milliseconds, time_in_turn, times_as_fast
 from sppnet_jax.pyramid.pooling import adaptive_span, num_bins
 from sppnet_jax.pyramid.windows import block_counts, window_pyramid_pool
 
@@ -122,7 +123,6 @@ def _rows(
     bound = least_bytes(case) / bandwidth
     rows: list[Measurements] = []
     for name, times in seconds.items():
-        middle = spread(times * 1e3)
         rows.append(
             {
                 "map": "×".join(map(str, case.shape)),
@@ -130,9 +130,7 @@ def _rows(
                 "levels": ",".join(map(str, case.levels)),
                 "dtype": case.dtype,
                 "what": name,
-                "ms": middle.median,
-                "low": middle.low,
-                "high": middle.high,
+                **milliseconds(times),
                 "bound, ms": bound * 1e3 if name == OURS else None,
                 "ours is × as fast": None if name == OURS else ratio[name].median,
                 "differs by": differ.get(name),
@@ -277,22 +275,16 @@ def _as_numpy(value: Any) -> np.ndarray:
 
 def plot(rows: Sequence[Measurements]) -> Figure:
     """Milliseconds by case on a logarithmic axis, one bar for each alternative."""
-    cases = list(dict.fromkeys(_name(row) for row in rows))
-    names = list(dict.fromkeys(row["what"] for row in rows))
-    figure = Figure(figsize=(9, 0.7 * len(cases) + 1.5), layout="constrained")
+    values: dict[str, dict[str, float]] = defaultdict(dict)
+    for row in rows:
+        values[row["what"]][_name(row)] = row["ms"]
+    cases = len(values[OURS])
+    figure = Figure(figsize=(9, 0.7 * cases + 1.5), layout="constrained")
     axes = figure.subplots()
-    height = 0.8 / len(names)
-    for n, name in enumerate(names):
-        own = [row for row in rows if row["what"] == name]
-        places = [cases.index(_name(row)) + n * height for row in own]
-        axes.barh(
-            places, [row["ms"] for row in own], height * 0.9, label=name, color=f"C{n}"
-        )
-        for place, row in zip(places, own, strict=True):
-            axes.text(row["ms"], place, f" {cell(row['ms'])}", va="center", fontsize=7)
-    axes.set_yticks([i + 0.4 - height / 2 for i in range(len(cases))], cases)
+    for bars in draw_bars(axes, values):
+        labels = [cell(ms) if ms else "" for ms in bars.datavalues]
+        axes.bar_label(bars, labels, padding=3, fontsize=7)
     axes.tick_params(axis="y", labelsize=8)
-    axes.invert_yaxis()
     axes.set_xscale("log")
     axes.set_xlabel("ms")
     axes.margins(x=0.1)
