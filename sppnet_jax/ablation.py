@@ -13,7 +13,6 @@ it was interrupted; and no setting can be mistaken for another.
 import hashlib
 import json
 import sys
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -22,7 +21,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from sppnet_jax.pyramid.pooling import check_levels
-from sppnet_jax.run.settings import fields_of, plain, read, unknown_field
+from sppnet_jax.run.settings import plain, read, unknown_field
 from sppnet_jax.training.network_settings import NetworkSettings
 
 if TYPE_CHECKING:
@@ -32,12 +31,6 @@ if TYPE_CHECKING:
 
 Levels = tuple[int, ...] | None
 
-DIVERGED, SECONDS = "diverged.txt", "seconds.json"
-# How a network is trained, not what becomes of it.
-_NO_MATTER = (
-    *("log_steps", "checkpoint_steps", "keep_checkpoints", "profile_steps"),
-    *("data.workers", "data.threads", "data.data_dir"),
-)
 _NOT_HERE = {
     "seed": "give seeds=(0, 1)",
     "model.levels": "give the pyramids as levels=[(6, 3, 2, 1), (1,), None]",
@@ -253,26 +246,22 @@ def _network(
     title: str,
 ) -> AblationRow:
     """The row of one network, trained and tested if that was not done before."""
-    from sppnet_jax.run import files, run_folder
+    from sppnet_jax.classification.evaluation import evaluate_once
+    from sppnet_jax.training import once
     from sppnet_jax.training.step_log import DivergedError
 
     result = workdir / f"ablation_{protocol}.json"
     reason, report = "", dict[str, Any](top1=None, count=0)
-    if (workdir / DIVERGED).exists():
-        reason = (workdir / DIVERGED).read_text().strip()
-    elif run_folder.has_checkpoint(workdir) and result.exists():
-        report = run_folder.read_json(result)
-    else:
-        from sppnet_jax.classification.evaluation import evaluate_networks
-
+    known = result.exists() or (workdir / once.DIVERGED).exists()
+    if not known:
         _say(title)
-        try:
-            _train(settings, workdir)
-            report = evaluate_networks([workdir], protocol)
-            files.write_json(result, report)
-        except DivergedError as error:
-            reason = str(error)
-            (workdir / DIVERGED).write_text(f"{reason}\n")
+    try:
+        if not result.exists():
+            once.train_once(settings, workdir)
+        report = evaluate_once([workdir], protocol, result)
+    except DivergedError as error:
+        reason = str(error)
+    if not known:
         _say(f"  diverged: {reason}" if reason else f"  top-1 {report['top1']:.1%}")
     inputs, parameters, channels = _fc6(settings, len(train.class_names))
     return AblationRow(
@@ -283,26 +272,10 @@ def _network(
         fc6_parameters=parameters,
         top1=report["top1"],
         images=report["count"],
-        seconds=_seconds(workdir),
+        seconds=once.training_seconds(workdir),
         diverged=reason,
         workdir=str(workdir),
     )
-
-
-def _train(settings: NetworkSettings, workdir: Path) -> None:
-    """Trains a network to its end, from where it was left, and counts the seconds."""
-    import jax
-
-    from sppnet_jax.training.networks import train_network
-
-    before, started = _seconds(workdir), time.monotonic()
-    try:
-        train_network(settings, workdir)
-    finally:
-        workdir.mkdir(parents=True, exist_ok=True)
-        seconds = before + time.monotonic() - started
-        (workdir / SECONDS).write_text(json.dumps(round(seconds, 2)))
-    jax.clear_caches()  # there may be dozens of networks in one process
 
 
 def _fc6(settings: NetworkSettings, num_classes: int) -> tuple[int, int, int]:
@@ -315,11 +288,6 @@ def _fc6(settings: NetworkSettings, num_classes: int) -> tuple[int, int, int]:
     last = max(convs, key=lambda name: int(name.removeprefix("conv")))
     kernel, bias = shapes["fc6"]["kernel"], shapes["fc6"]["bias"]
     return kernel.shape[0], kernel.size + bias.size, shapes[last]["kernel"].shape[-1]
-
-
-def _seconds(workdir: Path) -> float:
-    path = workdir / SECONDS
-    return float(json.loads(path.read_text())) if path.exists() else 0.0
 
 
 def _say(text: str) -> None:
@@ -338,23 +306,15 @@ def _one_network(
 
 def _digest(settings: NetworkSettings, train: "Source", test: "Source") -> str:
     """Eight letters for all that the networks of an ablation have in common."""
-    told = {
-        name: _get(settings, name)
-        for name, _ in fields_of(NetworkSettings)
-        if name not in (*_NO_MATTER, *_NOT_HERE)
-    }
+    from sppnet_jax.training.once import deciding
+
+    told = {n: value for n, value in deciding(settings).items() if n not in _NOT_HERE}
     splits = [
         (source.name, source.split, source.class_names, source.digest)
         for source in (train, test)
     ]
     text = json.dumps([told, splits], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:8]
-
-
-def _get(settings: Any, path: str) -> Any:
-    for name in path.split("."):
-        settings = getattr(settings, name)
-    return settings
 
 
 def _named(values: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:

@@ -17,7 +17,7 @@ from sppnet_jax.benchmarks import peers, report, timing
 from sppnet_jax.benchmarks import pyramid_speed as pyramid
 from sppnet_jax.benchmarks import window_speed as windows
 from sppnet_jax.benchmarks.flops import count_flops
-from sppnet_jax.benchmarks.report import Setting
+from sppnet_jax.benchmarks.report import Timing
 
 QUICK = ["--quick", "--rounds", "2"]
 
@@ -32,7 +32,7 @@ def bench(command_line, tmp_path):
 
 @pytest.fixture
 def setting(tmp_path):
-    return Setting(rounds=2, quick=True, folder=tmp_path)
+    return Timing(rounds=2, quick=True, folder=tmp_path)
 
 
 def test_a_suite_prints_a_table_and_writes_json_and_a_picture(bench, tmp_path):
@@ -106,7 +106,7 @@ def test_a_wrong_result_shows_in_the_table(setting, monkeypatch):
 
 
 def test_the_least_bytes_of_windows_are_those_of_results_and_table():
-    case = windows.Case((43, 58, 256), 2_000, (6, 3, 2, 1))
+    case = windows._Case((43, 58, 256), 2_000, (6, 3, 2, 1))
     table = 16 * 43 * 58 * 256  # blocks of 1, 2, 4 and 8 cells on each side
     assert windows.least_bytes(case) == 4 * (table + 2_000 * 50 * 256)
 
@@ -126,6 +126,14 @@ def test_alternatives_take_turns_and_compile_before_the_clock_starts():
     assert calls[:6] == ["a"] * 3 + ["b"] * 3
     turns = [a for a, b in zip(calls[6:], [*calls[7:], None], strict=True) if a != b]
     assert turns == ["a", "b", "a", "b"]  # the second round begins with b
+
+
+def test_work_takes_turns_at_being_the_first():
+    order = []
+    work = {name: lambda name=name: order.append(name) or len(order) for name in "abc"}
+    found = timing.in_turn(work, rounds=4)
+    assert "".join(order) == "abc" + "bca" + "cab" + "abc"
+    assert found == {"a": [1, 6, 8, 10], "b": [2, 4, 9, 11], "c": [3, 5, 7, 12]}
 
 
 def test_a_table_shows_three_digits_and_a_dash_for_what_is_missing():

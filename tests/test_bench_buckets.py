@@ -11,7 +11,7 @@ from jax.experimental.compilation_cache import compilation_cache
 from sppnet_jax.benchmarks import bucket_costs as suite
 from sppnet_jax.benchmarks import peak
 from sppnet_jax.benchmarks.cold import no_persistent_cache
-from sppnet_jax.benchmarks.report import Setting, table
+from sppnet_jax.benchmarks.report import Timing, table
 from sppnet_jax.benchmarks.sample_images import sample_image, sample_sizes
 
 
@@ -27,7 +27,7 @@ def measured(tmp_path_factory):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(suite, "_in_a_process", watched)
-        report = suite.run(Setting(2, True, tmp_path_factory.mktemp("bench")))
+        report = suite.run(Timing(2, True, tmp_path_factory.mktemp("bench")))
     return report, files
 
 

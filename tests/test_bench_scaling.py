@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from sppnet_jax.benchmarks import scaling
-from sppnet_jax.benchmarks.report import Setting, show
+from sppnet_jax.benchmarks.report import Timing, show
 from sppnet_jax.benchmarks.scaling import QUICK, Layout, workers
 
 
@@ -20,8 +20,8 @@ def test_layouts_are_powers_of_two_in_one_process_and_two() -> None:
 
 @pytest.mark.slow
 def test_the_suite_runs_and_all_layouts_have_the_same_losses(tmp_path: Path) -> None:
-    setting = Setting(rounds=2, quick=True, folder=tmp_path)
-    report = scaling.run(setting)
+    timing = Timing(rounds=2, quick=True, folder=tmp_path)
+    report = scaling.run(timing)
     assert [
         (r["processes × devices"], r["scaling"], r["batch"]) for r in report.rows
     ] == [
@@ -37,7 +37,7 @@ def test_the_suite_runs_and_all_layouts_have_the_same_losses(tmp_path: Path) -> 
         assert row["images/s"] == pytest.approx(row["batch"] / row["ms"] * 1e3)
         assert row["low"] <= row["ms"] <= row["high"]
     assert report.rows[0]["loss"] != pytest.approx(report.rows[3]["loss"])
-    show(report, setting)
+    show(report, timing)
     assert (tmp_path / "scaling.png").stat().st_size > 1000
 
 
@@ -59,14 +59,14 @@ def test_a_layout_with_another_loss_shows(monkeypatch: pytest.MonkeyPatch) -> No
         lambda names, **_: {name: np.array(times[name]) for name in names},
     )
     groups: Any = {layout: FakeWorkers(layout) for layout in scaling._layouts(2)}
-    setting = Setting(2, True, Path())
-    rows = scaling._compared(scaling._rows("strong", groups, QUICK, setting))
+    timing = Timing(2, True, Path())
+    rows = scaling._compared(scaling._rows("strong", groups, QUICK, timing))
     assert [row["differs by"] for row in rows] == pytest.approx([0, 0, 0.1])
     assert [row["rate"] for row in rows] == pytest.approx(
         [1, np.median([1 / 0.5, 2 / 0.5]), np.median([1 / 2, 2 / 1])]
     )
     assert rows[1]["ms"] == pytest.approx(1e3 * 0.5 / scaling.STEPS)
-    weak = scaling._rows("weak", groups, QUICK, setting)
+    weak = scaling._rows("weak", groups, QUICK, timing)
     assert [row["batch"] for row in weak] == [2, 4, 4]
     # Twice the images in half the time are four times the rate.
     assert weak[1]["rate"] == pytest.approx(np.median([2 / 0.5, 4 / 0.5]))

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 
 from sppnet_jax.benchmarks import peers, training_step
-from sppnet_jax.benchmarks.report import Report, Setting, show
+from sppnet_jax.benchmarks.report import Report, Timing, show
 from sppnet_jax.benchmarks.training_step import OURS, QUICK, Peer
 
-SETTING = Setting(rounds=2, quick=True, folder=Path())
+SETTING = Timing(rounds=2, quick=True, folder=Path())
 
 
 def fake_seconds(

@@ -7,28 +7,34 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from ml_collections import ConfigDict
 
 from configs import detect_folder, folder
 from experiments import (
     detection_layers,
-    detection_presets,
     detection_timing,
     detection_vs_rcnn,
-    detectors,
+    runs,
     scale_selection,
-)
-from experiments.detection_presets import DetectionSetting, paper_scales
-from experiments.detection_report import (
-    TEXT,
-    Column,
-    Figure,
-    Ratio,
-    Row,
-    plot_precisions,
-    write_results,
+    setting,
 )
 from experiments.detection_timing import Convolutions, Photo, System, Windows
-from experiments.detectors import Detector, share_stages, workdir_of
+from experiments.report import (
+    TEXT,
+    Cited,
+    Column,
+    Ratio,
+    Row,
+    plot_shares,
+    write_report,
+)
+from experiments.runs import (
+    DetectionSetting,
+    DetectorRecipe,
+    detector_workdir,
+    share_stages,
+)
+from experiments.setting import detection_setting, paper_scales
 from sppnet_jax import from_config
 from sppnet_jax.detection.detector import layer_head
 from sppnet_jax.network.model import create_model
@@ -112,7 +118,7 @@ def given(voc, network, tmp_path_factory):
 def few_programs(monkeypatch):
     """Two scales stand for five, and each time is measured once."""
     scales = {1: (688,), 5: (480, 688)}
-    monkeypatch.setattr(detection_presets, "PAPER_SCALES", scales)
+    monkeypatch.setattr(setting, "PAPER_SCALES", scales)
     choices = [scale_selection.CHOICES[number] for number in (1, 3, 5)]
     monkeypatch.setattr(scale_selection, "CHOICES", choices)
     monkeypatch.setattr(detection_vs_rcnn, "ROUNDS", 1)
@@ -149,9 +155,9 @@ def test_an_interrupted_experiment_goes_on_without_training_again(given, monkeyp
     def interrupted(given, detector, seed):
         if detector.layer == "fc7" and detector.regression:
             raise KeyboardInterrupt
-        return detectors.tested(given, detector, seed)
+        return runs.detector_test(given, detector, seed)
 
-    monkeypatch.setattr(detection_layers, "tested", interrupted)
+    monkeypatch.setattr(detection_layers, "detector_test", interrupted)
     with pytest.raises(KeyboardInterrupt):
         detection_layers.main(given, options())
     folder = given.folder / detection_layers.NAME
@@ -159,19 +165,19 @@ def test_an_interrupted_experiment_goes_on_without_training_again(given, monkeyp
     assert [len(row["measured"]) for row in rows] == [1, 1, 1, 1, 0]
     assert (folder / "table.md").read_text().count("not run") > 0
 
-    base = Detector(paper_scales(given, 1), scorer="softmax", regression=False)
-    tuned = finished(workdir_of(given, base, 0), "finetune")
-    evaluate, evaluated = detectors.evaluate_from_config, []
+    base = DetectorRecipe(paper_scales(given, 1), scorer="softmax", regression=False)
+    tuned = finished(detector_workdir(given, base, 0), "finetune")
+    evaluate, evaluated = runs.detect.evaluate_from_config, []
 
     def counted(config, workdirs):
         evaluated.extend(workdirs)
         return evaluate(config, workdirs)
 
-    monkeypatch.setattr(detection_layers, "tested", detectors.tested)
-    monkeypatch.setattr(detectors, "evaluate_from_config", counted)
+    monkeypatch.setattr(detection_layers, "detector_test", runs.detector_test)
+    monkeypatch.setattr(runs.detect, "evaluate_from_config", counted)
     detection_layers.main(given, options())
     assert [path.name for path in evaluated] == ["spp-197-finetuned-fc7-boxes-seed0"]
-    assert finished(workdir_of(given, base, 0), "finetune") == tuned
+    assert finished(detector_workdir(given, base, 0), "finetune") == tuned
     results = results_of(given.folder, detection_layers.NAME)
     assert results["preset"] == "folder"
     for row, kind in zip(results["rows"], detection_layers.PAPER, strict=True):
@@ -182,7 +188,7 @@ def test_an_interrupted_experiment_goes_on_without_training_again(given, monkeyp
             finetuned=kind.finetuned,
             regression=kind.regression,
         )
-        path = workdir_of(given, detector, 0) / "test" / "results.json"
+        path = detector_workdir(given, detector, 0) / "test" / "results.json"
         assert measured["values"] == [json.loads(path.read_text())["map_11_point"]]
     papers = [row["paper"][detection_layers.ONE]["value"] for row in results["rows"]]
     assert papers == [0.43, 0.425, 0.523, 0.545, 0.58]
@@ -341,7 +347,7 @@ def test_a_stage_is_copied_where_it_is_missing_or_another(tmp_path):
 
 
 def test_a_detector_is_built_on_what_it_adds_to():
-    whole = Detector((197,), ranks=(8, 4))
+    whole = DetectorRecipe((197,), ranks=(8, 4))
     names = []
     while whole:
         names.append(whole.name)
@@ -352,7 +358,7 @@ def test_a_detector_is_built_on_what_it_adds_to():
         "spp-197-finetuned-fc7",
         "spp-197-finetuned-softmax",
     ]
-    pool5 = Detector((197,), layer="pyramid", finetuned=False, regression=False)
+    pool5 = DetectorRecipe((197,), layer="pyramid", finetuned=False, regression=False)
     assert pool5.origin is None
 
 
@@ -378,36 +384,36 @@ def test_a_command_line_becomes_a_setting(preset, network, voc, tmp_path):
         max_windows=7,
         seeds=[3, 4],
     )
-    given = detection_presets.make_setting(line, tmp_path)
+    given = detection_setting(line, tmp_path)
     assert given.seeds == (3, 4)
     assert given.config.data.train_split == "train[:9]"
     assert given.config.finetune.steps == 40
-    (usual,) = detection_presets.PRESETS[preset]().finetune.drop_steps
-    of = detection_presets.PRESETS[preset]().finetune.steps
+    (usual,) = setting.DETECTION_PRESETS[preset]().finetune.drop_steps
+    of = setting.DETECTION_PRESETS[preset]().finetune.steps
     assert given.config.finetune.drop_steps == (round(40 * usual / of),)
     assert given.config.proposals.max_windows == 7
     assert paper_scales(given, 1) == (197,)
     assert paper_scales(given, 5) == (137, 197)
     line.network = str(tmp_path)
     with pytest.raises(FileNotFoundError, match="no trained classifier"):
-        detection_presets.make_setting(line, tmp_path)
+        detection_setting(line, tmp_path)
     line.steps = 0
     with pytest.raises(ValueError, match="--steps must be at least 1, got 0"):
-        detection_presets.make_setting(line, tmp_path)
+        detection_setting(line, tmp_path)
 
 
 def test_only_what_was_measured_is_a_result(tmp_path):
     columns = [Column("mAP"), Column("fc", "s")]
     rows = [
-        Row("first", {"mAP": [0.1, 0.2]}, {"mAP": Figure(0.3, TEXT)}),
-        Row("second", {"mAP": [], "fc": [3.0, 1.0, 2.0]}, {"fc": Figure(0.5)}),
+        Row("first", {"mAP": [0.1, 0.2]}, {"mAP": Cited(0.3, TEXT)}),
+        Row("second", {"mAP": [], "fc": [3.0, 1.0, 2.0]}, {"fc": Cited(0.5)}),
     ]
-    folder = tmp_path / "x"
-    ratio = Ratio("Faster", [2.0, 4.0], Figure(102, TEXT))
-    write_results(
-        folder, title="T", about={}, columns=columns, rows=rows, ratios=[ratio]
+    ratio = Ratio("Faster", [2.0, 4.0], Cited(102, TEXT))
+    given = DetectionSetting("p", ConfigDict(), 64, tmp_path, (0,))
+    folder = write_report(
+        given, "x", title="T", columns=columns, rows=rows, ratios=[ratio]
     )
-    plot_precisions(folder / "plot.png", "T", ["mAP"], rows)
+    plot_shares(folder, "T", {"mAP": ["mAP"]}, rows)
     lines = (folder / "table.md").read_text().splitlines()
     assert "| first | 15.0 ± 7.1 | 30.0 (text) | – | – |" in lines
     assert "| second | not run | – | 2 | 0.5 |" in lines

@@ -1,6 +1,7 @@
 """The experiments: what they write, and that nothing is done twice."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,24 +9,33 @@ from sppnet_jax.config import check_config
 
 from experiments import (
     multi_view,
-    presets,
     runs,
     setting,
     svm_features,
     table2_pyramid_and_multi_size,
     table3_full_image,
 )
-from experiments.presets import Network, Preset, network_config
-from experiments.report import Claim, Row, percent, write_report
-from experiments.runs import diverged, networks_of
+from experiments.report import TEXT, Cited, Claim, Row, percent, write_network_report
+from experiments.runs import (
+    NetworkRecipe,
+    Preset,
+    Setting,
+    diverged,
+    network_config,
+    networks_of,
+)
 from sppnet_jax.training.step_log import DivergedError
 from tests.data_helpers import write_two_colors
 
-ZF5 = (Network("zf5", ()), Network("zf5"), Network("zf5", training="multi"))
+ZF5 = (
+    NetworkRecipe("zf5", ()),
+    NetworkRecipe("zf5"),
+    NetworkRecipe("zf5", training="multi"),
+)
 
 
 def tiny_config(backbone):
-    config = presets.PRESETS["folder"].make_config(backbone)
+    config = setting.PRESETS["folder"].make_config(backbone)
     config.epochs = 2
     config.batch_size = 8
     config.model.width = 0.02
@@ -46,7 +56,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def given(folder, digit_scenes_dir, tmp_path_factory):
-    return setting.Setting(
+    return Setting(
         preset_name="folder",
         preset=Preset(tiny_config, small=56, large=64, seeds=(0, 1)),
         folder=tmp_path_factory.mktemp("experiments"),
@@ -66,24 +76,24 @@ def test_an_interrupted_experiment_goes_on_without_training_again(given, monkeyp
     monkeypatch.setattr(
         table2, "PAPER", {network: table2.PAPER[network] for network in ZF5}
     )
-    tested = table2.tested
+    tested = table2.network_test
 
     def interrupted(workdirs, protocol):
         if workdirs[0].name == "zf5-6321-multi-seed0":
             raise KeyboardInterrupt
         return tested(workdirs, protocol)
 
-    monkeypatch.setattr(table2, "tested", interrupted)
+    monkeypatch.setattr(table2, "network_test", interrupted)
     with pytest.raises(KeyboardInterrupt):
         table2.main(given)
     partial = results_of(given, "table2_pyramid_and_multi_size")
-    done = [row["measured"]["top-1 error"]["values"] != [] for row in partial["rows"]]
+    done = ["top-1 error" in row["measured"] for row in partial["rows"]]
     assert done == [True, True, False]
     table = given.folder / "table2_pyramid_and_multi_size" / "table.md"
     assert "not run" in table.read_text()
     trained = (given.folder / "networks/zf5-6321-multi-seed0/checkpoints").stat()
 
-    monkeypatch.setattr(table2, "tested", tested)
+    monkeypatch.setattr(table2, "network_test", tested)
     table2.main(given)
     again = (given.folder / "networks/zf5-6321-multi-seed0/checkpoints").stat()
     assert again.st_mtime_ns == trained.st_mtime_ns
@@ -93,8 +103,8 @@ def test_an_interrupted_experiment_goes_on_without_training_again(given, monkeyp
         measured = row["measured"]["top-1 error"]
         assert len(measured["values"]) == 2
         assert measured["mean"] == pytest.approx(np.mean(measured["values"]))
-        assert row["paper"]["top-1 error"] in (0.3599, 0.3498, 0.3460)
-        assert row["paper_source"] == "as recalled"
+        assert row["paper"]["top-1 error"]["value"] in (0.3599, 0.3498, 0.3460)
+        assert row["paper"]["top-1 error"]["source"] == "as recalled"
     assert len(results["claims"][0]["differences"]) == 2
     spp = results["rows"][1]["measured"]
     for column, name in (("top-1 error", "top1"), ("top-5 error", "top5")):
@@ -160,10 +170,11 @@ def test_a_network_that_diverges_is_left_out_and_named(given, monkeypatch, tmp_p
     assert note == "The training of ZF-5, no SPP, seed 0, diverged: it is left out."
 
 
-@pytest.mark.parametrize("name", presets.PRESETS)
+@pytest.mark.parametrize("name", setting.PRESETS)
 @pytest.mark.parametrize("network", table2_pyramid_and_multi_size.PAPER)
 def test_every_network_of_every_preset_can_be_trained(name, network):
-    config = network_config(presets.PRESETS[name], network, 0, root="pictures")
+    given = Setting(name, setting.PRESETS[name], Path(), (0,), "pictures", "")
+    config = network_config(given, network, 0)
     check_config(config)
     assert network.label.startswith(("ZF-5", "Convnet*-5", "Overfeat"))
 
@@ -178,11 +189,17 @@ def test_a_claim_holds_only_where_its_interval_is_above_zero():
 
 def test_what_was_not_run_says_so_in_the_table(given, tmp_path):
     rows = [
-        Row("first", {"error": [0.1, 0.2]}, {"error": 0.3}, "text"),
-        Row("b", {}, {}),
+        Row("first", {"error": [0.1, 0.2]}, {"error": Cited(0.3, TEXT)}),
+        Row("b", {"error": []}, {}),
     ]
-    folder = write_report(
-        given._replace(folder=tmp_path), "x", title="T", columns=("error",), rows=rows
+    folder = write_network_report(
+        given._replace(folder=tmp_path),
+        "x",
+        title="T",
+        columns=("error",),
+        rows=rows,
+        claims=(),
+        notes=(),
     )
     lines = (folder / "table.md").read_text().splitlines()
     assert "| first | 15.0 ± 7.1 | 30.00 | text |" in lines

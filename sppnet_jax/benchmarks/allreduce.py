@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from sppnet_jax.benchmarks.report import Row, table
+from sppnet_jax.benchmarks.report import Measurements, table
 from sppnet_jax.network.model import create_model, init_params
 from sppnet_jax.network.trunks import Conv, get_backbone, output_size
 
@@ -62,7 +62,7 @@ def scaling_table(
     batch: int,
     clusters: Sequence[Cluster] = CLUSTERS,
     share_of_peak: float = SHARE_OF_PEAK,
-) -> list[Row]:
+) -> list[Measurements]:
     """Time of the all-reduce beside that of the step, for each network and cluster.
 
     `batch`: images per accelerator. `share_of_peak`: of the accelerators' FLOP/s.
@@ -77,7 +77,7 @@ def scaling_table(
             "batch must be at least 1 and share_of_peak in (0, 1], got "
             f"{batch=}, {share_of_peak=}"
         )
-    rows: list[Row] = []
+    rows: list[Measurements] = []
     for name, levels in NETWORKS:
         sizes = parameter_counts(name, levels)
         flops = batch * training_flops(name, levels)
@@ -160,7 +160,7 @@ def fc_share(name: str, levels: Sequence[int] | None) -> float:
     return sum(counts[fc] for fc in ("fc6", "fc7", "fc8")) / sum(counts.values())
 
 
-def network_table() -> list[Row]:
+def network_table() -> list[Measurements]:
     """Parameters, FLOPs and the fc layers' share of the networks."""
     return [
         {

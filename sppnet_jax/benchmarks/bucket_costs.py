@@ -26,16 +26,16 @@ from sppnet_jax.benchmarks.cold import no_persistent_cache
 from sppnet_jax.benchmarks.flops import count_flops
 from sppnet_jax.benchmarks.networks import random_network, scorer
 from sppnet_jax.benchmarks.peak import measured_bandwidth, measured_peak
-from sppnet_jax.benchmarks.report import Report, Row, Setting
+from sppnet_jax.benchmarks.report import Measurements, Report, Timing, draw_bars
 from sppnet_jax.benchmarks.sample_images import sample_image, sample_sizes
-from sppnet_jax.benchmarks.timing import spread, time_in_turn
+from sppnet_jax.benchmarks.timing import milliseconds, time_in_turn
 from sppnet_jax.buckets import BucketTable, choose_buckets, padding_waste
 from sppnet_jax.buckets.choice import Bucket
 
 PATIENCE = 900  # seconds for a process that compiles all buckets
 
 
-class Case(NamedTuple):
+class _Case(NamedTuple):
     """ZF-5 of a width, images of a shorter side in batches, so many buckets at most."""
 
     width: float
@@ -47,10 +47,10 @@ class Case(NamedTuple):
 
 
 CASES = {
-    "cpu": [Case(1.0, 224, 400, 4, 6, "float32")],
-    "other": [Case(1.0, 224, 400, 128, 6, t) for t in ("float32", "bfloat16")],
+    "cpu": [_Case(1.0, 224, 400, 4, 6, "float32")],
+    "other": [_Case(1.0, 224, 400, 128, 6, t) for t in ("float32", "bfloat16")],
 }
-QUICK = [Case(1 / 16, 64, 40, 2, 2, "float32")]
+QUICK = [_Case(1 / 16, 64, 40, 2, 2, "float32")]
 STARTS = {  # what a process does: its persistent cache, and whether it compiles ahead
     "no cache, on demand": (False, False),
     "empty cache, ahead": (True, True),
@@ -58,16 +58,16 @@ STARTS = {  # what a process does: its persistent cache, and whether it compiles
 }
 
 
-def run(setting: Setting) -> Report:
+def run(timing: Timing) -> Report:
     """Measures every bucket of the cases for this device."""
     platform = jax.devices()[0].platform
-    cases = QUICK if setting.quick else CASES.get(platform, CASES["other"])
-    rows: list[Row] = []
+    cases = QUICK if timing.quick else CASES.get(platform, CASES["other"])
+    rows: list[Measurements] = []
     notes: list[str] = []
     results: dict[str, Any] = {}
-    bandwidth = measured_bandwidth(16 if setting.quick else 512)
+    bandwidth = measured_bandwidth(16 if timing.quick else 512)
     for case in cases:
-        own, noted, result = _measure(case, bandwidth, setting)
+        own, noted, result = _measure(case, bandwidth, timing)
         rows += own
         notes += noted
         results[case.dtype] = result
@@ -75,8 +75,8 @@ def run(setting: Setting) -> Report:
 
 
 def _measure(
-    case: Case, bandwidth: float, setting: Setting
-) -> tuple[list[Row], list[str], dict[str, Any]]:
+    case: _Case, bandwidth: float, timing: Timing
+) -> tuple[list[Measurements], list[str], dict[str, Any]]:
     sizes = sample_sizes(case.images, case.side)
     buckets = choose_buckets(sizes, case.buckets, multiple=8)
     starts, notes = _starts(case, buckets)
@@ -84,15 +84,14 @@ def _measure(
         table = _table(case, buckets)
         table.compile()
     peak = measured_peak(case.dtype)
-    seconds = _seconds(table, case, setting)
+    seconds = _seconds(table, case, timing)
     # Other work may have slowed one of them.
     peak = max(peak, measured_peak(case.dtype))
     _serve(table, sizes)
-    rows: list[Row] = []
+    rows: list[Measurements] = []
     for row in table.rows():
-        middle = spread(seconds[row.bucket])
+        took = milliseconds(seconds[row.bucket])
         flops = row.flops or _flops(case, row.bucket)
-        rate = flops / middle.median
         name = _name(row.bucket)
         rows.append(
             {
@@ -106,12 +105,10 @@ def _measure(
                 "GB": row.bytes / 1e9 if row.flops and row.bytes else None,
                 "compile s": row.compile_seconds,
                 **_start_columns(starts, name),
-                "ms": middle.median * 1e3,
-                "low": middle.low * 1e3,
-                "high": middle.high * 1e3,
+                **took,
                 "ms, served": row.seconds_per_call and row.seconds_per_call * 1e3,
-                "images/s": row.batch_size / middle.median,
-                "of peak": rate / peak,
+                "images/s": row.batch_size / took["ms"] * 1e3,
+                "of peak": flops / took["ms"] * 1e3 / peak,
             }
         )
     result: dict[str, Any] = {
@@ -129,7 +126,9 @@ def _measure(
     return rows, notes, result
 
 
-def _on_starts(case: Case, rows: Sequence[Row], result: dict[str, Any]) -> list[str]:
+def _on_starts(
+    case: _Case, rows: Sequence[Measurements], result: dict[str, Any]
+) -> list[str]:
     """What the starts come to over all buckets, in words; also put into `result`."""
     total = {
         name: sum(row[name] for row in rows)
@@ -158,7 +157,7 @@ def _on_starts(case: Case, rows: Sequence[Row], result: dict[str, Any]) -> list[
 
 
 def _seconds(
-    table: BucketTable, case: Case, setting: Setting
+    table: BucketTable, case: _Case, timing: Timing
 ) -> dict[Bucket, np.ndarray]:
     """Seconds of each call of each bucket's program, the buckets in turn."""
 
@@ -170,7 +169,7 @@ def _seconds(
 
     named = {_name(bucket): bucket for bucket in table.buckets}
     calls = {name: call(bucket) for name, bucket in named.items()}
-    seconds = time_in_turn(calls, rounds=setting.rounds, label=f"calls {case.dtype}")
+    seconds = time_in_turn(calls, rounds=timing.rounds, label=f"calls {case.dtype}")
     return {named[name]: times for name, times in seconds.items()}
 
 
@@ -182,7 +181,7 @@ def _serve(table: BucketTable, sizes: Sequence[Bucket]) -> None:
 
 
 def _starts(
-    case: Case, buckets: Sequence[Bucket]
+    case: _Case, buckets: Sequence[Bucket]
 ) -> tuple[dict[str, dict[str, Any]], list[str]]:
     """What processes of their own measured, by start and bucket; notes on failures."""
     found: dict[str, dict[str, Any]] = {}
@@ -240,7 +239,7 @@ def start(
     Returns: for each bucket, by its name, seconds to "compile" it and to the "first"
     result of a batch that waits for it.
     """
-    fields = Case(*case)
+    fields = _Case(*case)
     table = _table(fields, [(int(height), int(width)) for height, width in buckets])
     if ahead:
         table.compile()
@@ -261,7 +260,7 @@ def start(
     }
 
 
-def _table(case: Case, buckets: Sequence[Bucket]) -> BucketTable:
+def _table(case: _Case, buckets: Sequence[Bucket]) -> BucketTable:
     """A table of programs that are not compiled yet, of one device."""
     model, params = random_network(case.width, case.side, case.dtype)
     return BucketTable(
@@ -269,7 +268,7 @@ def _table(case: Case, buckets: Sequence[Bucket]) -> BucketTable:
     )
 
 
-def _flops(case: Case, bucket: Bucket) -> float:
+def _flops(case: _Case, bucket: Bucket) -> float:
     """Of a bucket's program, for a device whose compiler doesn't count them."""
     model, params = random_network(case.width, case.side, case.dtype)
     images = jax.ShapeDtypeStruct((case.batch, *bucket, 3), np.uint8)
@@ -296,7 +295,7 @@ def _name(bucket: Bucket) -> str:
     return f"{bucket[0]}×{bucket[1]}"
 
 
-def plot(rows: Sequence[Row]) -> Figure:
+def plot(rows: Sequence[Measurements]) -> Figure:
     """Seconds to a program and to a first result, and images a second, by bucket."""
     figure = Figure(figsize=(13, 1.6 + 0.45 * len(rows)), layout="constrained")
     left, middle, right = figure.subplots(1, 3, sharey=True)
@@ -323,9 +322,7 @@ def plot(rows: Sequence[Row]) -> Figure:
     right.set(title="full batches, median and quartiles", xlabel="images/s")
     right.margins(x=0.35)
     right.set_xlim(left=0)
-    names = [f"{row['bucket']}\n{row['dtype']}" for row in rows]
-    left.set_yticks(range(len(rows)), names, fontsize=8)
-    left.invert_yaxis()
+    left.tick_params(axis="y", labelsize=8)
     for axes in (left, middle):
         # Below the axis' label, whatever the height of the figure.
         axes.legend(
@@ -338,11 +335,11 @@ def plot(rows: Sequence[Row]) -> Figure:
     return figure
 
 
-def _bars(axes: Any, rows: Sequence[Row], columns: Mapping[str, str]) -> None:
+def _bars(axes: Any, rows: Sequence[Measurements], columns: Mapping[str, str]) -> None:
     """Bars of some columns beside each other; what is missing has none."""
-    height = 0.8 / len(columns)
-    for number, (column, label) in enumerate(columns.items()):
-        places = [n - 0.4 + height * (number + 0.5) for n in range(len(rows))]
-        values = [row.get(column) or 0 for row in rows]
-        axes.barh(places, values, height * 0.9, color=f"C{number}", label=label)
+    values = {
+        label: {f"{row['bucket']}\n{row['dtype']}": row.get(column) for row in rows}
+        for column, label in columns.items()
+    }
+    draw_bars(axes, values)
     axes.spines[["top", "right"]].set_visible(False)

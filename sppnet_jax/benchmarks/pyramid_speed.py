@@ -6,6 +6,7 @@ forward + backward is a forward pass too.
 """
 
 import functools
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -14,16 +15,16 @@ import jax.numpy as jnp
 import numpy as np
 from matplotlib.figure import Figure
 
-from sppnet_jax.benchmarks.peers import find_torch, torch_device
-from sppnet_jax.benchmarks.report import Report, Row, Setting
-from sppnet_jax.benchmarks.timing import spread, time_in_turn, times_as_fast
+from sppnet_jax.benchmarks.peers import find_torch, torch_device, wait_for
+from sppnet_jax.benchmarks.report import Measurements, Report, Timing, draw_bars
+from sppnet_jax.benchmarks.timing import milliseconds, time_in_turn, times_as_fast
 from sppnet_jax.pyramid.pooling import spatial_pyramid_pool
 
 OURS, FIRST, LAST = "sppnet_jax", "PyTorch, contiguous", "PyTorch, channels_last"
 PASSES = ("forward", "forward + backward")
 
 
-class Case(NamedTuple):
+class _Case(NamedTuple):
     """A batch of maps, and the pyramid."""
 
     batch: int
@@ -33,27 +34,27 @@ class Case(NamedTuple):
 
 
 PAPER = (  # training batches: conv5 at 224 and 180 pixels of ZF-5, 224 of Overfeat
-    Case(128, 13, 256, (6, 3, 2, 1)),
-    Case(128, 10, 256, (6, 3, 2, 1)),
-    Case(128, 13, 256, (4, 3, 2, 1)),
-    Case(128, 18, 512, (6, 3, 2, 1)),
+    _Case(128, 13, 256, (6, 3, 2, 1)),
+    _Case(128, 10, 256, (6, 3, 2, 1)),
+    _Case(128, 13, 256, (4, 3, 2, 1)),
+    _Case(128, 18, 512, (6, 3, 2, 1)),
 )
-QUICK = (Case(2, 13, 8, (6, 3, 2, 1)),)
+QUICK = (_Case(2, 13, 8, (6, 3, 2, 1)),)
 
 
-def run(setting: Setting) -> Report:
+def run(timing: Timing) -> Report:
     """Times every case in float32 and bfloat16."""
     torch, notes = find_torch()
-    rows: list[Row] = []
-    for case in QUICK if setting.quick else PAPER:
+    rows: list[Measurements] = []
+    for case in QUICK if timing.quick else PAPER:
         for dtype in ("float32", "bfloat16"):
-            rows += _rows(case, dtype, torch, setting)
+            rows += _rows(case, dtype, torch, timing)
     return Report(
         "pyramid", "Spatial pyramid pooling of a batch of maps", rows, plot, notes
     )
 
 
-def _rows(case: Case, dtype: str, torch: Any, setting: Setting) -> list[Row]:
+def _rows(case: _Case, dtype: str, torch: Any, timing: Timing) -> list[Measurements]:
     maps, weights = _inputs(case)
     passes = _ours(maps, weights, case.levels, dtype)
     alternatives = {OURS: passes}
@@ -63,15 +64,14 @@ def _rows(case: Case, dtype: str, torch: Any, setting: Setting) -> list[Row]:
                 torch, maps, weights, case.levels, dtype, getattr(torch, form)
             )
     differ = {name: _difference(other, passes) for name, other in alternatives.items()}
-    rows: list[Row] = []
+    rows: list[Measurements] = []
     for number, pass_name in enumerate(PASSES):
         seconds = time_in_turn(
             {name: calls[number] for name, calls in alternatives.items()},
-            rounds=setting.rounds,
+            rounds=timing.rounds,
             label=f"{case.side}×{case.side}×{case.channels} {dtype} {pass_name}",
         )
         for name, times in seconds.items():
-            middle = spread(times * 1e3)
             ratio = times_as_fast(seconds[OURS], times)
             rows.append(
                 {
@@ -80,9 +80,7 @@ def _rows(case: Case, dtype: str, torch: Any, setting: Setting) -> list[Row]:
                     "dtype": dtype,
                     "pass": pass_name,
                     "what": name,
-                    "ms": middle.median,
-                    "low": middle.low,
-                    "high": middle.high,
+                    **milliseconds(times),
                     "ours is × as fast": None if name == OURS else ratio.median,
                     "differs by": differ[name][number],
                 }
@@ -90,7 +88,7 @@ def _rows(case: Case, dtype: str, torch: Any, setting: Setting) -> list[Row]:
     return rows
 
 
-def _inputs(case: Case) -> tuple[np.ndarray, np.ndarray]:
+def _inputs(case: _Case) -> tuple[np.ndarray, np.ndarray]:
     """Maps of distinct values in a channel, exact in bfloat16, and weights of bins."""
     random = np.random.default_rng(0)
     shape = (case.batch, case.side, case.side, case.channels)
@@ -142,21 +140,17 @@ def _torch_passes(
         pooled = [torch.nn.functional.adaptive_max_pool2d(x, n) for n in levels]
         return torch.cat([level.flatten(2) for level in pooled], dim=2)
 
-    def wait() -> None:
-        if device == "cuda":
-            torch.cuda.synchronize()
-
     def forward() -> Any:
         with torch.no_grad():
             pooled = pool(x)
-        wait()
+        wait_for(torch)
         return (pooled,)
 
     def both() -> Any:
         needs.grad = None
         pooled = pool(needs)
         pooled.backward(w)
-        wait()
+        wait_for(torch)
         return pooled.detach(), needs.grad
 
     return [forward, both]
@@ -181,34 +175,19 @@ def _as_numpy(value: Any) -> np.ndarray:
     return value.float().cpu().movedim(1, -1).numpy()
 
 
-def plot(rows: Sequence[Row]) -> Figure:
+def plot(rows: Sequence[Measurements]) -> Figure:
     """Milliseconds of each alternative, a panel for each case."""
     cases = list(dict.fromkeys((r["maps"], r["levels"]) for r in rows))
     figure = Figure(figsize=(4.2 * len(cases), 4.6), layout="constrained")
     for axes, case in zip(
         figure.subplots(1, len(cases), squeeze=False)[0], cases, strict=True
     ):
-        own = [r for r in rows if (r["maps"], r["levels"]) == case]
-        groups = list(dict.fromkeys((r["dtype"], r["pass"]) for r in own))
-        names = list(dict.fromkeys(r["what"] for r in own))
-        height = 0.8 / len(names)
-        for n, name in enumerate(names):
-            for g, group in enumerate(groups):
-                for r in own:
-                    if r["what"] == name and (r["dtype"], r["pass"]) == group:
-                        axes.barh(
-                            g + n * height,
-                            r["ms"],
-                            height * 0.9,
-                            color=f"C{n}",
-                            label=name if not g else None,
-                        )
-        axes.set_yticks(
-            [g + 0.4 - height / 2 for g in range(len(groups))],
-            [f"{d}\n{p}" for d, p in groups],
-            fontsize=8,
-        )
-        axes.invert_yaxis()
+        values: dict[str, dict[str, float]] = defaultdict(dict)
+        for r in rows:
+            if (r["maps"], r["levels"]) == case:
+                values[r["what"]][f"{r['dtype']}\n{r['pass']}"] = r["ms"]
+        draw_bars(axes, values)
+        axes.tick_params(axis="y", labelsize=8)
         axes.set_xlabel("ms")
         axes.set_title(f"{case[0]}, {{{case[1]}}}", fontsize=10)
     labels = figure.axes[0].get_legend_handles_labels()

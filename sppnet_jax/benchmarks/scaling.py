@@ -19,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any, NamedTuple
@@ -27,8 +28,8 @@ import jax
 import numpy as np
 from matplotlib.figure import Figure
 
-from sppnet_jax.benchmarks.report import Report, Row, Setting
-from sppnet_jax.benchmarks.timing import spread, time_in_turn
+from sppnet_jax.benchmarks.report import Measurements, Report, Timing, draw_bars
+from sppnet_jax.benchmarks.timing import milliseconds, spread, time_in_turn
 from sppnet_jax.network.model import create_model
 from sppnet_jax.network.preprocess import Preprocessing
 from sppnet_jax.run import caches, parallel
@@ -52,7 +53,7 @@ class Layout(NamedTuple):
     devices: int  # in all processes together
 
 
-class Network(NamedTuple):
+class _Case(NamedTuple):
     """What is trained: ZF-5 of some width, and the batches.
 
     `batch`: images of all devices together in strong scaling; `per_device`: images of
@@ -65,26 +66,26 @@ class Network(NamedTuple):
     per_device: int
 
 
-SMALL = Network(1 / 6, 64, 64, 16)
-QUICK = Network(1 / 48, 40, 4, 2)
-LARGE = Network(1.0, 224, 512, 128)  # on accelerators
+SMALL = _Case(1 / 6, 64, 64, 16)
+QUICK = _Case(1 / 48, 40, 4, 2)
+LARGE = _Case(1.0, 224, 512, 128)  # on accelerators
 
 
-def run(setting: Setting) -> Report:
+def run(timing: Timing) -> Report:
     """Times every layout that this machine can have."""
     on_gpu = jax.devices()[0].platform == "gpu"
-    most = jax.local_device_count() if on_gpu else 2 if setting.quick else 4
+    most = jax.local_device_count() if on_gpu else 2 if timing.quick else 4
     layouts = _layouts(most)
-    network = QUICK if setting.quick else LARGE if on_gpu else SMALL
+    case = QUICK if timing.quick else LARGE if on_gpu else SMALL
     with contextlib.ExitStack() as stack:
         groups = {
-            layout: stack.enter_context(workers(layout, network, on_gpu=on_gpu))
+            layout: stack.enter_context(workers(layout, case, on_gpu=on_gpu))
             for layout in layouts
         }
         rows = [
             row
             for kind in ("strong", "weak")
-            for row in _rows(kind, groups, network, setting)
+            for row in _rows(kind, groups, case, timing)
         ]
     notes = [
         f"rate: images/s beside those of one device. {_perfect(on_gpu)}",
@@ -93,7 +94,7 @@ def run(setting: Setting) -> Report:
     ]
     if on_gpu and len(layouts) == 1:
         notes.append("there is one GPU: nothing to scale over")
-    title = f"A training step of ZF-5, width {network.width:.3g}, over devices"
+    title = f"A training step of ZF-5, width {case.width:.3g}, over devices"
     return Report("scaling", title, _compared(rows), plot, notes)
 
 
@@ -115,8 +116,8 @@ def _layouts(devices: int) -> list[Layout]:
 
 
 def _rows(
-    kind: str, groups: dict[Layout, "Workers"], network: Network, setting: Setting
-) -> list[Row]:
+    kind: str, groups: dict[Layout, "Workers"], case: _Case, timing: Timing
+) -> list[Measurements]:
     """Times of all layouts in turn, in one kind of scaling."""
     losses = {layout: group.ask(f"loss {kind}")[0] for layout, group in groups.items()}
     names = {f"{p} × {d // p}": Layout(p, d) for p, d in groups}
@@ -125,14 +126,14 @@ def _rows(
             name: functools.partial(groups[layout].ask, f"time {kind}")
             for name, layout in names.items()
         },
-        rounds=setting.rounds,
+        rounds=timing.rounds,
         label=f"{kind} scaling",
     )
-    rows: list[Row] = []
-    one = seconds["1 × 1"] / _global_batch(kind, network, 1)
+    rows: list[Measurements] = []
+    one = seconds["1 × 1"] / _global_batch(kind, case, 1)
     for name, layout in names.items():
-        batch = _global_batch(kind, network, layout.devices)
-        middle = spread(seconds[name] / STEPS * 1e3)
+        batch = _global_batch(kind, case, layout.devices)
+        took = milliseconds(seconds[name] / STEPS)
         rows.append(
             {
                 "processes × devices": name,
@@ -140,10 +141,8 @@ def _rows(
                 "devices": layout.devices,
                 "processes": layout.processes,
                 "batch": batch,
-                "ms": middle.median,
-                "low": middle.low,
-                "high": middle.high,
-                "images/s": batch / middle.median * 1e3,
+                **took,
+                "images/s": batch / took["ms"] * 1e3,
                 "rate": spread(one / (seconds[name] / batch)).median,
                 "loss": losses[layout],
             }
@@ -151,7 +150,7 @@ def _rows(
     return rows
 
 
-def _compared(rows: Sequence[Row]) -> list[Row]:
+def _compared(rows: Sequence[Measurements]) -> list[Measurements]:
     """The rows with the difference of each loss from the first of its batch."""
     first: dict[int, float] = {}
     for row in rows:
@@ -162,8 +161,8 @@ def _compared(rows: Sequence[Row]) -> list[Row]:
     ]
 
 
-def _global_batch(kind: str, network: Network, devices: int) -> int:
-    return network.batch if kind == "strong" else network.per_device * devices
+def _global_batch(kind: str, case: _Case, devices: int) -> int:
+    return case.batch if kind == "strong" else case.per_device * devices
 
 
 class Workers(NamedTuple):
@@ -214,7 +213,7 @@ class Workers(NamedTuple):
 
 @contextlib.contextmanager
 def workers(
-    layout: Layout, network: Network, *, on_gpu: bool = False, timeout: float = TIMEOUT
+    layout: Layout, case: _Case, *, on_gpu: bool = False, timeout: float = TIMEOUT
 ) -> Iterator[Workers]:
     """Starts the processes of a layout; they are killed at the end.
 
@@ -232,7 +231,7 @@ def workers(
                     "index": index,
                     "processes": layout.processes,
                     "coordinator": f"localhost:{port}" if layout.processes > 1 else "",
-                    "network": network._asdict(),
+                    "case": case._asdict(),
                 }
                 started.append(
                     subprocess.Popen(
@@ -274,13 +273,13 @@ def _work(job: dict[str, Any], questions: IO[str], answers: IO[str]) -> None:
     """Answers "loss KIND" with a sum of losses, "time KIND" with 0 after some steps."""
     caches.use_compilation_cache()
     parallel.join_processes(job["coordinator"], job["index"], job["processes"])
-    network = Network(**job["network"])
+    case = _Case(**job["case"])
     model = create_model(
         "zf5",
         LEVELS,
         10,
-        width=network.width,
-        image_size=network.image_size,
+        width=case.width,
+        image_size=case.image_size,
         dropout=0.0,  # its random numbers go by device
         weight_init="he",
     )
@@ -290,7 +289,7 @@ def _work(job: dict[str, Any], questions: IO[str], answers: IO[str]) -> None:
     for question in questions:
         what, kind = question.split()
         batch = shard_batch(
-            _own_batch(_global_batch(kind, network, jax.device_count()), network, job)
+            _own_batch(_global_batch(kind, case, jax.device_count()), case, job)
         )
         if what == "loss":
             state, total = create_state(model, optimizer, seed=0), 0.0
@@ -302,12 +301,10 @@ def _work(job: dict[str, Any], questions: IO[str], answers: IO[str]) -> None:
         print(total if what == "loss" else 0.0, file=answers, flush=True)
 
 
-def _own_batch(
-    size: int, network: Network, job: dict[str, Any]
-) -> dict[str, np.ndarray]:
+def _own_batch(size: int, case: _Case, job: dict[str, Any]) -> dict[str, np.ndarray]:
     """This process's rows of the global batch, which is the same for all layouts."""
     random = np.random.default_rng(0)
-    shape = (size, network.image_size, network.image_size, 3)
+    shape = (size, case.image_size, case.image_size, 3)
     batch = {
         "image": random.integers(0, 256, shape, np.uint8),
         "label": random.integers(0, 10, size),
@@ -317,16 +314,14 @@ def _own_batch(
     return {name: values[own] for name, values in batch.items()}
 
 
-def plot(rows: Sequence[Row]) -> Figure:
+def plot(rows: Sequence[Measurements]) -> Figure:
     """Milliseconds of a step and images/s beside one device, by layout."""
     figure = Figure(figsize=(9, 4), layout="constrained")
-    kinds = list(dict.fromkeys(r["scaling"] for r in rows))
     for axes, column in zip(figure.subplots(1, 2), ("ms", "rate"), strict=True):
-        for n, kind in enumerate(kinds):
-            own = [r for r in rows if r["scaling"] == kind]
-            places = np.arange(len(own)) + 0.4 * n - 0.2
-            axes.bar(places, [r[column] for r in own], 0.36, label=f"{kind} scaling")
-            axes.set_xticks(range(len(own)), [r["processes × devices"] for r in own])
+        values: dict[str, dict[str, float]] = defaultdict(dict)
+        for r in rows:
+            values[f"{r['scaling']} scaling"][r["processes × devices"]] = r[column]
+        draw_bars(axes, values, upright=True)
         axes.set_xlabel("processes × devices of each")
         axes.grid(axis="y", alpha=0.3)
     figure.axes[0].set_ylabel("ms of a step")

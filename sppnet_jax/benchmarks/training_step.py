@@ -9,6 +9,7 @@ import contextlib
 import ctypes
 import importlib
 import multiprocessing
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
 from pathlib import Path
@@ -21,9 +22,9 @@ from matplotlib.figure import Figure
 
 from sppnet_jax.benchmarks.flops import count_flops
 from sppnet_jax.benchmarks.peak import measured_peak
-from sppnet_jax.benchmarks.peers import find_peers, find_torch, torch_device
-from sppnet_jax.benchmarks.report import Report, Row, Setting
-from sppnet_jax.benchmarks.timing import spread, time_in_turn, times_as_fast
+from sppnet_jax.benchmarks.peers import find_peers, find_torch, torch_device, wait_for
+from sppnet_jax.benchmarks.report import Measurements, Report, Timing, draw_bars
+from sppnet_jax.benchmarks.timing import milliseconds, time_in_turn, times_as_fast
 from sppnet_jax.network.model import SPPNet, create_model
 from sppnet_jax.network.preprocess import Preprocessing
 from sppnet_jax.network.trunks import BACKBONES
@@ -80,17 +81,17 @@ class Step(NamedTuple):
     peak_bytes: int | None
 
 
-def run(setting: Setting) -> Report:
+def run(timing: Timing) -> Report:
     """Times every backbone, and measures the memory of each alternative."""
     platform = jax.devices()[0].platform
-    size = QUICK if setting.quick else SIZES.get(platform, SIZES["cpu"])
+    size = QUICK if timing.quick else SIZES.get(platform, SIZES["cpu"])
     torch, notes = find_torch()
-    rounds = min(setting.rounds, size.rounds)
-    if rounds < setting.rounds:
-        notes.append(f"{rounds} rounds, not {setting.rounds}: a step takes seconds")
+    rounds = min(timing.rounds, size.rounds)
+    if rounds < timing.rounds:
+        notes.append(f"{rounds} rounds, not {timing.rounds}: a step takes seconds")
     if "bfloat16" not in size.dtypes:
         notes.append("bfloat16 is left out: processors are slower in it")
-    rows: list[Row] = []
+    rows: list[Measurements] = []
     for dtype in size.dtypes:
         peak = measured_peak(dtype)
         for name in size.networks:
@@ -129,7 +130,7 @@ def _explanations(platform: str, torch: Any) -> list[str]:
 
 def _rows(
     name: str, dtype: str, size: Size, torch: Any, rounds: int, peak: float
-) -> tuple[list[Row], list[str]]:
+) -> tuple[list[Measurements], list[str]]:
     """The rows of one backbone in one dtype, and notes on what did not work."""
     peers = {peer.name(): peer for peer in _peers(dtype)} if torch is not None else {}
     params = _random_params(name, dtype, size)
@@ -155,23 +156,21 @@ def _rows(
     running.clear()  # frees their states
     if jax.devices()[0].platform == "cpu":
         peaks = _resident_peaks(name, dtype, size, [None, *peers.values()])
-    rows: list[Row] = []
+    rows: list[Measurements] = []
     for what, times in seconds.items():
-        middle = spread(times * 1e3)
+        took = milliseconds(times)
         ratio = times_as_fast(seconds[OURS], times)
         rows.append(
             {
                 "network": name,
                 "dtype": dtype,
                 "what": what,
-                "images/s": size.batch / middle.median * 1e3,
-                "ms": middle.median,
-                "low": middle.low,
-                "high": middle.high,
+                "images/s": size.batch / took["ms"] * 1e3,
+                **took,
                 "ours is × as fast": None if what == OURS else ratio.median,
                 "peak MB": _megabytes(peaks.get(what)),
                 "GFLOP": flops / 1e9,
-                "share of peak": flops / (middle.median / 1e3) / peak,
+                "share of peak": flops / (took["ms"] / 1e3) / peak,
                 "differs by": differ.get(what),
             }
         )
@@ -300,8 +299,7 @@ def _torch_step(
 
     def step() -> Any:
         results = train_step(pixels, targets, LEARNING_RATE)
-        if on_gpu:
-            torch.cuda.synchronize()
+        wait_for(torch)
         return results
 
     peak_bytes = None
@@ -361,26 +359,18 @@ def _memory_status(field: str) -> int:
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
 
 
-def plot(rows: Sequence[Row]) -> Figure:
+def plot(rows: Sequence[Measurements]) -> Figure:
     """Images/s and peak memory of each alternative, by network."""
-    names = list(dict.fromkeys(r["network"] for r in rows))
-    kinds = list(dict.fromkeys((r["what"], r["dtype"]) for r in rows))
     figure = Figure(figsize=(10, 4.6), layout="constrained")
     left, right = figure.subplots(1, 2)
-    width = 0.8 / max(1, len(kinds))
-    for n, (what, dtype) in enumerate(kinds):
-        own = {
-            r["network"]: r for r in rows if (r["what"], r["dtype"]) == (what, dtype)
-        }
-        for axes, column in ((left, "images/s"), (right, "peak MB")):
-            heights = [own.get(name, {}).get(column) or 0.0 for name in names]
-            places = np.arange(len(names)) + (n + 0.5) * width - 0.4
-            axes.bar(places, heights, width * 0.9, label=f"{what}, {dtype}")
+    for axes, column in ((left, "images/s"), (right, "peak MB")):
+        values: dict[str, dict[str, float]] = defaultdict(dict)
+        for r in rows:
+            values[f"{r['what']}, {r['dtype']}"][r["network"]] = r[column]
+        draw_bars(axes, values, upright=True)
+        axes.grid(axis="y", alpha=0.3)
     left.set_ylabel("images/s")
     right.set_ylabel("peak memory, MB")
-    for axes in (left, right):
-        axes.set_xticks(range(len(names)), names)
-        axes.grid(axis="y", alpha=0.3)
     figure.legend(
         *left.get_legend_handles_labels(), loc="outside lower center", ncols=3
     )

@@ -107,6 +107,24 @@ def evaluate_networks(
     return report
 
 
+def evaluate_once(
+    workdirs: Sequence[Path], protocol_name: str, path: Path
+) -> dict[str, Any]:
+    """The test of networks by a protocol's own views, kept in a file of its own.
+
+    A result that is there is not measured again, unless a network was trained further.
+    """
+    steps = [run_folder.newest_step(workdir) for workdir in workdirs]
+    if path.exists():
+        report: dict[str, Any] = run_folder.read_json(path)
+        names = [str(workdir) for workdir in workdirs]
+        if (report["workdirs"], report["checkpoint_steps"]) == (names, steps):
+            return report
+    report = evaluate_networks(workdirs, protocol_name)
+    files.write_json(path, report)
+    return report
+
+
 def result_name(protocol_name: str, networks: int, *, changed: bool = False) -> str:
     """What the files of a result are called, without .json and .png.
 

@@ -31,7 +31,7 @@ from sppnet_jax.run.figures import (
     show_image,
     tidy,
 )
-from sppnet_jax.run.run_folder import whole_file
+from sppnet_jax.run.files import whole_file
 
 PAGE_WIDTH = 12.0  # inches
 POINTS = 72 / DPI  # of a pixel
@@ -103,7 +103,6 @@ def save_image(image: np.ndarray, path: Path) -> Path:
     """
     if path.suffix.lower() not in (".png", ".jpg", ".jpeg"):
         raise ValueError(f"can't write {path}: its suffix must be .png, .jpg or .jpeg")
-    path.parent.mkdir(parents=True, exist_ok=True)
     quality = [cv2.IMWRITE_JPEG_QUALITY, 92]
     with whole_file(path) as file:
         file.write(cv2.imencode(path.suffix, image[..., ::-1], quality)[1].tobytes())

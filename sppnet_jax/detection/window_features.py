@@ -106,7 +106,9 @@ def atlas_inputs(
 ) -> tuple[tuple[np.ndarray, np.ndarray], int, np.ndarray]:
     """An atlas and its distinct windows, padded; see `WindowFeatures.inputs`."""
     distinct, which = share_windows(windows)
-    padded = np.tile(np.array([[0, 0, 1, 1]], np.int32), (_padded(len(distinct)), 1))
+    padded = np.tile(
+        np.array([[0, 0, 1, 1]], np.int32), (padded_count(len(distinct)), 1)
+    )
     padded[: len(distinct)] = distinct
     return (atlas, padded), len(distinct), which
 
@@ -132,7 +134,7 @@ def from_warped(
     def inputs(image: int, chosen: Rows) -> tuple[Any, int, np.ndarray]:
         stored = stored_of(image)
         rows, which = np.unique(chosen, return_inverse=True)
-        padded = np.zeros((_padded(len(rows)), *stored.shape[1:]), np.float32)
+        padded = np.zeros((padded_count(len(rows)), *stored.shape[1:]), np.float32)
         padded[: len(rows)] = stored[rows]
         return padded, len(rows), which.reshape(-1)
 
@@ -203,7 +205,7 @@ def pooled_rows(params: Any, pooled: jax.Array) -> jax.Array:
     return pooled
 
 
-def _padded(count: int) -> int:
+def padded_count(count: int) -> int:
     """The next multiple of `CHUNK`; of few rows, the next power of two."""
     if count > CHUNK:
         return -(-count // CHUNK) * CHUNK

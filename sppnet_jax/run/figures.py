@@ -15,7 +15,7 @@ from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from sppnet_jax.run.run_folder import whole_file
+from sppnet_jax.run.files import whole_file
 
 # As far from each other as 20 colours can be, those that can be read on white first.
 COLORS = (
@@ -149,7 +149,6 @@ def tidy(axes: Axes, **ticks: Any) -> None:
 
 def save_figure(figure: Figure, path: Path) -> Path:
     """Writes a figure, whole or not at all, and closes it; returns its path."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     with whole_file(path) as file:
         figure.savefig(file, dpi=DPI, format=path.suffix[1:] or None)
     if pyplot := sys.modules.get("matplotlib.pyplot"):

@@ -53,10 +53,16 @@ class TrainingData(NamedTuple):
         )
 
 
+def newest_step(workdir: Path) -> int | None:
+    """The step of a run's newest checkpoint; None before the first."""
+    folder = workdir / CHECKPOINTS
+    names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+    return max((int(name) for name in names if name.isdigit()), default=None)
+
+
 def has_checkpoint(workdir: Path) -> bool:
     """Whether a run has got as far as its first checkpoint."""
-    folder = workdir / CHECKPOINTS
-    return folder.is_dir() and any(path.name.isdigit() for path in folder.iterdir())
+    return newest_step(workdir) is not None
 
 
 def save_config(workdir: Path, config: dict[str, Any]) -> None:
