@@ -14,7 +14,7 @@ from sppnet_jax.run.figures import show_image as show
 
 
 def test_no_picture_of_the_package_needs_pyplot(tmp_path):
-    """It would take long to load, and keeps every figure."""
+    """It would keep every figure, and choose a screen to show them on."""
     code = (
         "import sys; sys.modules['matplotlib.pyplot'] = None\n"
         "from pathlib import Path; import numpy as np\n"

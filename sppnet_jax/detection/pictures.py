@@ -91,7 +91,7 @@ def draw_detections(
     canvas.draw()
     sheet, drawn = np.asarray(canvas.buffer_rgba()), image.copy()
     inked = sheet[..., 3] > 0
-    ink, alpha = sheet[inked][:, :3], sheet[inked][:, 3:] / 255
+    ink, alpha = sheet[inked][:, :3], sheet[inked][:, 3:] / np.float32(255)
     drawn[inked] = np.round(alpha * ink + (1 - alpha) * image[inked])
     return drawn
 

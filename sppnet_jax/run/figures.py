@@ -1,6 +1,6 @@
 """What all pictures share: colours, panels, images, boxes with labels, and files.
 
-Figures are matplotlib's own, never pyplot's, which takes long to load and keeps them.
+Figures are matplotlib's own, never pyplot's, which keeps them.
 Boxes are half-open (ymin, xmin, ymax, xmax) in pixels of the image that they lie on.
 """
 
