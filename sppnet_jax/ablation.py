@@ -355,8 +355,6 @@ def _one_config(shared: ConfigDict, pyramid: Levels, seed: int) -> ConfigDict:
 
 def _digest(config: ConfigDict, train: "Source", test: "Source") -> str:
     """Eight letters for all that the networks of an ablation have in common."""
-    from sppnet_jax.data.sources import TfdsRecords
-
     told = {name: value for name, value in _fields(config) if name not in _NO_MATTER}
     for name in _NOT_HERE:
         told.pop(name)
@@ -364,8 +362,7 @@ def _digest(config: ConfigDict, train: "Source", test: "Source") -> str:
         (source.name, source.split, len(source.records), source.class_names)
         for source in (train, test)
     ]
-    records = (source.records for source in (train, test))
-    files = [own.state() for own in records if isinstance(own, TfdsRecords)]
+    files = [source.digest for source in (train, test)]
     text = json.dumps([told, splits, files], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:8]
 
