@@ -323,16 +323,13 @@ def main() -> None:
 def open_cases(folder: Path, *, root: str, data_dir: str, quick: bool) -> list[_Case]:
     """A folder of photographs at the paper's sizes, and the digits of the tour.
 
-    `folder`: the photographs are made there if there is no `root`, and prepared.
+    `folder`: the photographs are made there if there is no `root`.
     """
-    given = data_dir or os.environ.get("TFDS_DATA_DIR", "")
     made = root or str(
         photograph_folder(folder / "photographs", images=40 if quick else 600)
     )
-    # What is made for this run only is prepared where it vanishes too.
-    prepared = given if root else str(folder / "tensorflow_datasets")
-    photographs = open_source("image_folder", "train", root=made, data_dir=prepared)
-    digits = open_source("digit_scenes/classification", "train", data_dir=given)
+    photographs = open_source("image_folder", "train", root=made)
+    digits = open_source("digit_scenes/classification", "train", data_dir=data_dir)
     sizes = np.array([images.image_size(e) for e in _files(photographs)])
     few = 2 if quick else 0
     height, width = np.median(sizes, axis=0).astype(int)

@@ -4,7 +4,7 @@
 
 runs `python -m sppnet_jax.train` up to its first step, in a process and a workdir of
 its own each time: once with an empty cache folder, once with the one that start filled,
-in turn. The data set is prepared before. It tells where the time goes: importing,
+in turn. The digits are prepared before. It tells where the time goes: importing,
 opening the data, the training set's statistics, making the network, compiling the step
 and running it. JAX_COMPILATION_CACHE_DIR in the environment is left out of account.
 """
@@ -159,7 +159,7 @@ def plot(rows: Sequence[Measurements]) -> Figure:
 def networks(folder: Path, *, quick: bool, data_dir: str) -> dict[str, list[str]]:
     """The trainings to start: the tour's digits, and photographs at 96 pixels.
 
-    The photographs are made in `folder`; the data sets are prepared.
+    The photographs are made in `folder`; the digits are prepared.
     """
     where = f"--config.data.data_dir={data_dir}"
     open_source("digit_scenes/classification", "train", data_dir=data_dir)
@@ -169,10 +169,9 @@ def networks(folder: Path, *, quick: bool, data_dir: str) -> dict[str, list[str]
         return {"digits": [*digits, *small]}
     photographs = photograph_folder(folder / "photographs", images=1_000)
     root = f"--config.data.root={photographs}"
-    open_source("image_folder", "train", root=str(photographs), data_dir=data_dir)
     return {
         "digits": digits,
-        "photographs": ["--config=configs/folder.py", root, where],
+        "photographs": ["--config=configs/folder.py", root],
     }
 
 

@@ -46,6 +46,14 @@ def write_two_colors(root: Path, height: int, width: int) -> None:
                 path.write_bytes(encode(image))
 
 
+def exchange(one: Path, other: Path) -> None:
+    """Exchanges the contents of two files, or two folders."""
+    between = one.with_name("between")
+    one.rename(between)
+    other.rename(one)
+    between.rename(other)
+
+
 def make_source(
     count: int, broken: tuple[int, ...] = (), labels: tuple[int, ...] | None = None
 ) -> Source:

@@ -17,18 +17,14 @@ from data_helpers import (
     voc_object,
     voc_xml,
     write_class_folders,
-    write_images,
     write_voc_folder,
 )
 from mock_imagenet import prepare_mock_imagenet
 
-from sppnet_jax.data.detection_sources import (
-    open_detection_source,
-    read_objects,
-    recover_pixels,
-)
+from sppnet_jax.data.detection_sources import open_detection_source, read_objects
 from sppnet_jax.data.images import image_size
 from sppnet_jax.data.sources import Source, available_splits, open_source
+from sppnet_jax.data.tfds_records import recover_pixels
 
 CLASSES = ("aeroplane", "bicycle", "bird")
 POSES = ("frontal", "rear", "left", "right", "unspecified")
@@ -236,9 +232,8 @@ def test_a_folder_gives_the_pixels_of_its_annotations(tmp_path: Path) -> None:
             for xmin, ymin, xmax, ymax in corners.tolist()
         ]
     root = str(write_voc_folder(tmp_path / "voc", annotations))
-    where = {"root": root, "data_dir": str(tmp_path)}
-    assert available_splits("voc_folder", **where) == ("trainval", "test")
-    source = open_detection_source("voc_folder", "trainval+test", **where)
+    assert available_splits("voc_folder", root=root) == ("trainval", "test")
+    source = open_detection_source("voc_folder", "trainval+test", root=root)
     found = objects_by_name(source)
     assert {name: one.boxes.tolist() for name, one in found.items()} == expected
 
@@ -320,13 +315,3 @@ def test_a_label_outside_the_range_names_the_record(tmp_path: Path) -> None:
     )
     with pytest.raises(ValueError, match=r"'000001.jpg' .* label 2, outside 0…1 of"):
         open_detection_source("voc/2007", "train", data_dir=data_dir)
-
-
-def test_reading_needs_no_file_of_the_folder(tmp_path: Path) -> None:
-    root = tmp_path / "voc"
-    write_voc_folder(root, {"a": voc_xml(voc_object())}, {"train.txt": "a"})
-    where = {"root": str(root), "data_dir": str(tmp_path)}
-    source = open_detection_source("voc_folder", "train", **where)
-    (root / "JPEGImages/a.png").unlink()
-    write_images(root, "JPEGImages/other.png")
-    assert read_objects(source)[0].boxes.tolist() == [[2, 4, 9, 14]]

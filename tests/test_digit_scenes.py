@@ -1,5 +1,9 @@
 """The embedded data set is what its docstring says, and is the same everywhere."""
 
+import signal
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import cv2
@@ -196,3 +200,43 @@ def _decoded(scene: dict[str, Any]) -> np.ndarray:
 
 def _luma(image: np.ndarray) -> np.ndarray:
     return image @ np.array([0.299, 0.587, 0.114])
+
+
+OPEN = """
+import os, sys
+from sppnet_jax.data.digit_scenes import DigitScenes
+from sppnet_jax.data.sources import open_source
+read = DigitScenes._generate_examples
+def generate(self, split):
+    for number, example in read(self, split):
+        yield number, example
+        if sys.argv[2] == "killed":
+            os.kill(os.getpid(), 9)
+        if number == 7:
+            return
+DigitScenes._generate_examples = generate
+source = open_source("digit_scenes/classification", "train", data_dir=sys.argv[1])
+print("records:", len(source.records))
+"""
+
+
+def start(data_dir: Path, mode: str = "") -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-c", OPEN, str(data_dir), mode],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=Path(__file__).parents[1],
+    )
+
+
+def test_preparing_survives_a_kill_and_two_processes_at_once(tmp_path: Path) -> None:
+    killed = start(tmp_path, "killed")
+    killed.communicate(timeout=60)
+    assert killed.returncode == -signal.SIGKILL
+    assert list(tmp_path.glob("digit_scenes/classification/incomplete.*"))
+    both = [start(tmp_path) for _ in range(2)]
+    for process in both:
+        output, errors = process.communicate(timeout=60)
+        assert "records: 8" in output, errors
+    assert not list(tmp_path.glob("digit_scenes/classification/incomplete.*"))

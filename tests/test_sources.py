@@ -14,7 +14,7 @@ from data_helpers import encode, make_source, picture, write_class_folders
 from mock_imagenet import prepare_mock_imagenet
 
 from sppnet_jax.data.images import decode_image
-from sppnet_jax.data.sources import available_splits, check_labels, open_source
+from sppnet_jax.data.sources import available_splits, check_labels, open_source, subset
 
 
 @pytest.fixture(scope="module")
@@ -287,9 +287,34 @@ def test_one_of_several_labels_outside_the_range_names_the_record(
         open_source("voc/2007", "train", data_dir=str(tmp_path), multi_label=True)
 
 
+def test_tfds_data_is_identified_by_version_split_and_size(imagenet_dir: str) -> None:
+    def digest(split: str) -> str:
+        return open_source("imagenet2012", split, data_dir=imagenet_dir).digest
+
+    assert digest("train") == "imagenet2012/5.1.0 train 32"
+    assert digest("train[:50%]") == "imagenet2012/5.1.0 train[:50%] 16"
+
+
+def test_a_subset_has_the_records_of_the_indices() -> None:
+    source = make_source(5)._replace(digest="all five")
+    part = subset(source, np.array([3, 1]))
+    assert [record["name"] for record in part.records] == [
+        "picture_3.png",
+        "picture_1.png",
+    ]
+    assert (len(part.records), part.digest) == (2, "")
+
+
 def test_an_image_folder_needs_its_root() -> None:
     with pytest.raises(ValueError, match="needs its folder: set root"):
         open_source("image_folder", "train")
+
+
+def test_a_folder_has_one_class_an_image_or_several(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"several classes .* leave multi_label out"):
+        open_source("image_folder", "train", root=str(tmp_path), multi_label=True)
+    with pytest.raises(ValueError, match=r"one class each.*open it with multi_label"):
+        open_source("voc_folder", "train", root=str(tmp_path))
 
 
 def test_an_unknown_split_of_a_folder_lists_those_there_are(tmp_path: Path) -> None:
@@ -297,9 +322,7 @@ def test_an_unknown_split_of_a_folder_lists_those_there_are(tmp_path: Path) -> N
     with pytest.raises(
         ValueError, match=r"unknown split 'val' .* it has 'train', 'test'"
     ):
-        open_source(
-            "image_folder", "val", root=str(tmp_path / "pets"), data_dir=str(tmp_path)
-        )
+        open_source("image_folder", "val", root=str(tmp_path / "pets"))
 
 
 def test_a_data_dir_that_cannot_be_written_says_so(tmp_path: Path) -> None:

@@ -5,17 +5,26 @@ import logging
 import os
 import re
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import PIL.Image
 import pytest
-from data_helpers import encode, picture, voc_object, voc_xml, write_voc_folder
+from data_helpers import (
+    encode,
+    exchange,
+    picture,
+    voc_object,
+    voc_xml,
+    write_voc_folder,
+)
 
+from sppnet_jax.data import voc_folder
 from sppnet_jax.data.detection_sources import open_detection_source
 from sppnet_jax.data.images import decode_image
 from sppnet_jax.data.sources import available_splits, open_source
-from sppnet_jax.data.voc_annotations import AnnotatedImage
+from sppnet_jax.data.voc_annotations import AnnotatedImage, read_image
 from sppnet_jax.data.voc_folder import (
     FolderAnnotations,
     read_annotations,
@@ -41,7 +50,7 @@ def read_one(
     annotations = {"odd": xml, "good": GOOD, "fine": GOOD}
     write_voc_folder(root, annotations, {"train.txt": ids}, **options)
     found = read_folder(root)
-    return found.splits["train"].get("JPEGImages/odd.png"), "\n".join(found.notes)
+    return found.images.get("JPEGImages/odd.png"), "\n".join(found.notes)
 
 
 def test_a_box_becomes_half_open(tmp_path: Path) -> None:
@@ -225,7 +234,7 @@ def test_an_image_that_cannot_be_opened_is_left_out(tmp_path: Path, end: int) ->
     path = tmp_path / "JPEGImages/odd.png"
     path.write_bytes(path.read_bytes()[:end])
     found = read_folder(tmp_path)
-    assert len(found.splits["train"]) == 2
+    assert len(found.images) == 2
     (note,) = found.notes
     assert "1 images could not be opened: left out (such as JPEGImages/odd.png)" in note
 
@@ -280,7 +289,7 @@ def test_boxes_on_an_image_before_its_rotation_turn_with_it(
     PIL.Image.fromarray(pixels).save(buffer, "jpeg", exif=exif, quality=100)
     (tmp_path / "JPEGImages/odd.png").write_bytes(buffer.getvalue())
     found = read_folder(tmp_path)
-    image = found.splits["train"]["JPEGImages/odd.png"]
+    image = found.images["JPEGImages/odd.png"]
     shown = decode_image(buffer.getvalue())
     assert image.size == shown.shape[:2] == (64, 48)
     rows, columns = np.nonzero(shown.mean(axis=2) > 127)
@@ -323,8 +332,8 @@ def test_every_list_of_images_is_a_split_of_its_name(tmp_path: Path) -> None:
     assert ids_of(tmp_path) == expected | {"all_": ["b"], "v1_0_new": ["c"]}
     notes = scan_folder(tmp_path).notes
     assert any("the list all.txt is split 'all_'" in note for note in notes)
-    where = {"root": str(tmp_path), "data_dir": str(tmp_path / "tfds")}
-    assert set(available_splits("voc_folder", **where)) == set(ids_of(tmp_path))
+    where = {"root": str(tmp_path)}
+    assert available_splits("voc_folder", **where) == tuple(ids_of(tmp_path))
     for split, ids in ids_of(tmp_path).items():
         source = open_detection_source("voc_folder", split, **where)
         assert sorted(r["name"] for r in source.records) == [f"{i}.png" for i in ids]
@@ -380,7 +389,9 @@ def test_a_list_of_which_all_is_absent_is_no_split(tmp_path: Path) -> None:
     lists = {"train.txt": "a\n", "test.txt": "x\ny\n"}
     write_voc_folder(tmp_path, {"a": GOOD}, lists)
     assert ids_of(tmp_path) == {"train": ["a"]}
-    assert any("test.txt can be used: no split" in n for n in scan_folder(tmp_path)[3])
+    assert any(
+        "test.txt can be used: no split" in n for n in scan_folder(tmp_path).notes
+    )
     (tmp_path / "JPEGImages/a.png").unlink()
     with pytest.raises(ValueError, match="no image with an annotation"):
         scan_folder(tmp_path)
@@ -465,7 +476,6 @@ def test_the_one_folder_in_voc_layout_below_the_root_is_found(tmp_path: Path) ->
     for root in (devkit / "VOC2007", devkit, tmp_path / "x"):
         scan = scan_folder(root)
         assert scan.root == devkit / "VOC2007"
-        assert scan.config_name.startswith("VOC2007-")
     write_voc_folder(devkit / "VOC2012", {"a": GOOD}, {"train.txt": "a"})
     with pytest.raises(ValueError, match=r"2 folders .*VOC2007', '.*VOC2012'"):
         scan_folder(devkit)
@@ -487,7 +497,7 @@ def test_a_folder_that_is_not_in_voc_layout_is_an_error(tmp_path: Path) -> None:
         scan_folder(tmp_path / "bare")
 
 
-def test_a_data_set_holds_the_files_own_bytes(
+def test_records_hold_the_files_own_bytes(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     certain = voc_object((5.5, 3.25, 14.75, 9), "dog")
@@ -495,7 +505,7 @@ def test_a_data_set_holds_the_files_own_bytes(
     empty = voc_object((5, 5, 5, 5))
     annotations = {"a": voc_xml(certain, hidden, empty), "ü": voc_xml()}
     root = write_voc_folder(tmp_path / "voc", annotations, {"train.txt": "a\nü"})
-    where = {"root": str(root), "data_dir": str(tmp_path)}
+    where = {"root": str(root)}
     with caplog.at_level(logging.WARNING):
         source = open_detection_source("voc_folder", "train", **where)
     assert "1 boxes had xmin = xmax" in caplog.text
@@ -506,8 +516,8 @@ def test_a_data_set_holds_the_files_own_bytes(
     for name, record in records.items():
         assert record["image"] == (root / "JPEGImages" / name).read_bytes()
     boxes, labels, difficult = records["a.png"]["objects"]
-    np.testing.assert_allclose(boxes, [[2.25, 4.5, 9, 14.75], [0, 0, 24, 32]], 1e-7)
-    assert boxes[1].tolist() == [0, 0, 24, 32]
+    assert boxes.tolist() == [[2.25, 4.5, 9, 14.75], [0, 0, 24, 32]]
+    assert (boxes.dtype, labels.dtype, difficult.dtype) == (float, np.int32, bool)
     assert labels.tolist() == [1, 0]
     assert difficult.tolist() == [False, True]
     assert records["a.png"]["labels"].tolist() == [0, 1]
@@ -520,12 +530,67 @@ def test_a_data_set_holds_the_files_own_bytes(
     assert labels == {"a.png": [0, 1], "ü.png": [-1, -1]}
 
 
+def test_annotations_are_read_once_in_a_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    reads = []
+    monkeypatch.setattr(
+        voc_folder,
+        "read_image",
+        lambda *files: reads.append(files) or read_image(*files),
+    )
+    lists = {"train.txt": "a\nb\n", "test.txt": "b\nc\n"}
+    write_voc_folder(tmp_path, dict.fromkeys("abc", GOOD), lists)
+    root = str(tmp_path)
+    with caplog.at_level(logging.WARNING):
+        for split in available_splits("voc_folder", root=root):
+            open_detection_source("voc_folder", split, root=root)
+            open_source("voc_folder", split, root=root, multi_label=True)
+    assert len(reads) == 3
+    assert caplog.text.count("images are both in 'train' and 'test'") == 1
+    (tmp_path / "Annotations/b.xml").write_text(DOG)
+    source = open_detection_source("voc_folder", "test", root=root)
+    assert source.class_names == ("cat", "dog")
+
+
+DOG = GOOD.replace("cat", "dog")
+
+
+def digest_of(root: Path, split: str = "train") -> str:
+    digest = open_detection_source("voc_folder", split, root=str(root)).digest
+    same = open_source("voc_folder", split, root=str(root), multi_label=True)
+    assert same.digest == digest
+    return digest
+
+
 @pytest.mark.parametrize(
-    "changed", ["JPEGImages/a.png", "Annotations/a.xml", "ImageSets/Main/train.txt"]
+    "change",
+    [
+        lambda root: (root / "JPEGImages/a.png").write_bytes(encode(picture(24, 33))),
+        lambda root: (root / "Annotations/a.xml").write_text(GOOD + "\n"),
+        lambda root: (root / "Annotations/a.xml").write_text(DOG),
+        lambda root: exchange(root / "JPEGImages/a.png", root / "JPEGImages/b.png"),
+        lambda root: exchange(root / "Annotations/a.xml", root / "Annotations/b.xml"),
+        lambda root: (root / "ImageSets/Main/train.txt").write_text("a\nc"),
+    ],
+    ids=["image", "size of XML", "class", "exchanged images", "exchanged XML", "list"],
 )
-def test_a_changed_folder_is_another_data_set(tmp_path: Path, changed: str) -> None:
-    write_voc_folder(tmp_path, {"a": GOOD}, {"train.txt": "a"})
-    first = scan_folder(tmp_path).config_name
-    assert scan_folder(tmp_path).config_name == first
-    os.utime(tmp_path / changed, ns=(1, 1))
-    assert scan_folder(tmp_path).config_name != first
+def test_other_images_or_annotations_are_other_data(
+    tmp_path: Path, change: Callable[[Path], object]
+) -> None:
+    other = voc_xml(voc_object((1, 1, 9, 9)))
+    annotations = {"a": GOOD, "b": other, "c": GOOD}
+    write_voc_folder(tmp_path, annotations, {"train.txt": "a\nb"})
+    first = digest_of(tmp_path)
+    change(tmp_path)
+    assert digest_of(tmp_path) != first
+
+
+def test_the_same_files_elsewhere_and_touched_are_the_same_data(tmp_path: Path) -> None:
+    write_voc_folder(tmp_path / "a/VOC2007", {"a": GOOD}, {"train.txt": "a"})
+    first = digest_of(tmp_path / "a")
+    assert digest_of(tmp_path / "a/VOC2007") == first
+    (tmp_path / "a").rename(tmp_path / "b")
+    for path in (tmp_path / "b").rglob("*.*"):
+        os.utime(path, ns=(1, 1))
+    assert digest_of(tmp_path / "b") == first

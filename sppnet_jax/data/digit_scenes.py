@@ -16,7 +16,7 @@ import cv2
 import numpy as np
 import tensorflow_datasets as tfds
 
-from sppnet_jax.data.voc_folder import detection_features
+from sppnet_jax.data.voc_annotations import POSES
 
 CLASS_NAMES = tuple("0123456789")
 SHORTER_SIDE = (48, 112)
@@ -59,9 +59,7 @@ class DigitScenes(tfds.core.GeneratorBasedBuilder):
             builder=self,
             description="Handwritten digits on crops of photographs.",
             features=(
-                detection_features(CLASS_NAMES, encoding_format="jpeg")
-                if detection
-                else _classification_features()
+                _detection_features() if detection else _classification_features()
             ),
             supervised_keys=None if detection else ("image", "label"),
             homepage="https://scikit-learn.org/stable/datasets/toy_dataset.html",
@@ -286,5 +284,27 @@ def _classification_features() -> tfds.features.FeaturesDict:
             "image": tfds.features.Image(shape=(None, None, 3), encoding_format="jpeg"),
             "label": tfds.features.ClassLabel(names=CLASS_NAMES),
             "digit_index": tfds.features.Scalar(np.int32),
+        }
+    )
+
+
+def _detection_features() -> tfds.features.FeaturesDict:
+    """The features of TFDS's `voc`."""
+    label = tfds.features.ClassLabel(names=CLASS_NAMES)
+    return tfds.features.FeaturesDict(
+        {
+            "image": tfds.features.Image(shape=(None, None, 3), encoding_format="jpeg"),
+            "image/filename": tfds.features.Text(),
+            "objects": tfds.features.Sequence(
+                {
+                    "label": label,
+                    "bbox": tfds.features.BBoxFeature(),
+                    "pose": tfds.features.ClassLabel(names=POSES),
+                    "is_truncated": np.bool_,
+                    "is_difficult": np.bool_,
+                }
+            ),
+            "labels": tfds.features.Sequence(label),
+            "labels_no_difficult": tfds.features.Sequence(label),
         }
     )

@@ -1,28 +1,28 @@
-"""Any folder of class folders as a TFDS data set.
+"""Any folder of class folders as a source, read in place.
 
-    root/train/cat/1.jpg   root/val/cat/2.jpg   …      with split folders, or
-    root/cat/1.jpg         root/dog/2.jpg       …      without
-
-The files' own bytes are copied once into ArrayRecord, undecoded. The prepared data set
-is named after the folder's contents, so a changed folder is prepared anew.
+root/train/cat/1.jpg   root/val/cat/2.jpg   …      with split folders, or
+root/cat/1.jpg         root/dog/2.jpg       …      without
 """
 
-import hashlib
-import io
 import os
-import re
-from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import tensorflow_datasets as tfds
-
-IMAGE_SUFFIXES = (
-    *(".jpg", ".jpeg", ".png", ".bmp", ".webp"),
-    *(".gif", ".tif", ".tiff"),
+from sppnet_jax.data.folders import (
+    HOLD_OUT_EVERY,
+    IMAGE_SUFFIXES,
+    FileRecords,
+    digest,
+    existing_folder,
+    hold_out,
+    is_image,
+    list_folder,
+    printable,
+    read_split,
+    walk_files,
+    warn_once,
 )
-# Every fifth image of a class is held out where the folder has no test images.
-HOLD_OUT_EVERY = 5
+from sppnet_jax.data.sources import Source
 
 _SPLIT_OF_FOLDER = {
     "train": "train",
@@ -45,69 +45,31 @@ class FolderScan(NamedTuple):
     root: Path
     class_names: tuple[str, ...]
     splits: dict[str, list[tuple[str, str]]]  # split → (class name, relative path)
-    fingerprint: str  # of every image's relative path, size and time of change
     notes: tuple[str, ...]  # what the user should know: ignored files, held-out images
 
-    @property
-    def config_name(self) -> str:
-        """Names the folder and the state it is in."""
-        return name_config(self.root, self.fingerprint)
 
-
-class ImageFolder(
-    tfds.core.GeneratorBasedBuilder,
-    skip_registration=True,  # type: ignore[call-arg]
-):
-    """TFDS builder `image_folder` for the folder that a `FolderScan` describes.
-
-    Features: `image` (the file's bytes), `label`, `file_name` (relative to the root).
-    """
-
-    name = "image_folder"
-    VERSION = tfds.core.Version("1.0.0")
-    # Nothing is downloaded: without a path, TFDS doesn't look for checksums beside it.
-    code_path = None
-
-    def __init__(self, scan: FolderScan, data_dir: str | None = None) -> None:
-        self._scan = scan
-        config = tfds.core.BuilderConfig(
-            name=scan.config_name,
-            version=self.VERSION,
-            description=f"Images of {scan.root}",
+def open_folder(
+    root: str, split: str, multi_label: bool = False, with_boxes: bool = False
+) -> Source:
+    """Opens a split of a folder of class folders; see `sources.open_source`."""
+    if multi_label or with_boxes:
+        raise ValueError(
+            "'image_folder' is not a data set of images with several classes each. It "
+            "has one class an image: leave multi_label out"
         )
-        super().__init__(data_dir=data_dir, config=config)
-
-    def _info(self) -> tfds.core.DatasetInfo:
-        return tfds.core.DatasetInfo(
-            builder=self,
-            description="A folder of class folders.",
-            features=tfds.features.FeaturesDict(
-                {
-                    "image": tfds.features.Image(shape=(None, None, 3)),
-                    "label": tfds.features.ClassLabel(names=self._scan.class_names),
-                    "file_name": tfds.features.Text(),
-                }
-            ),
-            supervised_keys=("image", "label"),
-        )
-
-    def _split_generators(
-        self, dl_manager: tfds.download.DownloadManager
-    ) -> dict[str, Iterator[tuple[str, dict[str, Any]]]]:
-        del dl_manager  # nothing to download
-        return {split: self._generate_examples(split) for split in self._scan.splits}
-
-    def _generate_examples(self, split: str) -> Iterator[tuple[str, dict[str, Any]]]:
-        for class_name, path in self._scan.splits[split]:
-            name = printable(path)
-            yield (
-                name,
-                {
-                    "image": io.BytesIO((self._scan.root / path).read_bytes()),
-                    "label": self._scan.class_names.index(class_name),
-                    "file_name": name,
-                },
-            )
+    scan = scan_folder(root)
+    for note in scan.notes:
+        warn_once(note)
+    files = read_split(scan.splits, split, lambda file: file[1], scan.root)
+    told = {name: {"label": label} for label, name in enumerate(scan.class_names)}
+    paths = [path for _, path in files]
+    return Source(
+        FileRecords(scan.root, paths, [told[name] for name, _ in files]),
+        scan.class_names,
+        "image_folder",
+        split,
+        digest=digest(scan.root, ((path, name) for name, path in files)),
+    )
 
 
 def scan_folder(root: str | os.PathLike[str]) -> FolderScan:
@@ -151,85 +113,7 @@ def scan_folder(root: str | os.PathLike[str]) -> FolderScan:
         split: [(name, path) for name in sorted(found) for path in found[name]]
         for split, found in classes.items()
     }
-    files = ((split, path) for split in splits for _, path in splits[split])
-    state = fingerprint(folder, files)
-    return FolderScan(folder, class_names, splits, state, tuple(notes))
-
-
-def existing_folder(root: str | os.PathLike[str], kind: str, layout: str) -> Path:
-    """The folder's absolute path, links resolved.
-
-    `kind`: what to call it in an error. `layout`: a sentence on what it should hold.
-
-    Raises: FileNotFoundError if there is no such folder; ValueError if it is a file.
-    """
-    folder = Path(root).expanduser()
-    if not folder.exists():
-        raise FileNotFoundError(f"there is no {kind} {str(folder)!r}. {layout}")
-    if not folder.is_dir():
-        raise ValueError(
-            f"the {kind} {str(folder)!r} is a file. If it is an archive, unpack it "
-            f"first. {layout}"
-        )
-    return folder.resolve()
-
-
-def name_config(root: Path, state: str) -> str:
-    """Names a folder and the state it is in, which is its `fingerprint`."""
-    folder = re.sub(r"[^A-Za-z0-9_-]+", "_", root.name) or "root"
-    return f"{folder}-{state}"
-
-
-def fingerprint(folder: Path, files: Iterable[tuple[str, str]]) -> str:
-    """A hash of files' uses, paths, sizes and times of change.
-
-    `files`: for each file what it is for, such as its split, and its path in `folder`.
-
-    Returns: 12 hexadecimal digits.
-    """
-    digest = hashlib.sha256()
-    for use, path in files:
-        stat = os.stat(folder / path)
-        line = f"{use}\0{printable(path)}\0{stat.st_size}\0{stat.st_mtime_ns}\n"
-        digest.update(line.encode())
-    return digest.hexdigest()[:12]
-
-
-def hold_out(paths: Iterable[str]) -> set[str]:
-    """Every fifth of the paths, in the order of a hash of each."""
-    # By a hash, because neighbouring names are often shots of one scene.
-    order = sorted(paths, key=_hash)
-    return set(order[HOLD_OUT_EVERY - 1 :: HOLD_OUT_EVERY])
-
-
-def walk_files(folder: Path, above: tuple[str, ...] = ()) -> Iterator[Path]:
-    """Yields every visible file at any depth, following links, but not in circles."""
-    real = os.path.realpath(folder)
-    if real in above:
-        return
-    folders, files = list_folder(folder)
-    yield from (folder / name for name in files)
-    for name in folders:
-        yield from walk_files(folder / name, (*above, real))
-
-
-def list_folder(folder: Path) -> tuple[list[str], list[str]]:
-    """The names of a folder's visible folders and files, sorted."""
-    with os.scandir(folder) as entries:
-        visible = [entry for entry in entries if not _is_hidden(entry.name)]
-    folders = sorted(entry.name for entry in visible if entry.is_dir())
-    return folders, sorted(entry.name for entry in visible if not entry.is_dir())
-
-
-def is_image(path: Path) -> bool:
-    """Whether there is a file of this path with the suffix of an image."""
-    # A broken link or a pipe is no image, whatever its name.
-    return path.name.lower().endswith(IMAGE_SUFFIXES) and path.is_file()
-
-
-def printable(path: str) -> str:
-    """A path as text: file names are bytes, and TFDS stores text."""
-    return os.fsencode(path).decode("utf-8", "backslashreplace")
+    return FolderScan(folder, class_names, splits, tuple(notes))
 
 
 def _split_folders(folder: Path) -> dict[str, Path]:
@@ -349,11 +233,3 @@ def _hold_out(
 def _holds_only_images(folder: Path) -> bool:
     folders, files = list_folder(folder)
     return not folders and any(is_image(folder / name) for name in files)
-
-
-def _is_hidden(name: str) -> bool:
-    return name.startswith(".") or name == "__MACOSX"
-
-
-def _hash(text: str) -> bytes:
-    return hashlib.sha256(printable(text).encode()).digest()

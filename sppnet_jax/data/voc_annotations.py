@@ -5,7 +5,7 @@ VOC's boxes are 1-based pixels that include both ends; they become half-open and
 it.
 
 What annotations from the wild may hold, and what becomes of it; all but what changes
-nothing is counted in the notes that are logged at preparation:
+nothing is counted in the notes that are logged:
 
     float coordinates                   kept as they are
     box past the border                 clamped; up to a pixel is counted apart

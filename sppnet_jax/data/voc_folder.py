@@ -1,50 +1,42 @@
-"""Any folder in Pascal VOC layout as a TFDS data set of images and boxes.
+"""Any folder in Pascal VOC layout as a source of images and boxes, read in place.
 
     root/JPEGImages/000005.jpg   root/Annotations/000005.xml   …
     root/ImageSets/Main/trainval.txt   root/ImageSets/Main/test.txt   …
 
-The files' own bytes are copied into ArrayRecord, undecoded, once for each split that
-lists them. The prepared data set is named after the folder's contents, so a changed
-folder is prepared anew. VOC's boxes are 1-based pixels that include both ends; the data
-set's are half-open and 0-based, (ymin - 1, xmin - 1, ymax, xmax), over (height, width).
+VOC's boxes are 1-based pixels that include both ends; a source's are half-open and
+0-based, (ymin - 1, xmin - 1, ymax, xmax).
 
 What its annotations may hold, and what becomes of it: `voc_annotations`.
 """
 
 import codecs
-import io
 import os
 import re
-import sys
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import tensorflow_datasets as tfds
-from tqdm import tqdm
 
-from sppnet_jax.data.image_folder import (
+from sppnet_jax.data.folders import (
     HOLD_OUT_EVERY,
     IMAGE_SUFFIXES,
+    FileRecords,
+    digest,
     existing_folder,
-    fingerprint,
     hold_out,
     is_image,
     list_folder,
-    name_config,
     printable,
+    read_split,
     walk_files,
+    warn_once,
 )
-from sppnet_jax.data.voc_annotations import (
-    EVENTS,
-    POSES,
-    AnnotatedImage,
-    AnnotatedObject,
-    read_image,
-)
+from sppnet_jax.data.sources import HOW_TO_OPEN_SEVERAL, Objects, Source, class_labels
+from sppnet_jax.data.voc_annotations import EVENTS, AnnotatedImage, read_image
+from sppnet_jax.run.progress import progress_bar
 
 _LAYOUT = (
     "Expected JPEGImages/ID.jpg and Annotations/ID.xml in it, and in ImageSets/Main "
@@ -64,108 +56,53 @@ class FolderScan(NamedTuple):
 
     root: Path  # the folder of JPEGImages and Annotations
     splits: dict[str, list[ImageFiles]]
-    fingerprint: str  # of every image's, annotation's and list's path, size and time
     notes: tuple[str, ...]  # what the user should know: absent files, ignored lists
-
-    @property
-    def config_name(self) -> str:
-        """Names the folder and the state it is in."""
-        return name_config(self.root, self.fingerprint)
 
 
 class FolderAnnotations(NamedTuple):
     """What the annotations of a folder hold."""
 
     class_names: tuple[str, ...]
-    splits: dict[str, dict[str, AnnotatedImage]]  # split → path in the root → image
+    images: dict[str, AnnotatedImage]  # by their paths in the root
     notes: tuple[str, ...]  # what was put right, dropped or left out, with counts
 
 
-class VocFolder(
-    tfds.core.GeneratorBasedBuilder,
-    skip_registration=True,  # type: ignore[call-arg]
-):
-    """TFDS builder `voc_folder` for a folder that was scanned and read.
+def open_folder(
+    root: str, split: str, multi_label: bool = True, with_boxes: bool = False
+) -> Source:
+    """Opens a split of a folder in VOC layout; see `open_detection_source`.
 
-    Features: those of TFDS's `voc`; `image/filename` is relative to JPEGImages, and
-    `bbox` half-open.
+    All annotations are read once in a process, until a file changes.
     """
-
-    name = "voc_folder"
-    VERSION = tfds.core.Version("1.0.0")
-    # Nothing is downloaded: without a path, TFDS doesn't look for checksums beside it.
-    code_path = None
-
-    def __init__(
-        self,
-        scan: FolderScan,
-        annotations: FolderAnnotations,
-        data_dir: str | None = None,
-    ) -> None:
-        self._root, self._annotations = scan.root, annotations
-        config = tfds.core.BuilderConfig(
-            name=scan.config_name,
-            version=self.VERSION,
-            description=f"Images and boxes of {scan.root}",
+    if not multi_label:
+        raise ValueError(
+            "'voc_folder' is not a data set of images with one class each"
+            f"{HOW_TO_OPEN_SEVERAL}"
         )
-        super().__init__(data_dir=data_dir, config=config)
-
-    def _info(self) -> tfds.core.DatasetInfo:
-        return tfds.core.DatasetInfo(
-            builder=self,
-            description="A folder in Pascal VOC layout.",
-            features=detection_features(self._annotations.class_names),
-        )
-
-    def _split_generators(
-        self, dl_manager: tfds.download.DownloadManager
-    ) -> dict[str, Iterator[tuple[str, dict[str, Any]]]]:
-        del dl_manager  # nothing to download
-        return {
-            split: self._generate_examples(split) for split in self._annotations.splits
-        }
-
-    def _generate_examples(self, split: str) -> Iterator[tuple[str, dict[str, Any]]]:
-        for path, image in self._annotations.splits[split].items():
-            name = printable(path.partition(os.sep)[2])
-            certain = {one.name for one in image.objects if not one.is_difficult}
-            yield (
-                name,
-                {
-                    "image": io.BytesIO((self._root / path).read_bytes()),
-                    "image/filename": name,
-                    "objects": [_to_example(one, image.size) for one in image.objects],
-                    "labels": sorted({one.name for one in image.objects}),
-                    "labels_no_difficult": sorted(certain),
-                },
-            )
-
-
-def detection_features(
-    class_names: Sequence[str], encoding_format: str | None = None
-) -> tfds.features.FeaturesDict:
-    """The features of TFDS's `voc`, for other classes.
-
-    `encoding_format`: "jpeg" or "png" where all images are so encoded.
-    """
-    image = tfds.features.Image(shape=(None, None, 3), encoding_format=encoding_format)
-    label = tfds.features.ClassLabel(names=class_names)
-    return tfds.features.FeaturesDict(
-        {
-            "image": image,
-            "image/filename": tfds.features.Text(),
-            "objects": tfds.features.Sequence(
-                {
-                    "label": label,
-                    "bbox": tfds.features.BBoxFeature(),
-                    "pose": tfds.features.ClassLabel(names=POSES),
-                    "is_truncated": np.bool_,
-                    "is_difficult": np.bool_,
-                }
-            ),
-            "labels": tfds.features.Sequence(label),
-            "labels_no_difficult": tfds.features.Sequence(label),
-        }
+    scan = scan_folder(root)
+    class_names, images, notes = _read_once(scan)
+    for note in scan.notes + notes:
+        warn_once(note)
+    splits = {
+        name: [files for files in listed if files.image in images]
+        for name, listed in scan.splits.items()
+    }
+    chosen = read_split(splits, split, lambda files: _below(files.image), scan.root)
+    shown = [images[files.image] for files in chosen]
+    said = [(files.image, "") for files in chosen]
+    said += [(f.annotation, repr(one)) for f, one in zip(chosen, shown, strict=True)]
+    folder = scan.root / chosen[0].image.partition(os.sep)[0]
+    return Source(
+        FileRecords(
+            folder,
+            [_below(files.image) for files in chosen],
+            [_to_record(one, class_names, with_boxes) for one in shown],
+        ),
+        class_names,
+        "voc_folder",
+        split,
+        multi_label=True,
+        digest=digest(scan.root, said),
     )
 
 
@@ -193,9 +130,6 @@ def scan_folder(root: str | os.PathLike[str]) -> FolderScan:
     )
     lists, list_notes = _read_lists(folder, images, annotations)
     notes += list_notes
-    used = [*images.values(), *annotations.values()]
-    used += [os.path.relpath(path, folder) for path in lists]
-    state = fingerprint(folder, (("", path) for path in used))
     splits: dict[str, list[ImageFiles]] = {}
     for path, ids in lists.items():
         found, split_notes = _find_files(folder, path.name, ids, images, annotations)
@@ -215,7 +149,7 @@ def scan_folder(root: str | os.PathLike[str]) -> FolderScan:
             f"{str(folder)!r} has no image with an annotation. {'; '.join(notes)}. "
             f"{_LAYOUT}"
         )
-    return FolderScan(folder, splits, state, tuple(notes))
+    return FolderScan(folder, splits, tuple(notes))
 
 
 def read_annotations(scan: FolderScan, threads: int = 8) -> FolderAnnotations:
@@ -223,8 +157,8 @@ def read_annotations(scan: FolderScan, threads: int = 8) -> FolderAnnotations:
 
     `threads`: threads that read files.
 
-    Returns: the classes, sorted; each split's images in the order of its list, with
-    boxes inside the image; notes on all that isn't as it was in the files.
+    Returns: the classes, sorted; the images that can be used, with boxes inside the
+    image; notes on all that isn't as it was in the files.
     Raises: ValueError if most annotations or images of a split can't be read, or no
     object is left.
     """
@@ -234,44 +168,58 @@ def read_annotations(scan: FolderScan, threads: int = 8) -> FolderAnnotations:
         return read_image(scan.root / one.image, scan.root / one.annotation)
 
     found = {}
-    bar = progress_bar("reading annotations", len(files))
+    bar = progress_bar("reading annotations", len(files), delay=2)
     with bar, ThreadPoolExecutor(threads) as pool:
         for one, result in zip(files, pool.map(read, files), strict=True):
             found[one] = result
             bar.update()
     notes = _describe_events(scan.root, found)
-    splits = {}
+    images = {one.image: image for one in files if (image := found[one][0])}
     for split, listed in scan.splits.items():
-        kept = {one.image: image for one in listed if (image := found[one][0])}
+        kept = sum(one.image in images for one in listed)
         what = f"split {split!r}"
-        _check_most(scan.root, what, len(kept), len(listed), "; ".join(notes))
-        splits[split] = kept
-    images = [image for kept in splits.values() for image in kept.values()]
-    names = {one.name for image in images for one in image.objects}
+        _check_most(scan.root, what, kept, len(listed), "; ".join(notes))
+    names = {one.name for image in images.values() for one in image.objects}
     if not names:
         raise ValueError(
             f"the {len(files)} annotations in {str(scan.root)!r} hold no object with a "
             f"name and a box. {'; '.join(notes)}"
         )
     notes += _similar_names(scan.root, names)
-    return FolderAnnotations(tuple(sorted(names)), splits, tuple(notes))
+    return FolderAnnotations(tuple(sorted(names)), images, tuple(notes))
 
 
-def progress_bar(name: str, images: int) -> tqdm:
-    """A bar over so many images that only shows where they take some time."""
-    # In a file each update is a line of its own.
-    interval = 0.5 if sys.stderr.isatty() else 20
-    return tqdm(total=images, unit="img", desc=name, delay=2, mininterval=interval)
+# What was read of each root, and the sizes and times of the files it was read from.
+_kept: dict[Path, tuple[Any, FolderAnnotations]] = {}
 
 
-def _to_example(one: AnnotatedObject, size: tuple[int, int]) -> dict[str, Any]:
-    return {
-        "label": one.name,
-        "bbox": tfds.features.BBox(*(np.array(one.box) / [*size, *size])),
-        "pose": one.pose,
-        "is_truncated": one.is_truncated,
-        "is_difficult": one.is_difficult,
-    }
+def _read_once(scan: FolderScan) -> FolderAnnotations:
+    found = {}
+    for files in {files for listed in scan.splits.values() for files in listed}:
+        stats = [os.stat(scan.root / path) for path in files]
+        found[files] = [(stat.st_size, stat.st_mtime_ns) for stat in stats]
+    state = scan.splits, found
+    if scan.root not in _kept or _kept[scan.root][0] != state:
+        _kept[scan.root] = state, read_annotations(scan)
+    return _kept[scan.root][1]
+
+
+def _to_record(
+    image: AnnotatedImage, class_names: Sequence[str], with_boxes: bool
+) -> dict[str, Any]:
+    """What a record has beside its image and its name."""
+    labels = np.array([class_names.index(one.name) for one in image.objects], np.int32)
+    difficult = np.array([one.is_difficult for one in image.objects], bool)
+    told = {"labels": class_labels(labels, labels[~difficult], len(class_names))}
+    if not with_boxes:
+        return told
+    boxes = np.array([one.box for one in image.objects], np.float64).reshape(-1, 4)
+    return {**told, "objects": Objects(boxes, labels, difficult)}
+
+
+def _below(path: str) -> str:
+    """A path in the root as one in JPEGImages."""
+    return path.partition(os.sep)[2]
 
 
 def _find_layout(folder: Path) -> Path:
@@ -441,7 +389,7 @@ def _check_most(folder: Path, what: str, kept: int, total: int, notes: str) -> N
 
 
 def _split_name(path: Path, taken: Iterable[str]) -> str:
-    """A list's name as TFDS takes it: letters, digits, "_", "-", and not just "all"."""
+    """A list's name as a slice may have it: letters, digits, "_", "-"; not "all"."""
     name = re.sub(r"[^\w-]+", "_", printable(path.stem))
     while name in taken or name.lower() == "all":
         name += "_"

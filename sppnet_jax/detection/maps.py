@@ -27,13 +27,8 @@ from sppnet_jax.buckets.whole_images import (
     map_whole_images,
 )
 from sppnet_jax.data.broken import BrokenImages
-from sppnet_jax.data.images import (
-    decode_image,
-    image_size,
-    resize_whole,
-    whole_size,
-)
-from sppnet_jax.data.sources import Record, Source
+from sppnet_jax.data.images import decode_image, image_size, resize_whole, whole_size
+from sppnet_jax.data.sources import Source, subset
 from sppnet_jax.detection.scales import Size, map_size_of
 from sppnet_jax.network.model import SPPNet
 from sppnet_jax.network.preprocess import Preprocessing, normalize
@@ -228,22 +223,6 @@ def scaled_sizes(sizes: np.ndarray, side: int) -> np.ndarray:
         for height, width in sizes
     ]
     return np.array(scaled, np.int64).reshape(-1, 2)
-
-
-class _Subset:
-    def __init__(self, source: Source, indices: Sequence[int]) -> None:
-        self._records, self._indices = source.records, indices
-
-    def __len__(self) -> int:
-        return len(self._indices)
-
-    def __getitem__(self, index: int) -> Record:
-        return self._records[self._indices[index]]
-
-
-def subset(source: Source, indices: Sequence[int]) -> Source:
-    """A source of some of another's records, in the order of `indices`."""
-    return source._replace(records=_Subset(source, indices))
 
 
 def _report(table: Any) -> dict[str, Any]:
