@@ -373,7 +373,7 @@ def test_a_refused_command_leaves_the_run_as_it_was(digits_run, command_line):
 def test_an_unknown_field_in_a_config_file_is_named(command_line, tmp_path):
     path = tmp_path / "mine.py"
     path.write_text(
-        "from sppnet_jax.config import base_config\n"
+        "from sppnet_jax.cli import base_config\n"
         "def get_config():\n"
         "    config = base_config()\n"
         "    config.epohcs = 5\n"

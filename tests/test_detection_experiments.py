@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from ml_collections import ConfigDict
 
 from configs import detect_folder, folder
 from experiments import (
@@ -35,12 +34,14 @@ from experiments.runs import (
     share_stages,
 )
 from experiments.setting import detection_setting, paper_scales
-from sppnet_jax import from_config
 from sppnet_jax.detection.detector import layer_head
-from sppnet_jax.network.model import create_model
+from sppnet_jax.detection.detector_settings import DetectorSettings
+from sppnet_jax.network.model import create_model, make_model
 from sppnet_jax.network.preprocess import Preprocessing
 from sppnet_jax.run import run_folder, stages
 from sppnet_jax.run.checkpoints import Checkpoints
+from sppnet_jax.run.settings import plain, read
+from sppnet_jax.training.network_settings import NetworkSettings
 from tests.data_helpers import encode, picture, voc_object, voc_xml, write_voc_folder
 
 SIZE = (72, 96)
@@ -86,12 +87,14 @@ def network(tmp_path_factory):
     config = folder.get_config()
     config.model.width = 0.02
     config.data.image_size = 64
-    config.mean = 128.0
-    config.color_sigma = 0.0
-    model = from_config.make_model(config, 3)
+    config.data.root = "photos"
+    config.inputs.mean = 128.0
+    config.inputs.color_sigma = 0.0
+    settings = read(NetworkSettings, config.to_dict())
+    model = make_model(settings.model, 3, 64)
     params = model.init(jax.random.key(0), jnp.zeros((1, 64, 64, 3)))["params"]
-    run_folder.save_config(workdir, config.to_dict())
-    data = run_folder.TrainingData("none", "", "train", 3, ("a", "b", "c"))
+    run_folder.save_config(workdir, plain(settings))
+    data = run_folder.TrainingData("none", "", "train", 3, ("a", "b", "c"), "")
     run_folder.save_training_data(workdir, data)
     with Checkpoints(workdir / run_folder.CHECKPOINTS) as checkpoints:
         checkpoints.save(1, params=params, training={"step": np.int32(1)}, host={})
@@ -111,7 +114,8 @@ def given(voc, network, tmp_path_factory):
     config.batch_size = 4
     config.finetune.steps = 2
     config.finetune.batch_size = 16
-    return DetectionSetting("folder", config, 64, folder, (0,))
+    settings = read(DetectorSettings, config.to_dict())
+    return DetectionSetting("folder", settings, 64, folder, (0,))
 
 
 @pytest.fixture(autouse=True)
@@ -167,14 +171,14 @@ def test_an_interrupted_experiment_goes_on_without_training_again(given, monkeyp
 
     base = DetectorRecipe(paper_scales(given, 1), scorer="softmax", regression=False)
     tuned = finished(detector_workdir(given, base, 0), "finetune")
-    evaluate, evaluated = runs.detect.evaluate_from_config, []
+    evaluate, evaluated = runs.evaluate_detectors, []
 
-    def counted(config, workdirs):
+    def counted(workdirs, **settings):
         evaluated.extend(workdirs)
-        return evaluate(config, workdirs)
+        return evaluate(workdirs, **settings)
 
     monkeypatch.setattr(detection_layers, "detector_test", runs.detector_test)
-    monkeypatch.setattr(runs.detect, "evaluate_from_config", counted)
+    monkeypatch.setattr(runs, "evaluate_detectors", counted)
     detection_layers.main(given, options())
     assert [path.name for path in evaluated] == ["spp-197-finetuned-fc7-boxes-seed0"]
     assert finished(detector_workdir(given, base, 0), "finetune") == tuned
@@ -386,12 +390,12 @@ def test_a_command_line_becomes_a_setting(preset, network, voc, tmp_path):
     )
     given = detection_setting(line, tmp_path)
     assert given.seeds == (3, 4)
-    assert given.config.data.train_split == "train[:9]"
-    assert given.config.finetune.steps == 40
+    assert given.settings.data.train_split == "train[:9]"
+    assert given.settings.finetune.steps == 40
     (usual,) = setting.DETECTION_PRESETS[preset]().finetune.drop_steps
     of = setting.DETECTION_PRESETS[preset]().finetune.steps
-    assert given.config.finetune.drop_steps == (round(40 * usual / of),)
-    assert given.config.proposals.max_windows == 7
+    assert given.settings.finetune.drop_steps == (round(40 * usual / of),)
+    assert given.settings.proposals.max_windows == 7
     assert paper_scales(given, 1) == (197,)
     assert paper_scales(given, 5) == (137, 197)
     line.network = str(tmp_path)
@@ -409,7 +413,7 @@ def test_only_what_was_measured_is_a_result(tmp_path):
         Row("second", {"mAP": [], "fc": [3.0, 1.0, 2.0]}, {"fc": Cited(0.5)}),
     ]
     ratio = Ratio("Faster", [2.0, 4.0], Cited(102, TEXT))
-    given = DetectionSetting("p", ConfigDict(), 64, tmp_path, (0,))
+    given = DetectionSetting("p", DetectorSettings(), 64, tmp_path, (0,))
     folder = write_report(
         given, "x", title="T", columns=columns, rows=rows, ratios=[ratio]
     )

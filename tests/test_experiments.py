@@ -5,11 +5,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from sppnet_jax.config import check_config
 
 from experiments import (
     multi_view,
-    runs,
     setting,
     svm_features,
     table2_pyramid_and_multi_size,
@@ -21,9 +19,10 @@ from experiments.runs import (
     Preset,
     Setting,
     diverged,
-    network_config,
     networks_of,
+    settings_of,
 )
+from sppnet_jax.training import once
 from sppnet_jax.training.step_log import DivergedError
 from tests.data_helpers import write_two_colors
 
@@ -42,7 +41,7 @@ def tiny_config(backbone):
     config.data.image_size = 64
     config.data.resize_side = 72
     config.log_steps = 0
-    config.warmup_epochs = 0.0
+    config.schedule.warmup_epochs = 0.0
     return config
 
 
@@ -149,23 +148,22 @@ def test_a_preset_that_was_changed_is_not_mixed_with_its_old_networks(given):
         return config
 
     longer = given.preset._replace(make_config=longer_config)
-    with pytest.raises(ValueError, match="other settings than this preset has now"):
+    with pytest.raises(ValueError, match=r"other settings, epochs=2, not 3: remove it"):
         list(networks_of(one._replace(preset=longer), ZF5[1:2]))
-    with pytest.raises(ValueError, match="other settings than this preset has now"):
+    with pytest.raises(ValueError, match=r"other settings, data.root="):
         list(networks_of(one._replace(root=str(given.folder)), ZF5[1:2]))
 
 
 def test_a_network_that_diverges_is_left_out_and_named(given, monkeypatch, tmp_path):
-    def diverge(config, workdir):
-        workdir.mkdir(parents=True)
+    def diverge(settings, workdir):
         raise DivergedError("the loss is nan at step 7")
 
-    monkeypatch.setattr(runs, "train_from_config", diverge)
+    monkeypatch.setattr(once, "train_network", diverge)
     elsewhere = given._replace(folder=tmp_path, seeds=(0,))
     for _ in range(2):  # also when it is run again
         with pytest.raises(DivergedError, match="every network diverged"):
             list(networks_of(elsewhere, ZF5[:1]))
-        monkeypatch.setattr(runs, "train_from_config", None)
+        monkeypatch.setattr(once, "train_network", None)
     (note,) = diverged(elsewhere, ZF5)
     assert note == "The training of ZF-5, no SPP, seed 0, diverged: it is left out."
 
@@ -174,8 +172,7 @@ def test_a_network_that_diverges_is_left_out_and_named(given, monkeypatch, tmp_p
 @pytest.mark.parametrize("network", table2_pyramid_and_multi_size.PAPER)
 def test_every_network_of_every_preset_can_be_trained(name, network):
     given = Setting(name, setting.PRESETS[name], Path(), (0,), "pictures", "")
-    config = network_config(given, network, 0)
-    check_config(config)
+    settings_of(given, network, 0)
     assert network.label.startswith(("ZF-5", "Convnet*-5", "Overfeat"))
 
 

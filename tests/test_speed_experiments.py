@@ -134,8 +134,8 @@ def test_a_training_s_imports_hold_neither_pyplot_nor_pytorch():
     """They'd take seconds of every start."""
     code = (
         "import sys\n"
-        "from sppnet_jax import cli, train, from_config\n"
-        "from sppnet_jax.training import loop\n"
+        "from sppnet_jax import cli, train\n"
+        "from sppnet_jax.training import networks\n"
         "heavy = 'torch', 'matplotlib', 'sklearn', 'tensorboardX', 'scipy.optimize'\n"
         "print([name for name in heavy if name in sys.modules])\n"
     )

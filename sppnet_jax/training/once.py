@@ -34,7 +34,7 @@ def train_once(settings: NetworkSettings, workdir: Path) -> None:
     if (workdir / DIVERGED).exists():
         raise DivergedError((workdir / DIVERGED).read_text().strip())
     data = settings.data.with_absolute_paths()
-    settings = settings._replace(data=data)
+    settings = settings._replace(data=data, max_steps=0)
     if run_folder.has_checkpoint(workdir):
         _check_same(settings, workdir)
         if is_finished(workdir, settings.epochs):
