@@ -165,7 +165,7 @@ def networks(folder: Path, *, quick: bool, data_dir: str) -> dict[str, list[str]
     open_source("digit_scenes/classification", "train", data_dir=data_dir)
     digits = ["--config=configs/digits.py", where]
     if quick:
-        small = ["--config.model.width=0.02", "--config.statistics_images=32"]
+        small = ["--config.model.width=0.02", "--config.inputs.statistics_images=32"]
         return {"digits": [*digits, *small]}
     photographs = photograph_folder(folder / "photographs", images=1_000)
     root = f"--config.data.root={photographs}"
