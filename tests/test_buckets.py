@@ -12,9 +12,9 @@ import pytest
 import sppnet_jax as sn
 from sppnet_jax.buckets import choice as bucket_choice
 from sppnet_jax.buckets import table as buckets_module
+from sppnet_jax.buckets.choice import choose_buckets
 from sppnet_jax.buckets.table import (
     BucketTable,
-    choose_buckets,
     pad_to_bucket,
     padding_waste,
     smallest_bucket,

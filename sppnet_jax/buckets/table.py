@@ -21,7 +21,6 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from sppnet_jax.buckets.choice import Bucket, Sizes, check_sizes, sorted_buckets
-from sppnet_jax.buckets.choice import choose_buckets as choose_buckets
 
 Key = TypeVar("Key", bound=Hashable)
 

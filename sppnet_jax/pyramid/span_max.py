@@ -2,7 +2,9 @@
 
 A bin is a span of rows and one of columns: bins of a pyramid's level, or windows of a
 max pooling. On a CPU, XLA's own gradients of these maxima take seven times as long in
-the pyramid and 6 to 20 times in the pooling layers (its select-and-scatter).
+the pyramid and 6 to 20 times in the pooling layers (its select-and-scatter). Elsewhere
+the maxima are XLA's reduce-windows; the gradient is this one there too, since which of
+the two is faster on a GPU or TPU was not measured.
 
 The gradient asks each cell of each bin whether it is the bin's maximum, twice: to count
 them, and to hand each its share. Both are plain loops over bins and cells that XLA
@@ -57,10 +59,16 @@ def span_max(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
 def _span_max(maps: jax.Array, rows: Spans, columns: Spans) -> jax.Array:
-    def block(some_rows: Run, some_columns: Run) -> jax.Array:
-        return functools.reduce(jnp.maximum, _cells(maps, some_rows, some_columns))
+    def on_cpu(maps: jax.Array) -> jax.Array:
+        def block(some_rows: Run, some_columns: Run) -> jax.Array:
+            return functools.reduce(jnp.maximum, _cells(maps, some_rows, some_columns))
 
-    return materialized(_from_blocks(block, rows, columns))
+        return _window_of_one(_from_blocks(block, rows, columns))
+
+    def elsewhere(maps: jax.Array) -> jax.Array:
+        return _from_blocks(functools.partial(_reduce_window, maps), rows, columns)
+
+    return jax.lax.platform_dependent(maps, cpu=on_cpu, default=elsewhere)
 
 
 def _forward(
@@ -138,6 +146,21 @@ def _cells(maps: jax.Array, rows: Run, columns: Run) -> list[jax.Array]:
 def _strided(maps: jax.Array, start: int, run: Run, axis: int) -> jax.Array:
     stop = start + (run.spans - 1) * run.step + 1
     return jax.lax.slice_in_dim(maps, start, stop, run.step, axis)
+
+
+def _reduce_window(maps: jax.Array, rows: Run, columns: Run) -> jax.Array:
+    """The maxima of the runs' bins, as XLA has them."""
+    for axis, run in ((1, rows), (2, columns)):
+        stop = run.start + (run.spans - 1) * run.step + run.length
+        maps = jax.lax.slice_in_dim(maps, run.start, stop, axis=axis)
+    return jax.lax.reduce_window(
+        maps,
+        np.array(-np.inf, maps.dtype),
+        jax.lax.max,
+        (1, rows.length, columns.length, 1),
+        (1, rows.step, columns.step, 1),
+        "VALID",
+    )
 
 
 def _of_runs(pooled: jax.Array, rows: Run, columns: Run) -> jax.Array:
