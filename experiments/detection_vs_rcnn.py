@@ -62,6 +62,7 @@ from experiments.runs import (
 )
 from experiments.setting import PAPER_SCALES, paper_scales, run_detection
 from sppnet_jax import from_detection_config, saved_config
+from sppnet_jax.benchmarks.networks import random_network
 from sppnet_jax.data.images import decode_image
 from sppnet_jax.detection.detector import layer_head
 from sppnet_jax.detection.low_rank import (
@@ -73,7 +74,6 @@ from sppnet_jax.detection.low_rank import (
 from sppnet_jax.detection.pictures import plot_times
 from sppnet_jax.detection.proposers import edge_boxes, selective_search
 from sppnet_jax.detection.rcnn import PAPER_CONTEXT
-from sppnet_jax.network.model import create_model
 from sppnet_jax.network.preprocess import Preprocessing
 
 NAME = "detection_vs_rcnn"
@@ -165,7 +165,9 @@ def main(given: DetectionSetting, options: argparse.Namespace) -> Path:
 def on_paper(folder: Path, options: argparse.Namespace) -> Path:
     """Measures the times at the paper's sizes; no detector is trained."""
     _check(options)
-    network = _random_network(options.width)
+    model, params = random_network(options.width, PAPER_SIDE, "float32")
+    inputs = Preprocessing(np.array(128, np.float32), 1.0, np.zeros((3, 3), np.float32))
+    network = Convolutions(model, params, inputs)
     photo, proposal_seconds, note = _paper_photo(options)
     batch, batch_note = _batch(network, [photo], options.batch)
     fc = {name: network.params[name] for name in FC_LAYERS}
@@ -361,14 +363,6 @@ def _saved(name: str, whole: Any, low: Any, *, kept: bool = False) -> str:
     return text + "."
 
 
-def _random_network(width: float) -> Convolutions:
-    model = create_model("zf5", width=width, image_size=PAPER_SIDE)
-    image = jnp.zeros((1, PAPER_SIDE, PAPER_SIDE, 3))
-    params = jax.jit(model.init)(jax.random.key(0), image)["params"]
-    inputs = Preprocessing(np.array(128, np.float32), 1.0, np.zeros((3, 3), np.float32))
-    return Convolutions(model, params, inputs)
-
-
 def _paper_photo(options: argparse.Namespace) -> tuple[Photo, float, str]:
     """A photograph with 2,000 windows, the seconds that finding them took, and a note.
 
@@ -382,10 +376,13 @@ def _paper_photo(options: argparse.Namespace) -> tuple[Photo, float, str]:
         whole = sklearn.datasets.load_sample_images().images[0]  # 427×640
         image = np.ascontiguousarray(whole[26:401, 70:570])  # as large as VOC's
     wanted = options.max_windows or 2000
-    part = _proposer_of_paper(wanted)
+
+    def propose(photo: Photo, _: Any) -> np.ndarray:
+        return selective_search(photo.image, max_windows=wanted)
+
     photo = Photo(image, np.zeros((0, 4), np.float32))
     times, found = timing.measure(
-        [System(PROPOSALS, {PROPOSALS: part}, ROUNDS)], [photo]
+        [System(PROPOSALS, {PROPOSALS: propose}, ROUNDS)], [photo]
     )
     boxes = found[PROPOSALS]
     missing = wanted - len(boxes)
@@ -400,13 +397,6 @@ def _paper_photo(options: argparse.Namespace) -> tuple[Photo, float, str]:
         + " Random weights: times only. fc: fc6 and fc7, without SVMs."
     )
     return photo, times[PROPOSALS][PROPOSALS][0], note
-
-
-def _proposer_of_paper(count: int) -> Part:
-    def propose(photo: Photo, _: Any) -> np.ndarray:
-        return selective_search(photo.image, max_windows=count)
-
-    return propose
 
 
 def _random_boxes(count: int, height: int, width: int) -> np.ndarray:

@@ -280,8 +280,9 @@ def draw_shares(
             seeds = [100 * value for value in row.measured.get(column, ())]
             if ours and seeds:
                 axes.plot(seeds, [place] * len(seeds), "o", color="0.6", ms=4)
+                mean = np.mean(seeds)
                 sd = np.std(seeds, ddof=1) if len(seeds) > 1 else 0.0
-                axes.errorbar(np.mean(seeds), place, xerr=sd, fmt="o", color=color)
+                axes.errorbar(mean, place, xerr=sd, fmt="o", color=color, capsize=3)
     of = "here\n(mean ± sd; gray: seeds)" if ours else "paper"
     axes.set_xlabel(f"{name} in %, {of}")
     axes.set_yticks(heights, [row.label for row in rows])

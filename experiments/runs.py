@@ -331,13 +331,11 @@ def detector_config(
     """The config of a detector."""
     config = given.config.copy_and_resolve_references()
     config.seed = seed
-    config.system = recipe.system
+    for name in ("system", "layer", "scorer", "window_side"):
+        config[name] = getattr(recipe, name)
     if recipe.scales:
         config.scales = recipe.scales
-    config.layer = recipe.layer
-    config.scorer = recipe.scorer
     config.regression.enabled = recipe.regression
-    config.window_side = recipe.window_side
     config.fc_rank = recipe.ranks
     if not recipe.finetuned:
         config.finetune.steps = 0

@@ -36,6 +36,12 @@ def find_torch() -> tuple[Any, list[str]]:
     return torch, notes
 
 
+def wait_for(torch: Any) -> None:
+    """Waits until PyTorch's device has done its work."""
+    if torch_device() == "cuda":
+        torch.cuda.synchronize()
+
+
 def torch_device() -> str:
     """PyTorch's name of the device that JAX runs on, if `find_torch` found it."""
     return "cuda" if jax.devices()[0].platform == "gpu" else "cpu"

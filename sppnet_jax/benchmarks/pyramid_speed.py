@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from matplotlib.figure import Figure
 
-from sppnet_jax.benchmarks.peers import find_torch, torch_device
+from sppnet_jax.benchmarks.peers import find_torch, torch_device, wait_for
 from sppnet_jax.benchmarks.report import Measurements, Report, Timing, draw_bars
 from sppnet_jax.benchmarks.timing import milliseconds, time_in_turn, times_as_fast
 from sppnet_jax.pyramid.pooling import spatial_pyramid_pool
@@ -140,21 +140,17 @@ def _torch_passes(
         pooled = [torch.nn.functional.adaptive_max_pool2d(x, n) for n in levels]
         return torch.cat([level.flatten(2) for level in pooled], dim=2)
 
-    def wait() -> None:
-        if device == "cuda":
-            torch.cuda.synchronize()
-
     def forward() -> Any:
         with torch.no_grad():
             pooled = pool(x)
-        wait()
+        wait_for(torch)
         return (pooled,)
 
     def both() -> Any:
         needs.grad = None
         pooled = pool(needs)
         pooled.backward(w)
-        wait()
+        wait_for(torch)
         return pooled.detach(), needs.grad
 
     return [forward, both]

@@ -22,7 +22,7 @@ from matplotlib.figure import Figure
 
 from sppnet_jax.benchmarks.flops import count_flops
 from sppnet_jax.benchmarks.peak import measured_peak
-from sppnet_jax.benchmarks.peers import find_peers, find_torch, torch_device
+from sppnet_jax.benchmarks.peers import find_peers, find_torch, torch_device, wait_for
 from sppnet_jax.benchmarks.report import Measurements, Report, Timing, draw_bars
 from sppnet_jax.benchmarks.timing import milliseconds, time_in_turn, times_as_fast
 from sppnet_jax.network.model import SPPNet, create_model
@@ -299,8 +299,7 @@ def _torch_step(
 
     def step() -> Any:
         results = train_step(pixels, targets, LEARNING_RATE)
-        if on_gpu:
-            torch.cuda.synchronize()
+        wait_for(torch)
         return results
 
     peak_bytes = None

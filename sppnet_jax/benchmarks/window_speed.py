@@ -23,7 +23,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from sppnet_jax.benchmarks.peak import measured_bandwidth
-from sppnet_jax.benchmarks.peers import find_peers, find_torch, torch_device
+from sppnet_jax.benchmarks.peers import find_peers, find_torch, torch_device, wait_for
 from sppnet_jax.benchmarks.report import Measurements, Report, Timing, cell, draw_bars
 from sppnet_jax.benchmarks.timing import milliseconds, time_in_turn, times_as_fast
 from sppnet_jax.pyramid.pooling import adaptive_span, num_bins
@@ -250,8 +250,7 @@ def _roi_pool(
     def pool() -> Any:
         bins = [roi_pool(maps, rois, n).flatten(2) for n in levels]
         joined = torch.cat(bins, dim=2)
-        if device == "cuda":
-            torch.cuda.synchronize()
+        wait_for(torch)
         return joined
 
     return pool

@@ -108,7 +108,9 @@ def atlas_inputs(
 ) -> tuple[tuple[np.ndarray, np.ndarray], int, np.ndarray]:
     """An atlas and its distinct windows, padded; see `WindowFeatures.inputs`."""
     distinct, which = share_windows(windows)
-    padded = np.tile(np.array([[0, 0, 1, 1]], np.int32), (_padded(len(distinct)), 1))
+    padded = np.tile(
+        np.array([[0, 0, 1, 1]], np.int32), (padded_count(len(distinct)), 1)
+    )
     padded[: len(distinct)] = distinct
     return (atlas, padded), len(distinct), which
 
@@ -131,7 +133,7 @@ def from_warped(
     def inputs(image: int, chosen: Rows) -> tuple[Any, int, np.ndarray]:
         stored = np.load(folder / f"{image:06d}.npy", mmap_mode="r")
         rows, which = np.unique(chosen, return_inverse=True)
-        padded = np.zeros((_padded(len(rows)), *stored.shape[1:]), np.float32)
+        padded = np.zeros((padded_count(len(rows)), *stored.shape[1:]), np.float32)
         padded[: len(rows)] = stored[rows]
         return padded, len(rows), which.reshape(-1)
 
@@ -202,7 +204,7 @@ def pooled_rows(params: Any, pooled: jax.Array) -> jax.Array:
     return pooled
 
 
-def _padded(count: int) -> int:
+def padded_count(count: int) -> int:
     """The next multiple of `CHUNK`; of few rows, the next power of two."""
     if count > CHUNK:
         return -(-count // CHUNK) * CHUNK
