@@ -215,7 +215,7 @@ def _parser(
     parser.add_argument("--root", default="", help=root)
     parser.add_argument("--data_dir", default="", help="where TFDS keeps data")
     parser.add_argument("--out", default="", help="default: runs/experiments/PRESET")
-    parser.add_argument("--seeds", type=int, nargs="+", help="default: the preset's")
+    parser.add_argument("--seeds", type=int, nargs="+", help="default: preset's or 0")
     parser.add_argument("--traceback", action="store_true")
     return parser
 
