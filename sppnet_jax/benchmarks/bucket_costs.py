@@ -24,8 +24,8 @@ from matplotlib.figure import Figure
 
 from sppnet_jax.benchmarks.cold import no_persistent_cache
 from sppnet_jax.benchmarks.flops import count_flops
-from sppnet_jax.benchmarks.networks import random_network, scorer
 from sppnet_jax.benchmarks.peak import measured_bandwidth, measured_peak
+from sppnet_jax.benchmarks.random_networks import random_network, scorer
 from sppnet_jax.benchmarks.report import Measurements, Report, Timing, draw_bars
 from sppnet_jax.benchmarks.sample_images import sample_image, sample_sizes
 from sppnet_jax.benchmarks.timing import milliseconds, time_in_turn

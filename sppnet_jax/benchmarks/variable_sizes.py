@@ -25,7 +25,7 @@ from matplotlib.figure import Figure
 from tqdm import tqdm
 
 from sppnet_jax.benchmarks.cold import no_persistent_cache
-from sppnet_jax.benchmarks.networks import random_network, scorer
+from sppnet_jax.benchmarks.random_networks import random_network, scorer
 from sppnet_jax.benchmarks.report import Measurements, Report, Timing
 from sppnet_jax.benchmarks.sample_images import sample_image, sample_sizes
 from sppnet_jax.benchmarks.timing import spread, time_in_turn

@@ -39,7 +39,7 @@ _LAYOUT = (
 )
 
 
-class FolderScan(NamedTuple):
+class ImageFolder(NamedTuple):
     """What a folder of class folders holds."""
 
     root: Path
@@ -72,7 +72,7 @@ def open_folder(
     )
 
 
-def scan_folder(root: str | os.PathLike[str]) -> FolderScan:
+def scan_folder(root: str | os.PathLike[str]) -> ImageFolder:
     """Finds the splits, classes and images of a folder, without opening an image.
 
     Split folders are named train|training, val|valid|validation, test|testing, in any
@@ -113,7 +113,7 @@ def scan_folder(root: str | os.PathLike[str]) -> FolderScan:
         split: [(name, path) for name in sorted(found) for path in found[name]]
         for split, found in classes.items()
     }
-    return FolderScan(folder, class_names, splits, tuple(notes))
+    return ImageFolder(folder, class_names, splits, tuple(notes))
 
 
 def _split_folders(folder: Path) -> dict[str, Path]:

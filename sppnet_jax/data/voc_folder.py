@@ -51,7 +51,7 @@ class ImageFiles(NamedTuple):
     annotation: str
 
 
-class FolderScan(NamedTuple):
+class VocFolder(NamedTuple):
     """Which images a folder in VOC layout has, and in which splits."""
 
     root: Path  # the folder of JPEGImages and Annotations
@@ -106,7 +106,7 @@ def open_folder(
     )
 
 
-def scan_folder(root: str | os.PathLike[str]) -> FolderScan:
+def scan_folder(root: str | os.PathLike[str]) -> VocFolder:
     """Finds the splits and images of a folder in VOC layout, without opening an image.
 
     `root`: the folder of JPEGImages and Annotations, or one that has a single such
@@ -149,10 +149,10 @@ def scan_folder(root: str | os.PathLike[str]) -> FolderScan:
             f"{str(folder)!r} has no image with an annotation. {'; '.join(notes)}. "
             f"{_LAYOUT}"
         )
-    return FolderScan(folder, splits, tuple(notes))
+    return VocFolder(folder, splits, tuple(notes))
 
 
-def read_annotations(scan: FolderScan, threads: int = 8) -> FolderAnnotations:
+def read_annotations(scan: VocFolder, threads: int = 8) -> FolderAnnotations:
     """Reads every annotation and every image's size, putting right what can be.
 
     `threads`: threads that read files.
@@ -193,7 +193,7 @@ def read_annotations(scan: FolderScan, threads: int = 8) -> FolderAnnotations:
 _kept: dict[Path, tuple[Any, FolderAnnotations]] = {}
 
 
-def _read_once(scan: FolderScan) -> FolderAnnotations:
+def _read_once(scan: VocFolder) -> FolderAnnotations:
     found = {}
     for files in {files for listed in scan.splits.values() for files in listed}:
         stats = [os.stat(scan.root / path) for path in files]
