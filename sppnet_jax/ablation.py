@@ -337,7 +337,7 @@ def _changed(config: ConfigDict, changes: Mapping[str, Any]) -> NetworkSettings:
     for path, value in _named(changes):
         if path in _NOT_HERE:
             raise ValueError(f"{path}={value!r} can't be given here: {_NOT_HERE[path]}")
-        fault = unknown_field(NetworkSettings, path, "the settings")
+        fault = unknown_field(NetworkSettings, path)
         if fault:
             raise ValueError(fault)
         *groups, name = path.split(".")
