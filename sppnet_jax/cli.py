@@ -13,7 +13,7 @@ from absl import app, flags
 from ml_collections import ConfigDict, config_flags
 from tqdm import tqdm
 
-from sppnet_jax.run import caches, parallel, run_folder
+from sppnet_jax.run import caches, parallel
 from sppnet_jax.run.settings import MOVED, plain, read, unknown_field
 from sppnet_jax.training.network_settings import NetworkSettings
 
@@ -51,12 +51,14 @@ def detector_base_config() -> ConfigDict:
 
 
 def run(
-    main: Callable[[Sequence[str]], None], kind: Any, *, saved: bool = False
+    main: Callable[[Sequence[str]], None],
+    kind: Any,
+    saved: Callable[[Path], Any] | None = None,
 ) -> None:
     """Runs a command line; user errors print their message and exit with 1.
 
     `kind`: the NamedTuple of the command's settings.
-    `saved`: without a --config, takes the settings that --workdir was trained with.
+    `saved`: reads those that a --workdir was trained with, for where there is no --config.
     """
 
     def guarded(argv: Sequence[str]) -> None:
@@ -75,9 +77,8 @@ def run(
     try:
         if saved and "config" not in given and "workdir" in given:
             workdir = Path(given["workdir"].split(",")[0]).expanduser()
-            config_flags.DEFINE_config_dict(
-                "config", ConfigDict(plain(saved_settings(kind, workdir))), _CONFIG_HELP
-            )
+            config = ConfigDict(plain(saved(workdir)))
+            config_flags.DEFINE_config_dict("config", config, _CONFIG_HELP)
         else:
             path = given.get("config", "").partition(":")[0]
             if path and not Path(path).is_file():
@@ -100,18 +101,7 @@ def given_settings(kind: type[Kind]) -> Kind:
     if not isinstance(config, ConfigDict):
         raise ValueError(_why_unreadable(config))
     values = config.to_dict()
-    _check_kind(kind, values, "this is the config of")
-    return read(kind, values)
-
-
-def saved_settings(kind: type[Kind], workdir: Path) -> Kind:
-    """The settings that a run was trained with.
-
-    Raises: FileNotFoundError for a folder without a run, ValueError for one of another
-    kind of run.
-    """
-    values = run_folder.load_config(workdir)
-    _check_kind(kind, values, f"{workdir} holds")
+    _check_kind(kind, values)
     return read(kind, values)
 
 
@@ -198,18 +188,17 @@ def _parse_flags(argv: list[str], kind: Any) -> list[str]:
         sys.exit(f"error: {_reason(error)}")
 
 
-def _check_kind(kind: Any, values: dict[str, Any], what: str) -> None:
-    """Raises ValueError for the settings of a detector in place of a network's."""
-    detector = "proposals" in values
-    if detector and kind is NetworkSettings:
+def _check_kind(kind: Any, values: dict[str, Any]) -> None:
+    """Raises ValueError for the config of a detector in place of a network's."""
+    if kind is NetworkSettings and "proposals" in values:
         raise ValueError(
-            f"{what} a detector, no network: detectors are trained and tested by "
-            "python -m sppnet_jax.detect"
+            "this is the config of a detector, no network: detectors are trained and "
+            "tested by python -m sppnet_jax.detect"
         )
-    if not detector and "model" in values and kind is not NetworkSettings:
+    if kind is not NetworkSettings and "model" in values:
         raise ValueError(
-            f"{what} a trained classifier, no detector; a detector's config is one "
-            "such as configs/detect_folder.py, and its --workdir one of its own"
+            "this is the config of a classifier, no detector: take one such as "
+            "configs/detect_folder.py"
         )
 
 

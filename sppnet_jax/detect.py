@@ -17,7 +17,7 @@ from pathlib import Path
 from absl import flags
 
 from sppnet_jax import cli
-from sppnet_jax.detection.detector_settings import DetectorSettings
+from sppnet_jax.detection.detector_settings import DetectorSettings, detector_settings
 
 log = logging.getLogger(__name__)
 
@@ -142,4 +142,4 @@ def _picture_names(paths: Sequence[str]) -> list[str]:
 
 
 if __name__ == "__main__":
-    cli.run(main, DetectorSettings, saved=True)
+    cli.run(main, DetectorSettings, detector_settings)

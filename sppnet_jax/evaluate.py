@@ -11,7 +11,7 @@ from absl import flags
 
 from sppnet_jax import cli
 from sppnet_jax.classification import views
-from sppnet_jax.training.network_settings import NetworkSettings
+from sppnet_jax.training.network_settings import NetworkSettings, network_settings
 
 _PROTOCOL = flags.DEFINE_enum(
     "protocol",
@@ -84,4 +84,4 @@ def _whole_number(text: str) -> int:
 
 
 if __name__ == "__main__":
-    cli.run(main, NetworkSettings, saved=True)
+    cli.run(main, NetworkSettings, network_settings)

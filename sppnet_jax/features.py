@@ -14,7 +14,7 @@ from pathlib import Path
 from absl import flags
 
 from sppnet_jax import cli
-from sppnet_jax.training.network_settings import NetworkSettings
+from sppnet_jax.training.network_settings import NetworkSettings, network_settings
 
 _LAYER = flags.DEFINE_string(
     "layer",
@@ -74,4 +74,4 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main, NetworkSettings, saved=True)
+    cli.run(main, NetworkSettings, network_settings)

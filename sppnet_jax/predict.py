@@ -9,7 +9,7 @@ from pathlib import Path
 from absl import flags
 
 from sppnet_jax import cli
-from sppnet_jax.training.network_settings import NetworkSettings
+from sppnet_jax.training.network_settings import NetworkSettings, network_settings
 
 BEST = 5  # classes that are printed for each image
 _THUMBNAIL = 256  # shorter side of images in the picture, in pixels
@@ -89,4 +89,4 @@ def predict_files(
 
 
 if __name__ == "__main__":
-    cli.run(main, NetworkSettings, saved=True)
+    cli.run(main, NetworkSettings, network_settings)
