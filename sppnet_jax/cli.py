@@ -58,7 +58,7 @@ def run(
     """Runs a command line; user errors print their message and exit with 1.
 
     `kind`: the NamedTuple of the command's settings.
-    `saved`: reads those that a --workdir was trained with, for where there is no --config.
+    `saved`: reads those that a --workdir was trained with, where there is no --config.
     """
 
     def guarded(argv: Sequence[str]) -> None:
