@@ -104,11 +104,8 @@ def evaluate_detections(
         )
     elevens = [r.ap_11_point for r in results if r.ap_11_point is not None]
     areas = [r.ap_area for r in results if r.ap_area is not None]
-    left_out = [
-        name
-        for name, result in zip(class_names, results, strict=True)
-        if result.ap_area is None
-    ]
+    named = zip(class_names, results, strict=True)
+    left_out = [name for name, result in named if result.ap_area is None]
     if not areas:
         raise ValueError(
             f"the {len(ground_truth)} images show no object of the {len(class_names)} "
@@ -138,24 +135,15 @@ def evaluate_class(
     `truth_boxes`, `difficult`: float [N, 4] and bool [N] for each image.
     `threshold`: see `evaluate_detections`.
 
-    Returns: the class's result.
-    Raises: ValueError for arrays that don't fit together, and for numbers that aren't
-    finite.
+    Raises: ValueError for a threshold that is no IoU.
     """
     if not 0 < threshold <= 1:
         raise ValueError(f"threshold is an IoU above 0 and up to 1, got {threshold}")
-    if len(truth_boxes) != len(difficult):
-        raise ValueError(
-            f"truth_boxes are of {len(truth_boxes)} images, difficult of "
-            f"{len(difficult)}"
-        )
-    table = DetectionTable(images, np.zeros(len(images), int), scores, boxes)
-    table = check_detections(table, len(truth_boxes), 1)
     hard = np.concatenate(
         [*(np.asarray(d, bool) for d in difficult), np.zeros(0, bool)]
     )
-    order = np.argsort(-np.asarray(table.scores, np.float64), kind="stable")
-    found = _best_objects(table, truth_boxes, threshold)[order]
+    order = np.argsort(-np.asarray(scores, np.float64), kind="stable")
+    found = _best_objects(images, boxes, truth_boxes, threshold)[order]
     ignored = (found >= 0) & np.append(hard, False)[found]
     candidates = np.flatnonzero((found >= 0) & ~ignored)
     hits = np.zeros(len(found), bool)
@@ -186,21 +174,24 @@ def evaluate_class(
 
 
 def _best_objects(
-    table: DetectionTable, truth_boxes: Sequence[np.ndarray], threshold: float
+    images: np.ndarray,
+    boxes: np.ndarray,
+    truth_boxes: Sequence[np.ndarray],
+    threshold: float,
 ) -> np.ndarray:
     """The object that each detection overlaps the most, −1 if below the threshold.
 
     Objects are numbered through all images.
     """
-    best = np.full(len(table.images), -1)
-    by_image = np.argsort(table.images, kind="stable")
-    bounds = np.searchsorted(table.images[by_image], np.arange(len(truth_boxes) + 1))
+    best = np.full(len(images), -1)
+    by_image = np.argsort(images, kind="stable")
+    bounds = np.searchsorted(images[by_image], np.arange(len(truth_boxes) + 1))
     first = 0
     for image, objects in enumerate(truth_boxes):
         rows = by_image[bounds[image] : bounds[image + 1]]
         if len(rows) and len(objects):
             # In float64, so that an overlap of just the threshold is found.
-            overlaps = iou(table.boxes[rows].astype(np.float64), np.asarray(objects))
+            overlaps = iou(boxes[rows].astype(np.float64), np.asarray(objects))
             nearest = overlaps.argmax(axis=1)
             highest = overlaps[np.arange(len(rows)), nearest]
             best[rows] = np.where(highest >= threshold, first + nearest, -1)
