@@ -37,8 +37,6 @@ from sppnet_jax.pyramid.geometry import Geometry
 from sppnet_jax.run.files import write_array
 from sppnet_jax.run.progress import progress_bar
 
-DTYPES = ("float32", "float16")
-
 log = logging.getLogger(__name__)
 
 
@@ -52,7 +50,7 @@ def convolve_split(
     max_buckets: int = 4,
     threads: int = 8,
     dtype: str = "float32",
-) -> dict[str, Any]:
+) -> None:
     """Writes the last map of every image at every scale, those that are not there yet.
 
     `sides`: the image's shorter side at each scale, in pixels.
@@ -60,8 +58,6 @@ def convolve_split(
     `max_buckets`: compiled programs for each scale.
     `dtype`: of the files; "float16" halves them, at the cost of some exactness.
 
-    Returns: a report of plain values: images, broken, and for each scale the compiled
-    programs and the seconds an image took on the device.
     Raises: ValueError for a network without a pyramid, or a scale that is too small.
     """
     if network.model.levels is None:
@@ -71,7 +67,6 @@ def convolve_split(
         )
     function = map_function(network.model, network.preprocessing)
     broken = BrokenImages(source)
-    report: dict[str, Any] = {"images": len(source.records), "scales": {}}
     for side in sides:
         missing = [
             index
@@ -108,10 +103,7 @@ def convolve_split(
                 write_array(path, found[:rows, :columns].astype(dtype))
                 bar.update()
         log.info("shorter side %d\n%s", side, table)
-        report["scales"][str(side)] = _report(table)
     broken.summarize()
-    report["broken"] = len(broken)
-    return report
 
 
 def mean_cells(sizes: np.ndarray, sides: Sequence[int], geometry: Geometry) -> float:
@@ -223,12 +215,3 @@ def scaled_sizes(sizes: np.ndarray, side: int) -> np.ndarray:
         for height, width in sizes
     ]
     return np.array(scaled, np.int64).reshape(-1, 2)
-
-
-def _report(table: Any) -> dict[str, Any]:
-    rows = [row for row in table.rows() if row.calls]
-    seconds = sum(row.calls * row.seconds_per_call for row in rows)
-    return {
-        "programs": table.programs,
-        "seconds_per_image": seconds / max(1, sum(row.images for row in rows)),
-    }
