@@ -17,10 +17,10 @@ from typing import NamedTuple
 import numpy as np
 
 from sppnet_jax.classification.ranking import area_ap, eleven_point_ap
+from sppnet_jax.data.sources import Objects
 from sppnet_jax.detection.boxes import iou
 from sppnet_jax.detection.detection_table import (
     DetectionTable,
-    GroundTruth,
     check_detections,
     check_ground_truth,
 )
@@ -65,7 +65,7 @@ class DetectionResult(NamedTuple):
 
 def evaluate_detections(
     detections: DetectionTable,
-    ground_truth: Sequence[GroundTruth],
+    ground_truth: Sequence[Objects],
     class_names: Sequence[str],
     *,
     threshold: float = 0.5,

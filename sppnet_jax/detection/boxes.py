@@ -49,11 +49,10 @@ def nms(
     `threshold` go; then the next of those left, and so on (section 4.1: 0.3). Of equal
     scores the earlier box comes first.
 
-    It runs on the device in float32, under `jax.jit` and `jax.vmap` too; shapes are
-    static, and another N compiles another program. Boxes are settled 64 at a time, in
-    the order of their scores: among themselves by striking out what a kept box overlaps
-    until nothing changes, and then against all others at once. So an overlap of each
-    two boxes is computed, but a program takes N/64 steps in sequence rather than N.
+    It runs on the device in float32, under `jax.jit` and `jax.vmap` too. Boxes are
+    settled 64 at a time, in the order of their scores: among themselves by striking out
+    what a kept box overlaps until nothing changes, and then against all others at once.
+    So a program takes N/64 steps in sequence rather than N.
 
     `boxes`: float [N, 4]. `scores`: float [N]; −inf is the lowest.
     `threshold`: the IoU, 0 to 1, above which the lower-scored of two boxes goes.
@@ -80,10 +79,7 @@ def nms_per_class(
     threshold: Float[ArrayLike, ""] | float,
     valid: Bool[ArrayLike, "boxes ..."] | None = None,
 ) -> Bool[Array, "boxes classes"]:
-    """`nms` in each of several classes at once.
-
-    2,000 boxes in 20 classes took 60 ms on two busy CPU cores and 4 MB beside the
-    arguments. What bounds it are the N² overlaps of each class.
+    """`nms` in each of several classes at once; it computes N² overlaps of each.
 
     `boxes`: float [N, 4], or [N, C, 4] where each class has boxes of its own.
     `scores`: float [N, C]. `threshold`: see `nms`.
@@ -255,9 +251,8 @@ def _sizes_and_centres(boxes: Any) -> tuple[Any, Any]:
 
 def _convert(**arrays: Any) -> tuple[ModuleType, list[Any]]:
     """The arrays in one precision, and the module that computes with them."""
-    in_jax = any(
-        isinstance(part, jax.Array) for part in jax.tree.leaves(list(arrays.values()))
-    )
+    leaves = jax.tree.leaves(arrays)
+    in_jax = any(isinstance(part, jax.Array) for part in leaves)
     xp: Any = jnp if in_jax else np
     dtype = xp.float32 if in_jax else xp.float64
     converted = [xp.asarray(array, dtype) for array in arrays.values()]
@@ -310,17 +305,18 @@ def _check_not_empty(**arrays: Any) -> None:
     for name, array in arrays.items():
         if not isinstance(array, jax.core.Tracer):
             bad = ~(array[:, 2:] > array[:, :2]).all(axis=1)
-            if bad.any():
-                first = int(bad.argmax())
-                raise ValueError(
-                    f"{name}[{first}] is empty: {array[first].tolist()}; its maxima "
-                    "must be above its minima. Leave such boxes out"
-                )
+            advice = "; its maxima must be above its minima. Leave such boxes out"
+            _raise_for_first(name, "empty", array, bad, advice)
 
 
 def _check_finite(name: str, array: Any) -> None:
     if not isinstance(array, jax.core.Tracer):
-        bad = ~np.isfinite(array).all(axis=1)
-        if bad.any():
-            first = int(bad.argmax())
-            raise ValueError(f"{name}[{first}] is not finite: {array[first].tolist()}")
+        _raise_for_first(name, "not finite", array, ~np.isfinite(array).all(axis=1))
+
+
+def _raise_for_first(
+    name: str, fault: str, array: Any, bad: Any, advice: str = ""
+) -> None:
+    if bad.any():
+        first = int(bad.argmax())
+        raise ValueError(f"{name}[{first}] is {fault}: {array[first].tolist()}{advice}")

@@ -220,30 +220,23 @@ def draw_batch(
     images = _images_of(step, usable, settings.images, seed)
     rng = np.random.default_rng((seed, 1, step))
     wanted = round(settings.batch_size * settings.positives)
-    positives = [
-        (image, row, label)
-        for image in images
-        for row, label in zip(
-            examples[image].positives, examples[image].labels, strict=True
+    positives: list[Any] = []
+    negatives: list[Any] = []
+    for image in images:
+        found = examples[image]
+        shown = zip(found.positives, found.labels, strict=True)
+        positives += [(image, row, label) for row, label in shown]
+        negatives += [(image, row, background) for row in found.negatives]
+    chosen = [
+        items[index]
+        for items, count in (
+            (positives, wanted),
+            (negatives, settings.batch_size - wanted),
         )
+        for index in rng.choice(len(items), size=count, replace=count > len(items))
     ]
-    negatives = [
-        (image, row, background)
-        for image in images
-        for row in examples[image].negatives
-    ]
-    chosen = np.array(
-        [
-            *_draw(positives, wanted, rng),
-            *_draw(negatives, settings.batch_size - wanted, rng),
-        ]
-    )
-    return chosen[:, 0], chosen[:, 1], chosen[:, 2]
-
-
-def _draw(items: list[Any], count: int, rng: np.random.Generator) -> list[Any]:
-    drawn = rng.choice(len(items), size=count, replace=count > len(items))
-    return [items[index] for index in drawn]
+    of_images, rows, labels = np.array(chosen).T
+    return of_images, rows, labels
 
 
 def _images_of(step: int, usable: Sequence[int], images: int, seed: int) -> list[int]:

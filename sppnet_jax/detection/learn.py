@@ -29,7 +29,7 @@ from sppnet_jax.detection.window_features import (
     pooled_rows,
     rows_of,
 )
-from sppnet_jax.run.files import write_arrays
+from sppnet_jax.run.files import read_arrays, write_arrays
 
 SVM_FILE = "svm.npz"
 REGRESSION_FILE = "regression.npz"
@@ -79,8 +79,7 @@ def learn_svms(
     saved = folder / ROUNDS_FILE
     state = None
     if saved.exists():
-        with np.load(saved) as arrays:
-            state = MiningState(**dict(arrays))
+        state = MiningState(**read_arrays(saved))
         log.info("mining goes on after round %d", len(state.seconds) - 1)
     svms, state = mine_hard_negatives(
         features_of,

@@ -35,13 +35,25 @@ def truncate_fc(params: Mapping[str, Any], ranks: Mapping[str, int]) -> dict[str
     the log says.
 
     Returns: the layers, the truncated ones as float32 arrays of NumPy.
-    Raises: ValueError for unknown or already truncated layers, ranks below 0 and
-    weights that are not finite.
+    Raises: ValueError for unknown or already truncated layers and for weights that are
+    not finite.
     """
-    _check_ranks(params, ranks)
     truncated = dict(params)
     for name, rank in ranks.items():
+        if name not in params:
+            raise ValueError(
+                f"no layer {name!r} to truncate; there are {', '.join(params)}"
+            )
+        if "kernel" not in params[name]:
+            raise ValueError(
+                f"{name} is truncated already; truncate the whole network's layers"
+            )
         kernel = np.asarray(params[name]["kernel"], np.float32)
+        if kernel.ndim != 2:
+            raise ValueError(
+                f"{name} is not fully connected: its kernel has the shape "
+                f"{kernel.shape}"
+            )
         if not np.isfinite(kernel).all():
             raise ValueError(f"{name} has weights that are not finite: nothing to keep")
         if not 0 < rank < min(kernel.shape):
@@ -99,22 +111,3 @@ def _best_factors(kernel: np.ndarray, rank: int) -> tuple[np.ndarray, np.ndarray
 
 def _energy(values: Any) -> float:
     return float(np.square(np.asarray(values), dtype=np.float64).sum())
-
-
-def _check_ranks(params: Mapping[str, Any], ranks: Mapping[str, int]) -> None:
-    for name, rank in ranks.items():
-        if name not in params:
-            raise ValueError(
-                f"no layer {name!r} to truncate; there are {', '.join(params)}"
-            )
-        if rank < 0:
-            raise ValueError(f"{name}'s rank must be at least 0, got {rank}")
-        if "kernel" not in params[name]:
-            raise ValueError(
-                f"{name} is truncated already; truncate the whole network's layers"
-            )
-        if np.ndim(params[name]["kernel"]) != 2:
-            raise ValueError(
-                f"{name} is not fully connected: its kernel has the shape "
-                f"{np.shape(params[name]['kernel'])}"
-            )

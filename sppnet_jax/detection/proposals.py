@@ -81,9 +81,7 @@ class ProposalSettings(NamedTuple):
 
 
 def propose(
-    source: Source,
-    settings: ProposalSettings,
-    folder: str | Path,
+    source: Source, settings: ProposalSettings, folder: str | Path
 ) -> list[np.ndarray]:
     """The proposals of every record of a source, from the folder or found now.
 
@@ -95,9 +93,8 @@ def propose(
     other data sets and settings too.
 
     Returns: a list of float32 [N, 4], one for each record.
-    Raises: ValueError for settings that don't fit; FileNotFoundError for a missing
-    model of EdgeBoxes; OSError for a folder that can't be used; RuntimeError naming the
-    image where searching fails.
+    Raises: FileNotFoundError for a missing model of EdgeBoxes; OSError for a folder
+    that can't be used; RuntimeError naming the image where searching fails.
     """
     folder = Path(folder) / hashlib.sha256(settings_key(settings).encode()).hexdigest()
     folder.mkdir(parents=True, exist_ok=True)
@@ -148,33 +145,20 @@ def settings_key(settings: ProposalSettings) -> str:
 
     The model of EdgeBoxes is in it by the hash of its bytes.
 
-    Raises: ValueError for settings that don't fit, FileNotFoundError for a missing
-    model.
+    Raises: FileNotFoundError for a missing model, ValueError for a file that is none.
     """
-    if settings.max_windows < 1:
-        raise ValueError(f"max_windows must be at least 1, got {settings.max_windows}")
     chosen: dict[str, Any] = {
         "method": settings.method,
-        "max_windows": int(settings.max_windows),
+        "max_windows": settings.max_windows,
         "version": _VERSION,
     }
-    if settings.method == "selective_search":
-        if settings.width < 0 or settings.min_side < 1:
-            raise ValueError(
-                f"width {settings.width} must be at least 0, and min_side "
-                f"{settings.min_side} at least 1"
-            )
-        for name in ("width", "min_side", "seed"):
-            chosen[name] = int(getattr(settings, name))
-    elif settings.method == "edge_boxes":
+    if settings.method == "edge_boxes":
         load_edge_model(settings.model)
         content = Path(settings.model).read_bytes()
         chosen["edge_model"] = hashlib.sha256(content).hexdigest()
     else:
-        raise ValueError(
-            f"unknown method {settings.method!r}: use 'selective_search' or "
-            "'edge_boxes'"
-        )
+        names = ("width", "min_side", "seed")
+        chosen |= {name: getattr(settings, name) for name in names}
     return json.dumps(chosen, sort_keys=True)
 
 

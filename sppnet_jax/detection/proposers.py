@@ -92,8 +92,6 @@ def edge_boxes(
     and for arguments that do not fit.
     """
     _check_image(image)
-    if max_windows < 1:
-        raise ValueError(f"max_windows {max_windows} must be at least 1")
     detector = load_edge_model(model_path)
     if min(image.shape[:2]) < _EDGE_PATCH:
         return _whole_image(image)

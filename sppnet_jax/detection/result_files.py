@@ -20,9 +20,9 @@ from urllib.parse import quote
 
 import numpy as np
 
+from sppnet_jax.data.sources import Objects
 from sppnet_jax.detection.detection_table import (
     DetectionTable,
-    GroundTruth,
     check_detections,
     check_ground_truth,
 )
@@ -90,7 +90,7 @@ def write_coco_ground_truth(
     path: Path,
     file_names: Sequence[str],
     sizes: np.ndarray,
-    ground_truth: Sequence[GroundTruth],
+    ground_truth: Sequence[Objects],
     class_names: Sequence[str],
 ) -> None:
     """Writes the objects of all images as a COCO annotation file.
@@ -112,11 +112,10 @@ def write_coco_ground_truth(
             f"as many, got {sizes.shape} and {len(file_names)}"
         )
     check_ground_truth(ground_truth, len(class_names))
+    named = zip(file_names, sizes.tolist(), strict=True)
     images = [
-        {"id": number, "file_name": name, "height": int(size[0]), "width": int(size[1])}
-        for number, (name, size) in enumerate(
-            zip(file_names, sizes, strict=True), start=1
-        )
+        {"id": number, "file_name": name, "height": int(height), "width": int(width)}
+        for number, (name, (height, width)) in enumerate(named, start=1)
     ]
     objects = [
         {

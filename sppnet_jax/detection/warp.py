@@ -109,12 +109,7 @@ def _check(
     fill: float | Sequence[float] | np.ndarray,
 ) -> np.ndarray:
     """Checks the arguments of `warp_windows`; returns the colour, uint8 [3]."""
-    if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
-        raise ValueError(
-            f"image must be uint8 [h, w, 3], got {image.dtype} {image.shape}"
-        )
-    if 0 in image.shape:
-        raise ValueError(f"the image has no pixels: shape {image.shape}")
+    check_image(image)
     if boxes.ndim != 2 or boxes.shape[1] != 4:
         raise ValueError(
             "boxes must be float [N, 4], (ymin, xmin, ymax, xmax) in pixels, got shape "
@@ -125,7 +120,19 @@ def _check(
             f"a context of {context} pixels on each side leaves nothing of {side} for "
             "the box: it must be at least 0 and below side / 2"
         )
-    _check_boxes(boxes, *image.shape[:2])
+    size = np.array(image.shape[:2] * 2)
+    pixels = "×".join(map(str, image.shape[:2]))
+    faults = {
+        "is not finite": ~np.isfinite(boxes).all(axis=1),
+        "is empty": ~(boxes[:, 2:] > boxes[:, :2]).all(axis=1),
+        f"is far outside the image of {pixels} pixels; clip boxes to it first": (
+            (boxes < -size) | (boxes > 2 * size)
+        ).any(axis=1),
+    }
+    for fault, bad in faults.items():
+        if bad.any():
+            first = int(bad.argmax())
+            raise ValueError(f"box {first} {fault}: {boxes[first].tolist()}")
     color = np.asarray(fill, np.float64)
     if color.shape not in ((), (3,)) or not ((color >= 0) & (color <= 255)).all():
         raise ValueError(
@@ -134,17 +141,11 @@ def _check(
     return np.broadcast_to(np.round(color).astype(np.uint8), 3)
 
 
-def _check_boxes(boxes: np.ndarray, height: int, width: int) -> None:
-    size = np.array([height, width] * 2)
-    image = f"{height}×{width} pixels"
-    faults = {
-        "is not finite": ~np.isfinite(boxes).all(axis=1),
-        "is empty": ~(boxes[:, 2:] > boxes[:, :2]).all(axis=1),
-        f"is far outside the image of {image}; clip boxes to it first": (
-            (boxes < -size) | (boxes > 2 * size)
-        ).any(axis=1),
-    }
-    for fault, bad in faults.items():
-        if bad.any():
-            first = int(bad.argmax())
-            raise ValueError(f"box {first} {fault}: {boxes[first].tolist()}")
+def check_image(image: np.ndarray) -> None:
+    """Raises ValueError for an array that is no image, uint8 [h, w, 3], with pixels."""
+    if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
+        raise ValueError(
+            f"image must be uint8 [h, w, 3], got {image.dtype} {image.shape}"
+        )
+    if 0 in image.shape:
+        raise ValueError(f"the image has no pixels: shape {image.shape}")
