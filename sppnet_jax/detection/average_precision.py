@@ -51,11 +51,7 @@ class ClassResult(NamedTuple):
 
 
 class DetectionResult(NamedTuple):
-    """The results of all classes, and their means over the classes that have one.
-
-    `classes`: one for each class, in order. `left_out`: the names of the classes that
-    have no average precision.
-    """
+    """The results of all classes, and their means; `left_out` names those without."""
 
     map_11_point: float
     map_area: float
@@ -75,13 +71,10 @@ def evaluate_detections(
     A class without objects to find, or with difficult ones only, has no average
     precision; it is left out of the mean, and the log names it.
 
-    `detections`: of all images and classes; `join_detections` makes them.
-    `ground_truth`: for each image its objects: boxes float [N, 4], labels int [N],
-    difficult bool [N].
+    `detections`: of all images and classes. `ground_truth`: the objects of each image.
     `class_names`: in the order of the labels.
     `threshold`: the IoU at which an object is found, inclusive.
 
-    Returns: the results of all classes, and their means.
     Raises: ValueError for arrays that don't fit together, for numbers that aren't
     finite, and if no class has anything to find.
     """

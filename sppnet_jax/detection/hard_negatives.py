@@ -152,7 +152,21 @@ def mine_hard_negatives(
             np.flatnonzero(~trained).tolist(),
         )
     if state is None:
-        state = _no_rows(len(positives), positives.shape[1], num_classes)
+        dimensions = positives.shape[1]
+        state = MiningState(
+            features=np.zeros((0, dimensions), np.float32),
+            images=np.zeros(0, np.int32),
+            windows=np.zeros(0, np.int32),
+            members=np.zeros((0, num_classes), bool),
+            duals=np.zeros((len(positives), num_classes), np.float32),
+            weights=np.zeros((num_classes, dimensions), np.float32),
+            biases=np.zeros(num_classes, np.float32),
+            added=np.zeros((0, num_classes), np.int32),
+            objectives=np.zeros((0, num_classes)),
+            seconds=np.zeros(0),
+            converged=np.array(False),
+            full=np.array(False),
+        )
     _check_state(state, positives, num_classes, boxes)
 
     while not (
@@ -204,23 +218,6 @@ def mining_report(state: MiningState) -> dict[str, Any]:
         for number in range(len(state.seconds))
     ]
     return {"ended": ended, "windows": len(state.features), "rounds": rounds}
-
-
-def _no_rows(positives: int, dimensions: int, classes: int) -> MiningState:
-    return MiningState(
-        features=np.zeros((0, dimensions), np.float32),
-        images=np.zeros(0, np.int32),
-        windows=np.zeros(0, np.int32),
-        members=np.zeros((0, classes), bool),
-        duals=np.zeros((positives, classes), np.float32),
-        weights=np.zeros((classes, dimensions), np.float32),
-        biases=np.zeros(classes, np.float32),
-        added=np.zeros((0, classes), np.int32),
-        objectives=np.zeros((0, classes)),
-        seconds=np.zeros(0),
-        converged=np.array(False),
-        full=np.array(False),
-    )
 
 
 def _find(

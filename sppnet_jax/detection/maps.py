@@ -2,14 +2,14 @@
 
 Each image is convolved whole, once for each scale, in buckets. What is kept are maps,
 not pooled vectors: an image's maps have some thousand cells, its 2,000 windows 50 bins
-each. Fine-tuning, SVMs, box regression and tests pool their windows from these files
-and never run a convolution again.
+each. All that follows pools its windows from these files.
 
 A file a scale and image, FOLDER/SIDE/INDEX.npy, float [rows, columns, channels], is
 written whole or not at all, so an interrupted run goes on where it stopped.
 """
 
 import logging
+import math
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -67,12 +67,9 @@ def convolve_split(
         )
     function = map_function(network.model, network.preprocessing)
     broken = BrokenImages(source)
+    everyone = range(len(source.records))
     for side in sides:
-        missing = [
-            index
-            for index in range(len(source.records))
-            if not map_file(folder, side, index).exists()
-        ]
+        missing = [i for i in everyone if not map_file(folder, side, i).exists()]
         if not missing:
             continue
         part = subset(source, missing)
@@ -86,8 +83,8 @@ def convolve_split(
             threads=threads,
         )
         sizes = scaled_sizes(image_sizes(part, threads), side)
-        done = len(source.records) - len(missing)
-        with progress_bar(f"maps at {side}", len(source.records), done=done) as bar:
+        done = len(everyone) - len(missing)
+        with progress_bar(f"maps at {side}", len(everyone), done=done) as bar:
 
             def seen(example: Any, side: int = side, missing: Any = missing) -> None:
                 if not example["mask"]:
@@ -111,11 +108,9 @@ def mean_cells(sizes: np.ndarray, sides: Sequence[int], geometry: Geometry) -> f
 
     `sizes`: (height, width) of the images, int [N, 2].
     """
-    totals = np.zeros(len(sizes))
-    for side in sides:
-        for index, size in enumerate(scaled_sizes(sizes, side)):
-            totals[index] += np.prod(map_size_of(tuple(size), geometry))
-    return float(totals.sum() / max(len(sizes), 1))
+    scaled = np.concatenate([scaled_sizes(sizes, side) for side in sides])
+    cells = sum(math.prod(map_size_of(tuple(size), geometry)) for size in scaled)
+    return cells / max(len(sizes), 1)
 
 
 def map_function(model: SPPNet, preprocessing: Preprocessing) -> Any:

@@ -8,7 +8,6 @@ the map of each window, or its pooled vector where that is smaller.
 
 import logging
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ import numpy as np
 from sppnet_jax.data.broken import BrokenImages
 from sppnet_jax.data.images import decode_image
 from sppnet_jax.data.sources import Source
+from sppnet_jax.detection.finetune import StepsAhead
 from sppnet_jax.detection.warp import warp_windows
 from sppnet_jax.network.model import SPPNet
 from sppnet_jax.network.preprocess import Preprocessing, normalize
@@ -65,15 +65,11 @@ def convolve_windows(
 
     done = len(boxes) - len(missing)
     with (
-        ThreadPoolExecutor(1) as ahead,
+        StepsAhead(lambda step: load(missing[step]), len(missing)) as ahead,
         progress_bar("windows of R-CNN", len(boxes), done=done) as bar,
     ):
-        waiting = ahead.submit(load, missing[0]) if missing else None
-        for number, index in enumerate(missing):
-            assert waiting is not None
-            warped = waiting.result()
-            if number + 1 < len(missing):
-                waiting = ahead.submit(load, missing[number + 1])
+        for index in missing:
+            warped = next(ahead)
             if warped is None:
                 broken.add(index)
                 found = np.zeros((0, 0, 0, 0))

@@ -13,11 +13,8 @@ liblinear does so one class at a time. But all classes share their examples, and
 only in signs and bounds: an example that a class leaves out has the bounds 0 and 0. So
 a block of examples is scored by all classes in one product of matrices, its variables
 are optimised one after the other on the block's own small Gram matrix, and a second
-product brings the weights up to date. Every step is liblinear's; the arithmetic is two
-large products. The dual never falls, and its limit is the optimum.
-
-What remains to be gained is bounded by the duality gap, the primal objective less the
-dual one: it is computed for every class, and decides when to stop.
+product brings the weights up to date. The dual never falls, and its limit is the
+optimum; the duality gap of every class bounds what remains, and decides when to stop.
 """
 
 import functools
@@ -63,8 +60,7 @@ def solve_svms(
 ) -> SolvedSVMs:
     """Trains the linear SVM of every class, L1 hinge loss, to a known accuracy.
 
-    The defaults are those of the R-CNN release, whose features are scaled to a mean
-    length of 20 (see `hard_negatives.feature_scale`).
+    The defaults are those of the R-CNN release, for features of a mean length of 20.
 
     `features`: float [N, D], finite; computed with in float32.
     `labels`: int8 [N, classes]: 1 for a positive of the class, -1 for a negative, 0
@@ -79,7 +75,6 @@ def solve_svms(
     earlier solution with rows of zeros appended for new examples.
     `seed`: of the order in which examples are visited; equal seeds, equal results.
 
-    Returns: the SVMs, their dual variables, objectives, gaps and the epochs it took.
     Raises: ValueError for arguments that do not fit.
     """
     features, labels = np.asarray(features, np.float32), np.asarray(labels)
@@ -107,9 +102,8 @@ def solve_svms(
     signed = jnp.asarray(duals * signs)
     epochs = 0
     while True:
-        look = _look(examples, signed)
-        objectives = np.asarray(look.objectives, np.float64)
-        gaps = np.asarray(look.gaps, np.float64)
+        weights, bias, *found = _look(examples, signed)
+        objectives, gaps = (np.asarray(part, np.float64) for part in found)
         open_classes = gaps > tolerance * objectives
         if not open_classes.any() or epochs >= max_epochs:
             break
@@ -119,8 +113,8 @@ def solve_svms(
         signed = _visit(
             examples,
             signed,
-            look.weights,
-            look.bias,
+            weights,
+            bias,
             jnp.asarray(visits, jnp.int32),
             jnp.asarray(turns, jnp.int32),
         )
@@ -137,12 +131,11 @@ def solve_svms(
             epochs,
             ", ".join(named),
         )
-    found = np.zeros((count, classes), np.float32)
-    found[order] = np.abs(np.asarray(signed).reshape(-1, classes)[:count])
-    svms = LinearSVMs(
-        np.asarray(look.weights), bias_multiplier * np.asarray(look.bias, np.float32)
-    )
-    return SolvedSVMs(svms, found, objectives, gaps, epochs)
+    final = np.zeros((count, classes), np.float32)
+    final[order] = np.abs(np.asarray(signed).reshape(-1, classes)[:count])
+    biases = bias_multiplier * np.asarray(bias, np.float32)
+    svms = LinearSVMs(np.asarray(weights), biases)
+    return SolvedSVMs(svms, final, objectives, gaps, epochs)
 
 
 class _Examples(NamedTuple):
@@ -153,13 +146,6 @@ class _Examples(NamedTuple):
     bounds: jax.Array  # [blocks, BLOCK, classes]
     grams: jax.Array  # [blocks, BLOCK, BLOCK], the constant feature included
     bias_feature: jax.Array
-
-
-class _Look(NamedTuple):
-    weights: jax.Array  # [classes, D]
-    bias: jax.Array  # [classes], the weight of the constant feature
-    objectives: jax.Array
-    gaps: jax.Array
 
 
 # TensorFloat-32, which GPUs would use, is too coarse for a gap of 1e-3.
@@ -216,8 +202,9 @@ def _visit(
 
 
 @jax.jit
-def _look(examples: _Examples, signed: jax.Array) -> _Look:
-    """The SVMs that dual variables stand for, with objectives and gaps."""
+def _look(examples: _Examples, signed: jax.Array) -> tuple[jax.Array, ...]:
+    """The weights [classes, D] that dual variables stand for, and for each class that
+    of the constant feature, the objective and the gap."""
     # Summed anew, so that rounding errors of many updates do not add up.
     flat = signed.reshape(-1, signed.shape[-1])
     x = examples.x.reshape(len(flat), -1)
@@ -228,7 +215,7 @@ def _look(examples: _Examples, signed: jax.Array) -> _Look:
     losses = examples.bounds.reshape(flat.shape) * jnp.maximum(0, 1 - signs * scores)
     length = (weights**2).sum(axis=1) + bias**2
     loss, dual = losses.sum(axis=0), jnp.abs(flat).sum(axis=0)
-    return _Look(weights, bias, length / 2 + loss, length + loss - dual)
+    return weights, bias, length / 2 + loss, length + loss - dual
 
 
 def _in_blocks(rows: np.ndarray, order: np.ndarray) -> np.ndarray:

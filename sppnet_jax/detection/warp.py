@@ -51,8 +51,11 @@ def warp_windows(
     warped = np.empty((len(boxes), side, side, 3), np.uint8)
     if not len(boxes):
         return warped
-    corners, pixels = _enlarge(boxes, side, context)
-    padded, origin = _pad(image, corners, pixels, color)
+    frame = (boxes[:, 2:] - boxes[:, :2]) * (context / (side - 2 * context))
+    start = np.round((boxes[:, :2] - frame) / GRID) * GRID
+    stop = np.round((boxes[:, 2:] + frame) / GRID) * GRID
+    padded, origin = _pad(image, start, stop, side, color)
+    corners = np.concatenate([start, stop], axis=1)
     # Pillow wants (left, top, right, bottom), from the corner of the padded image.
     areas = (corners - np.tile(origin, 2))[:, [1, 0, 3, 2]]
 
@@ -68,30 +71,17 @@ def warp_windows(
     return warped
 
 
-def _enlarge(
-    boxes: np.ndarray, side: int, context: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """Boxes with their surroundings [N, 4], and the pixels a square's one spans [N, 2].
-
-    The second is (rows, columns): how much the image shrinks along each.
-    """
-    frame = (boxes[:, 2:] - boxes[:, :2]) * (context / (side - 2 * context))
-    start = np.round((boxes[:, :2] - frame) / GRID) * GRID
-    stop = np.round((boxes[:, 2:] + frame) / GRID) * GRID
-    return np.concatenate([start, stop], axis=1), (stop - start) / side
-
-
 def _pad(
-    image: np.ndarray, corners: np.ndarray, pixels: np.ndarray, color: np.ndarray
+    image: np.ndarray, start: np.ndarray, stop: np.ndarray, side: int, color: np.ndarray
 ) -> tuple[PIL.Image.Image, np.ndarray]:
     """The image with colour around it, and the (y, x) where the result begins.
 
-    It holds every pixel with a weight in any window: beyond a window's edge, half of
-    the triangle's width less half a pixel of the square.
+    It holds every pixel with a weight in any window [start, stop): beyond its edge,
+    half of the triangle's width less half a pixel of the square.
     """
-    reach = np.maximum(pixels, 1)
-    start = np.floor((corners[:, :2] - reach).min(axis=0)).astype(int)
-    stop = np.ceil((corners[:, 2:] + reach).max(axis=0)).astype(int)
+    reach = np.maximum((stop - start) / side, 1)
+    start = np.floor((start - reach).min(axis=0)).astype(int)
+    stop = np.ceil((stop + reach).max(axis=0)).astype(int)
     size = np.array(image.shape[:2])
     before, after = np.maximum(-start, 0), np.maximum(stop - size, 0)
     padded = np.empty((*(before + size + after), 3), np.uint8)
