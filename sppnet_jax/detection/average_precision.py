@@ -36,7 +36,6 @@ class ClassResult(NamedTuple):
     `recall`, `precision`: float64 [D], after each detection in the order of their
     scores; both empty where the average precision is None.
     `ground_truths`: objects that aren't difficult; `difficult`: those that are.
-    `detections`: all of them, also those that count neither way.
     """
 
     ap_11_point: float | None

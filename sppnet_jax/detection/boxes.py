@@ -27,14 +27,13 @@ def iou(
 ) -> Float[Any, "boxes others"]:
     """Intersection over union of each box with each of the others.
 
-    `boxes`, `others`: float [N, 4] and [M, 4]. A box that is empty or inverted overlaps
-    nothing.
+    `boxes`, `others`: float [N, 4] and [M, 4]; an empty or inverted one overlaps none.
 
     Returns: float [N, M], 0 to 1.
     Raises: ValueError for other shapes, and for concrete numbers that aren't finite.
     """
     xp, (first, second) = _convert(boxes=boxes, others=others)
-    return _pairwise_iou(_sides(first), _sides(second), xp)
+    return _pairwise_iou(first.T, second.T, xp)
 
 
 def nms(
@@ -133,8 +132,7 @@ def encode_boxes(
 
     `boxes`, `targets`: float [N, 4], none of them empty.
 
-    Returns: float [N, 4], (dy, dx, log height ratio, log width ratio). A traced box
-    that is empty gives numbers that aren't finite.
+    Returns: float [N, 4], (dy, dx, log height ratio, log width ratio).
     Raises: ValueError for other shapes, and for concrete boxes that are empty or not
     finite.
     """
@@ -186,10 +184,6 @@ def _pairwise_iou(boxes: Sequence[Any], others: Sequence[Any], xp: ModuleType) -
     return common / union
 
 
-def _sides(boxes: Any) -> list[Any]:
-    return [boxes[..., side] for side in range(4)]
-
-
 @jax.jit
 def _suppress(
     boxes: jax.Array, scores: jax.Array, threshold: jax.Array, valid: jax.Array
@@ -206,7 +200,7 @@ def _suppress(
     ranked = jnp.pad(
         boxes.astype(jnp.float32)[rows, order], ((0, 0), (0, blank), (0, 0))
     )
-    sides = _sides(ranked)
+    sides = list(jnp.moveaxis(ranked, -1, 0))
     left = jnp.pad(valid[rows, order], ((0, 0), (0, blank)))
     threshold = jnp.asarray(threshold, jnp.float32)
     earlier = jnp.triu(jnp.ones((BLOCK, BLOCK), bool), 1)

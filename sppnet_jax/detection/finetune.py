@@ -102,8 +102,7 @@ def finetune(
     `examples`: of each image, see examples.py. `seed`: of fc8, of dropout and of the
     windows that are drawn.
 
-    Returns: a report of plain values. The result is the newest checkpoint, see
-    `load_finetuned`.
+    Returns: a report of plain values; `load_finetuned` has the result.
     Raises: ValueError if no image has both positives and negatives; and as `loop.train`
     does.
     """
@@ -278,13 +277,10 @@ def _batch_loader(
         images, rows, labels = draw_batch(
             examples, usable, settings, background, seed, step
         )
-        pooled: list[Any] = [None] * len(rows)
-        for image in np.unique(images):
-            mine = np.flatnonzero(images == image)
-            for place, row in zip(mine, pooled_of(int(image), rows[mine]), strict=True):
-                pooled[place] = row
+        mine = [np.flatnonzero(images == image) for image in np.unique(images)]
+        parts = [pooled_of(int(images[own[0]]), rows[own]) for own in mine]
         batch = {
-            "pooled": np.stack(pooled),
+            "pooled": np.concatenate(parts)[np.argsort(np.concatenate(mine))],
             "label": labels.astype(np.int32),
             "mask": np.ones(len(labels), bool),
         }

@@ -127,8 +127,7 @@ def mine_hard_negatives(
     """Trains an SVM for each class, in rounds; section 4 of the paper.
 
     `features_of`: from the number of an image and chosen rows of its boxes, int [n], to
-    float [n, D], scaled (`feature_scale`). Called for one image after the other, each
-    round: for the few that are drawn in round 0, for all boxes afterwards.
+    float [n, D], scaled (`feature_scale`); called for one image after the other.
     `boxes`: float [N, 4] for each image, (ymin, xmin, ymax, xmax) in pixels.
     `objects`: of each image; difficult ones keep windows out of the negatives as well.
     `positive_features`, `positive_labels`: float [P, D], scaled alike, and int [P], 0
@@ -138,8 +137,7 @@ def mine_hard_negatives(
     `state`: of an earlier call with the same arguments, to go on from there.
     `on_round`: called with the state after each round, such as to save it.
 
-    Returns: the SVMs and the last state, see `mining_report`. Equal arguments give
-    equal results, resumed or not.
+    Returns: the SVMs and the last state; the same for a resumed call.
     Raises: ValueError for arguments that do not fit, naming the image.
     """
     labels = np.asarray(positive_labels)
@@ -200,10 +198,9 @@ def mine_hard_negatives(
 def mining_report(state: MiningState) -> dict[str, Any]:
     """What happened in the rounds, as plain values for JSON.
 
-    Returns: "ended": "converged" where no hard negatives were left, "max_rows" where
-    memory ran out, else "max_rounds"; "windows": the negatives in memory; "rounds": for
-    each, round 0 first, "added" and "negatives" (so far) of every class, "objectives"
-    of the trained SVMs, and "seconds".
+    Returns: "ended": "converged", "max_rows" or "max_rounds"; "windows": the negatives
+    in memory; "rounds": for each, "added" and "negatives" (so far) of every class,
+    "objectives" of the trained SVMs, and "seconds".
     """
     ended = "max_rows" if state.full else "max_rounds"
     ended = "converged" if state.converged else ended

@@ -41,8 +41,8 @@ POINTS = 72 / DPI  # of a pixel
 class Shown(NamedTuple):
     """An image [h, w, 3], the detections to draw on it, and the truth where known.
 
-    `boxes` and `truth_boxes` are float [N, 4]; `labels` and `truth_labels`, int [N],
-    are numbers of classes; `scores` is float [N], `difficult` bool [N] or empty.
+    Boxes are float [N, 4]; labels, int [N], are numbers of classes; `scores` is float
+    [N], `difficult` bool [N] or empty.
     """
 
     image: np.ndarray
