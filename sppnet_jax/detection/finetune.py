@@ -5,6 +5,7 @@ batch holds windows of a few images, a quarter of them positives, and is a funct
 the seed and the step's number: a resumed run draws what it would have drawn.
 """
 
+import functools
 import logging
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -123,6 +124,14 @@ def finetune(
     )
     background = model.num_classes - 1
     load = _batch_loader(features, examples, usable, settings, background, seed)
+
+    def make_state() -> TrainState:
+        fc = _fresh_fc(model, params, seed)
+        rng, momentum = jax.random.PRNGKey(seed + 1), optimizer.transform().init(fc)
+        return parallel.replicate(
+            TrainState(jnp.zeros((), jnp.int32), fc, momentum, rng)
+        )
+
     with StepsAhead(load, settings.steps) as batches:
         memory = train(
             folder,
@@ -133,10 +142,12 @@ def finetune(
                 log_steps=settings.log_steps,
                 checkpoint_steps=settings.checkpoint_steps,
             ),
-            make_state=lambda: _first_state(model, params, optimizer, seed),
+            make_state=make_state,
             batches=batches,
             place=lambda batch: batch,
-            make_program=lambda size: make_step(_losses_of(model), optimizer),
+            make_program=lambda size: make_step(
+                functools.partial(_losses, model), optimizer
+            ),
             rate=lambda step, errors: learning_rate(settings, step),
         )
     return {
@@ -291,32 +302,19 @@ def _batch_loader(
     return load
 
 
-def _losses_of(model: SPPNet) -> Callable[..., tuple[jax.Array, jax.Array]]:
-    """From pooled windows to their losses and logits, as `make_step` takes it."""
-
-    def losses_of(
-        params: Any, batch: dict[str, jax.Array], rng: jax.Array
-    ) -> tuple[jax.Array, jax.Array]:
-        logits, _ = model.apply(
-            {"params": params},
-            batch["pooled"],
-            train=True,
-            rngs={"dropout": rng},
-            method="classify",
-        )
-        losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"])
-        return losses, logits
-
-    return losses_of
-
-
-def _first_state(
-    model: SPPNet, params: Any, optimizer: Optimizer, seed: int
-) -> TrainState:
-    fc = _fresh_fc(model, params, seed)
-    rng, momentum = jax.random.PRNGKey(seed + 1), optimizer.transform().init(fc)
-    state = TrainState(jnp.zeros((), jnp.int32), fc, momentum, rng)
-    return parallel.replicate(state)
+def _losses(
+    model: SPPNet, params: Any, batch: dict[str, jax.Array], rng: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Losses and logits of pooled windows, as `make_step` takes them."""
+    logits, _ = model.apply(
+        {"params": params},
+        batch["pooled"],
+        train=True,
+        rngs={"dropout": rng},
+        method="classify",
+    )
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"])
+    return losses, logits
 
 
 def _fresh_fc(model: SPPNet, params: Any, seed: int) -> dict[str, Any]:

@@ -321,14 +321,13 @@ def _find_missing(
 
 
 def _read_npz(path: Path) -> tuple[list[str], list[np.ndarray]]:
-    wanted = {"names", "boxes", "counts"}
+    wanted = ("names", "boxes", "counts")
     try:
         with np.load(path, allow_pickle=False) as file:
-            arrays = {name: file[name] for name in wanted & set(file.files)}
+            arrays = {name: file[name] for name in wanted if name in file}
     except (ValueError, TypeError, OSError, EOFError, zipfile.BadZipFile) as error:
         raise ValueError(f"can't read proposals from {str(path)!r}: {error}") from error
-    _check_keys(path, arrays, wanted)
-    names, boxes, counts = (arrays[name] for name in ("names", "boxes", "counts"))
+    names, boxes, counts = _chosen(path, arrays, wanted)
     fits = (
         names.ndim == 1
         and names.dtype.kind == "U"
@@ -358,9 +357,9 @@ def _read_mat(path: Path) -> tuple[list[str], list[np.ndarray]]:
         ) from error
     except (ValueError, TypeError, OSError, MatReadError) as error:
         raise ValueError(f"can't read proposals from {str(path)!r}: {error}") from error
-    arrays = {name: content[name] for name in ("images", "boxes") if name in content}
-    _check_keys(path, arrays, {"images", "boxes"})
-    images, cells = arrays["images"].ravel(), arrays["boxes"].ravel()
+    images, cells = (
+        part.ravel() for part in _chosen(path, content, ("images", "boxes"))
+    )
     if len(images) != len(cells) or {images.dtype, cells.dtype} != {np.dtype(object)}:
         raise ValueError(
             f"{str(path)!r} must hold cells `images` and `boxes` of the same length, "
@@ -379,10 +378,11 @@ def _read_mat(path: Path) -> tuple[list[str], list[np.ndarray]]:
     return names, boxes
 
 
-def _check_keys(path: Path, arrays: Mapping[str, Any], wanted: set[str]) -> None:
-    absent = sorted(wanted - set(arrays))
+def _chosen(path: Path, arrays: Mapping[str, Any], wanted: Sequence[str]) -> list[Any]:
+    absent = sorted(set(wanted) - set(arrays))
     if absent:
         raise ValueError(f"{str(path)!r} holds no proposals: it lacks {absent}")
+    return [arrays[name] for name in wanted]
 
 
 def _check_distinct(names: Sequence[str], where: str) -> None:

@@ -134,6 +134,11 @@ def stores_pooled(model: SPPNet) -> bool:
     return side * side > num_bins(model.levels)
 
 
+def levels_to_pool(model: SPPNet) -> tuple[int, ...] | None:
+    """The pyramid's levels where a window's map is kept, None for its pooled vector."""
+    return None if stores_pooled(model) else model.levels
+
+
 def fill_color(preprocessing: Preprocessing) -> np.ndarray:
     """The colour of what lies outside an image, 3 values: the mean, so zero after."""
     mean = np.asarray(preprocessing.mean, np.float32)

@@ -72,8 +72,7 @@ def from_maps(
     `maps_of`: an image's maps at all scales, `maps.load_maps` for instance.
     `boxes`: float [N, 4] for each image, in its pixels. `sizes`: of the images, int
     [images, 2]; (0, 0) for a broken one, which must have no boxes.
-    `sides`, `area`, `rule`: see scales.py. `max_buckets`: shapes of stacked maps; each
-    is a program of its own.
+    `sides`, `area`, `rule`: see scales.py. `max_buckets`: shapes of stacked maps.
     """
     per_side = [scaled_sizes(sizes, side) for side in sides]
     shapes = [
@@ -146,8 +145,8 @@ def from_warped(
 def make_program(features: WindowFeatures, head: Head) -> Callable[..., Any]:
     """Compiles (params, arrays, count) → `head` of the pooled features, [M, …] each.
 
-    Rows from `count`, rounded up to a whole chunk, on are zeros: what is padding does
-    not go through the fc layers, which take most of the time.
+    Whole chunks of padding, from row `count` on, stay zeros: the fc layers take most
+    of the time.
     """
 
     @jax.jit
