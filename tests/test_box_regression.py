@@ -4,7 +4,6 @@ import logging
 import math
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -38,6 +37,10 @@ def normal_equations(
     penalty[-1, -1] = 0
     solution = np.linalg.solve(x.T @ x + penalty, x.T @ deltas)
     return solution[:-1], solution[-1]
+
+
+def predict(trained: BoxRegressors, features: np.ndarray) -> np.ndarray:
+    return np.einsum("nd,cdk->nck", features, trained.weights) + trained.biases
 
 
 @pytest.mark.parametrize("ridge", [0.1, 10.0, 4000.0])
@@ -82,27 +85,10 @@ def test_a_linear_relation_is_recovered_and_boxes_reach_their_targets() -> None:
     trained = train_box_regressors(features, boxes, targets, labels, 2, ridge=1e-4)
     np.testing.assert_allclose(trained.weights, weights, atol=1e-4)
     np.testing.assert_allclose(trained.biases, biases, atol=1e-4)
-    predicted = trained.predict(features)
+    predicted = predict(trained, features)
     moved = regress_boxes(boxes, predicted, 10_000, 10_000)
     own = moved[np.arange(len(labels)), labels]
     np.testing.assert_allclose(own, np.clip(targets, 0, None), atol=0.02)
-
-
-def test_predictions_are_the_products_on_the_device_too() -> None:
-    rng = np.random.default_rng(0)
-    regressors = BoxRegressors(
-        rng.normal(size=(3, 5, 4)).astype(np.float32),
-        rng.normal(size=(3, 4)).astype(np.float32),
-    )
-    features = rng.normal(size=(7, 5)).astype(np.float32)
-    expected = np.empty((7, 3, 4))
-    for i, c, k in np.ndindex(7, 3, 4):
-        expected[i, c, k] = features[i] @ regressors.weights[c, :, k]
-        expected[i, c, k] += regressors.biases[c, k]
-    for array in (features, jnp.asarray(features)):
-        predicted = regressors.predict(array)
-        assert type(predicted) is type(array) or not isinstance(array, np.ndarray)
-        np.testing.assert_allclose(predicted, expected, atol=1e-5)
 
 
 def test_a_class_without_examples_is_named_and_leaves_boxes_alone(
@@ -114,7 +100,7 @@ def test_a_class_without_examples_is_named_and_leaves_boxes_alone(
     assert not caplog.records
     trained = train_box_regressors(features, boxes, targets, labels, 5)
     assert "classes [3, 4] have no examples for box regression" in caplog.text
-    moved = regress_boxes(boxes, trained.predict(features), 200, 200)
+    moved = regress_boxes(boxes, predict(trained, features), 200, 200)
     np.testing.assert_allclose(moved[:, 3], boxes)
     assert np.abs(moved[:, 0] - boxes).max() > 1
 
@@ -123,7 +109,7 @@ def test_one_example_is_enough() -> None:
     features, boxes, targets, _ = examples((1,))
     trained = train_box_regressors(features, boxes, targets, np.array([0]), 1)
     expected = encode_boxes(boxes, targets)
-    np.testing.assert_allclose(trained.predict(features)[:, 0], expected, atol=1e-6)
+    np.testing.assert_allclose(predict(trained, features)[:, 0], expected, atol=1e-6)
 
 
 def test_wild_predictions_stay_finite_and_in_the_image() -> None:
@@ -149,7 +135,6 @@ def test_wild_predictions_stay_finite_and_in_the_image() -> None:
         ({"features": np.full((94, 2), np.inf)}, "first in row 0"),
         ({"labels": np.full(94, 3)}, "from 0 to 2, not int64 from 3 to 3"),
         ({"boxes": np.zeros((94, 4))}, "empty"),
-        ({"ridge": 0.0}, "ridge must be above 0"),
     ],
 )
 def test_arguments_that_make_no_sense_are_errors(

@@ -424,10 +424,6 @@ def test_a_cache_or_settings_that_do_not_fit_are_refused(tmp_path: Path) -> None
     source = make_source(1)
     with pytest.raises(OSError, match="cache"):
         propose(source, SMALL, path)
-    with pytest.raises(ValueError, match="unknown method 'objectness'"):
-        propose(source, SMALL._replace(method="objectness"), tmp_path / "new")
-    with pytest.raises(ValueError, match="width -1 must be at least 0"):
-        propose(source, SMALL._replace(width=-1), tmp_path / "new")
     settings = SMALL._replace(method="edge_boxes")
     with pytest.raises(FileNotFoundError, match="EdgeBoxes needs one"):
         propose(source, settings, tmp_path / "new")

@@ -188,8 +188,6 @@ def test_the_log_names_classes_that_are_not_solved(
         ({"labels": np.full((5, 2), 3)}, r"there are \[3\]"),
         ({"features": np.full((5, 3), np.nan)}, "first in row 0"),
         ({"labels": np.ones((5, 0))}, "nothing to train on"),
-        ({"C": 0.0}, "must be above 0"),
-        ({"bias_multiplier": -1.0}, "at least 0"),
         ({"start": np.zeros((4, 2))}, "append rows of zeros"),
     ],
 )

@@ -50,10 +50,9 @@ def open_split_of(settings: DetectorSettings, purpose: str, workdir: Path) -> Bo
         # Only what has no proposals may be broken, and takes decoding to know.
         without = [index for index, boxes in enumerate(proposals) if not len(boxes)]
         whole = decodable(subset(source, without), threads)
+        nothing = Objects(np.zeros((0, 4)), np.zeros(0, np.int32), np.zeros(0, bool))
         for index in np.array(without, int)[~whole]:
-            objects[index] = Objects(
-                np.zeros((0, 4)), np.zeros(0, np.int32), np.zeros(0, bool)
-            )
+            objects[index] = nothing
     digests = [
         hashlib.sha256(source.records[index]["image"]).hexdigest()[:16]
         for index in range(len(source.records))

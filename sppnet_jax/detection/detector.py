@@ -148,9 +148,6 @@ def suppress(
     boxes = np.concatenate([part.boxes for part in scored])
     scores = np.concatenate([part.scores for part in scored])
     count, classes = scores.shape
-    if not count:
-        none = np.zeros(0, np.float32)
-        return Detections(np.zeros((0, 4), np.float32), none.astype(np.int64), none)
     # Few sizes, few programs.
     padded = -(-count // CHUNK) * CHUNK
     all_boxes = np.zeros((padded, classes, 4), np.float32)
@@ -161,12 +158,11 @@ def suppress(
     kept = _suppress(all_boxes, all_scores, settings.nms, valid)
     rows, labels = np.nonzero(np.asarray(kept)[:count])
     order = np.argsort(-scores[rows, labels], kind="stable")
-    rank_in_class = np.zeros(len(order), np.int64)
-    for label in range(classes):
-        mine = labels[order] == label
-        rank_in_class[mine] = np.arange(mine.sum())
-    order = order[rank_in_class < settings.max_per_class]
     rows, labels = rows[order], labels[order]
+    most = settings.max_per_class
+    best = [np.flatnonzero(labels == label)[:most] for label in range(classes)]
+    kept_order = np.sort(np.concatenate(best))
+    rows, labels = rows[kept_order], labels[kept_order]
     return Detections(boxes[rows, labels], labels, scores[rows, labels])
 
 

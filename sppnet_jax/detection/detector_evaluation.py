@@ -63,7 +63,10 @@ def evaluate_detectors(
             max(seen),
             len(split.images),
         )
-    trained, given = _test_settings(detector_settings(workdir)), _test_settings(first)
+    trained, given = (
+        {name: plain(settings)[name] for name in TEST_ONLY}
+        for settings in (detector_settings(workdir), first)
+    )
     started = time.perf_counter()
     found = detect_split(detectors, split)
     seconds = time.perf_counter() - started
@@ -109,8 +112,3 @@ def least_score(settings: DetectorSettings, score: float | None = None) -> float
     if score is not None:
         return score
     return 0.5 if settings.scorer == "softmax" else 0.0
-
-
-def _test_settings(settings: DetectorSettings) -> dict[str, Any]:
-    """What decides a test besides the trained stages."""
-    return {name: plain(settings)[name] for name in TEST_ONLY}

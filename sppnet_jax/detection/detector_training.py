@@ -92,7 +92,9 @@ def _origin(settings: DetectorSettings, workdir: Path) -> Network:
     origin, copy = Path(settings.network), workdir / NETWORK
     if run_folder.has_checkpoint(origin):
         return load_network(origin)
-    if _copied_from(workdir) != str(origin):
+    record = copy / stages.STAGE_FILE
+    whole = stages.is_done(workdir, NETWORK)
+    if not whole or run_folder.read_json(record)["inputs"]["workdir"] != str(origin):
         raise FileNotFoundError(
             f"config.network, {origin}, holds no trained classifier: train one with "
             "python -m sppnet_jax.train, or correct --config.network"
@@ -101,20 +103,11 @@ def _origin(settings: DetectorSettings, workdir: Path) -> Network:
     return load_network(copy)
 
 
-def _copied_from(workdir: Path) -> str | None:
-    """Where the network in a detector's folder was copied from, if it is whole."""
-    if not stages.is_done(workdir, NETWORK):
-        return None
-    record = run_folder.read_json(workdir / NETWORK / stages.STAGE_FILE)
-    return record["inputs"]["workdir"]
-
-
 def _copy_network(settings: DetectorSettings, network: Network, workdir: Path) -> None:
     """Copies the trained classifier into the detector's folder, unless it is there."""
     origin = Path(settings.network)
-    if not run_folder.has_checkpoint(origin):
-        return
-    if origin.resolve() == (workdir / NETWORK).resolve():
+    itself = origin.resolve() == (workdir / NETWORK).resolve()
+    if itself or not run_folder.has_checkpoint(origin):
         return
 
     def copy(folder: Path) -> dict[str, Any]:
@@ -131,11 +124,7 @@ def _copy_network(settings: DetectorSettings, network: Network, workdir: Path) -
                 )
         return {"trained on": str(network.trained_on)}
 
-    inputs = {
-        "workdir": str(origin),
-        "step": network.step,
-        "network": network.digest,
-    }
+    inputs = {"workdir": str(origin), "step": network.step, "network": network.digest}
     stages.run_stage(workdir, NETWORK, inputs, copy)
 
 

@@ -5,6 +5,7 @@ batch holds windows of a few images, a quarter of them positives, and is a funct
 the seed and the step's number: a resumed run draws what it would have drawn.
 """
 
+import functools
 import logging
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -102,8 +103,7 @@ def finetune(
     `examples`: of each image, see examples.py. `seed`: of fc8, of dropout and of the
     windows that are drawn.
 
-    Returns: a report of plain values. The result is the newest checkpoint, see
-    `load_finetuned`.
+    Returns: a report of plain values; `load_finetuned` has the result.
     Raises: ValueError if no image has both positives and negatives; and as `loop.train`
     does.
     """
@@ -124,6 +124,14 @@ def finetune(
     )
     background = model.num_classes - 1
     load = _batch_loader(features, examples, usable, settings, background, seed)
+
+    def make_state() -> TrainState:
+        fc = _fresh_fc(model, params, seed)
+        rng, momentum = jax.random.PRNGKey(seed + 1), optimizer.transform().init(fc)
+        return parallel.replicate(
+            TrainState(jnp.zeros((), jnp.int32), fc, momentum, rng)
+        )
+
     with StepsAhead(load, settings.steps) as batches:
         memory = train(
             folder,
@@ -134,10 +142,12 @@ def finetune(
                 log_steps=settings.log_steps,
                 checkpoint_steps=settings.checkpoint_steps,
             ),
-            make_state=lambda: _first_state(model, params, optimizer, seed),
+            make_state=make_state,
             batches=batches,
             place=lambda batch: batch,
-            make_program=lambda size: make_step(_losses_of(model), optimizer),
+            make_program=lambda size: make_step(
+                functools.partial(_losses, model), optimizer
+            ),
             rate=lambda step, errors: learning_rate(settings, step),
         )
     return {
@@ -220,30 +230,23 @@ def draw_batch(
     images = _images_of(step, usable, settings.images, seed)
     rng = np.random.default_rng((seed, 1, step))
     wanted = round(settings.batch_size * settings.positives)
-    positives = [
-        (image, row, label)
-        for image in images
-        for row, label in zip(
-            examples[image].positives, examples[image].labels, strict=True
+    positives: list[Any] = []
+    negatives: list[Any] = []
+    for image in images:
+        found = examples[image]
+        shown = zip(found.positives, found.labels, strict=True)
+        positives += [(image, row, label) for row, label in shown]
+        negatives += [(image, row, background) for row in found.negatives]
+    chosen = [
+        items[index]
+        for items, count in (
+            (positives, wanted),
+            (negatives, settings.batch_size - wanted),
         )
+        for index in rng.choice(len(items), size=count, replace=count > len(items))
     ]
-    negatives = [
-        (image, row, background)
-        for image in images
-        for row in examples[image].negatives
-    ]
-    chosen = np.array(
-        [
-            *_draw(positives, wanted, rng),
-            *_draw(negatives, settings.batch_size - wanted, rng),
-        ]
-    )
-    return chosen[:, 0], chosen[:, 1], chosen[:, 2]
-
-
-def _draw(items: list[Any], count: int, rng: np.random.Generator) -> list[Any]:
-    drawn = rng.choice(len(items), size=count, replace=count > len(items))
-    return [items[index] for index in drawn]
+    of_images, rows, labels = np.array(chosen).T
+    return of_images, rows, labels
 
 
 def _images_of(step: int, usable: Sequence[int], images: int, seed: int) -> list[int]:
@@ -285,13 +288,10 @@ def _batch_loader(
         images, rows, labels = draw_batch(
             examples, usable, settings, background, seed, step
         )
-        pooled: list[Any] = [None] * len(rows)
-        for image in np.unique(images):
-            mine = np.flatnonzero(images == image)
-            for place, row in zip(mine, pooled_of(int(image), rows[mine]), strict=True):
-                pooled[place] = row
+        mine = [np.flatnonzero(images == image) for image in np.unique(images)]
+        parts = [pooled_of(int(images[own[0]]), rows[own]) for own in mine]
         batch = {
-            "pooled": np.stack(pooled),
+            "pooled": np.concatenate(parts)[np.argsort(np.concatenate(mine))],
             "label": labels.astype(np.int32),
             "mask": np.ones(len(labels), bool),
         }
@@ -302,32 +302,19 @@ def _batch_loader(
     return load
 
 
-def _losses_of(model: SPPNet) -> Callable[..., tuple[jax.Array, jax.Array]]:
-    """From pooled windows to their losses and logits, as `make_step` takes it."""
-
-    def losses_of(
-        params: Any, batch: dict[str, jax.Array], rng: jax.Array
-    ) -> tuple[jax.Array, jax.Array]:
-        logits, _ = model.apply(
-            {"params": params},
-            batch["pooled"],
-            train=True,
-            rngs={"dropout": rng},
-            method="classify",
-        )
-        losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"])
-        return losses, logits
-
-    return losses_of
-
-
-def _first_state(
-    model: SPPNet, params: Any, optimizer: Optimizer, seed: int
-) -> TrainState:
-    fc = _fresh_fc(model, params, seed)
-    rng, momentum = jax.random.PRNGKey(seed + 1), optimizer.transform().init(fc)
-    state = TrainState(jnp.zeros((), jnp.int32), fc, momentum, rng)
-    return parallel.replicate(state)
+def _losses(
+    model: SPPNet, params: Any, batch: dict[str, jax.Array], rng: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Losses and logits of pooled windows, as `make_step` takes them."""
+    logits, _ = model.apply(
+        {"params": params},
+        batch["pooled"],
+        train=True,
+        rngs={"dropout": rng},
+        method="classify",
+    )
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"])
+    return losses, logits
 
 
 def _fresh_fc(model: SPPNet, params: Any, seed: int) -> dict[str, Any]:

@@ -29,7 +29,7 @@ from sppnet_jax.detection.window_features import (
     pooled_rows,
     rows_of,
 )
-from sppnet_jax.run.files import write_arrays
+from sppnet_jax.run.files import read_arrays, write_arrays
 
 SVM_FILE = "svm.npz"
 REGRESSION_FILE = "regression.npz"
@@ -52,7 +52,7 @@ def learn_svms(
     """Trains an SVM for each class, from the last whole round if there is one.
 
     `features`: of boxes that begin with each image's objects. `head`, `fc`: give the
-    layer that the SVMs see. `seed`: see `mine_hard_negatives`.
+    layer that the SVMs see.
 
     Returns: a report of plain values. The result is `SVM_FILE` in the folder;
     `ROUNDS_FILE` is of no use afterwards.
@@ -79,8 +79,7 @@ def learn_svms(
     saved = folder / ROUNDS_FILE
     state = None
     if saved.exists():
-        with np.load(saved) as arrays:
-            state = MiningState(**dict(arrays))
+        state = MiningState(**read_arrays(saved))
         log.info("mining goes on after round %d", len(state.seconds) - 1)
     svms, state = mine_hard_negatives(
         features_of,
@@ -111,8 +110,7 @@ def learn_regression(
 ) -> dict[str, Any]:
     """Trains the box regression of each class on pooled features.
 
-    `feature_norm`: the mean length to scale features to. `seed`: of the examples that
-    are drawn if there are too many.
+    `feature_norm`: the mean length to scale features to.
 
     Returns: a report of plain values. The result is `REGRESSION_FILE` in the folder.
     """

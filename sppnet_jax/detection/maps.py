@@ -2,14 +2,14 @@
 
 Each image is convolved whole, once for each scale, in buckets. What is kept are maps,
 not pooled vectors: an image's maps have some thousand cells, its 2,000 windows 50 bins
-each. Fine-tuning, SVMs, box regression and tests pool their windows from these files
-and never run a convolution again.
+each. All that follows pools its windows from these files.
 
 A file a scale and image, FOLDER/SIDE/INDEX.npy, float [rows, columns, channels], is
 written whole or not at all, so an interrupted run goes on where it stopped.
 """
 
 import logging
+import math
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -37,8 +37,6 @@ from sppnet_jax.pyramid.geometry import Geometry
 from sppnet_jax.run.files import write_array
 from sppnet_jax.run.progress import progress_bar
 
-DTYPES = ("float32", "float16")
-
 log = logging.getLogger(__name__)
 
 
@@ -52,7 +50,7 @@ def convolve_split(
     max_buckets: int = 4,
     threads: int = 8,
     dtype: str = "float32",
-) -> dict[str, Any]:
+) -> None:
     """Writes the last map of every image at every scale, those that are not there yet.
 
     `sides`: the image's shorter side at each scale, in pixels.
@@ -60,8 +58,6 @@ def convolve_split(
     `max_buckets`: compiled programs for each scale.
     `dtype`: of the files; "float16" halves them, at the cost of some exactness.
 
-    Returns: a report of plain values: images, broken, and for each scale the compiled
-    programs and the seconds an image took on the device.
     Raises: ValueError for a network without a pyramid, or a scale that is too small.
     """
     if network.model.levels is None:
@@ -71,13 +67,9 @@ def convolve_split(
         )
     function = map_function(network.model, network.preprocessing)
     broken = BrokenImages(source)
-    report: dict[str, Any] = {"images": len(source.records), "scales": {}}
+    everyone = range(len(source.records))
     for side in sides:
-        missing = [
-            index
-            for index in range(len(source.records))
-            if not map_file(folder, side, index).exists()
-        ]
+        missing = [i for i in everyone if not map_file(folder, side, i).exists()]
         if not missing:
             continue
         part = subset(source, missing)
@@ -91,8 +83,8 @@ def convolve_split(
             threads=threads,
         )
         sizes = scaled_sizes(image_sizes(part, threads), side)
-        done = len(source.records) - len(missing)
-        with progress_bar(f"maps at {side}", len(source.records), done=done) as bar:
+        done = len(everyone) - len(missing)
+        with progress_bar(f"maps at {side}", len(everyone), done=done) as bar:
 
             def seen(example: Any, side: int = side, missing: Any = missing) -> None:
                 if not example["mask"]:
@@ -108,10 +100,7 @@ def convolve_split(
                 write_array(path, found[:rows, :columns].astype(dtype))
                 bar.update()
         log.info("shorter side %d\n%s", side, table)
-        report["scales"][str(side)] = _report(table)
     broken.summarize()
-    report["broken"] = len(broken)
-    return report
 
 
 def mean_cells(sizes: np.ndarray, sides: Sequence[int], geometry: Geometry) -> float:
@@ -119,11 +108,9 @@ def mean_cells(sizes: np.ndarray, sides: Sequence[int], geometry: Geometry) -> f
 
     `sizes`: (height, width) of the images, int [N, 2].
     """
-    totals = np.zeros(len(sizes))
-    for side in sides:
-        for index, size in enumerate(scaled_sizes(sizes, side)):
-            totals[index] += np.prod(map_size_of(tuple(size), geometry))
-    return float(totals.sum() / max(len(sizes), 1))
+    scaled = np.concatenate([scaled_sizes(sizes, side) for side in sides])
+    cells = sum(math.prod(map_size_of(tuple(size), geometry)) for size in scaled)
+    return cells / max(len(sizes), 1)
 
 
 def map_function(model: SPPNet, preprocessing: Preprocessing) -> Any:
@@ -223,12 +210,3 @@ def scaled_sizes(sizes: np.ndarray, side: int) -> np.ndarray:
         for height, width in sizes
     ]
     return np.array(scaled, np.int64).reshape(-1, 2)
-
-
-def _report(table: Any) -> dict[str, Any]:
-    rows = [row for row in table.rows() if row.calls]
-    seconds = sum(row.calls * row.seconds_per_call for row in rows)
-    return {
-        "programs": table.programs,
-        "seconds_per_image": seconds / max(1, sum(row.images for row in rows)),
-    }

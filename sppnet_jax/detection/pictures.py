@@ -19,6 +19,7 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import MultipleLocator, PercentFormatter
 
 from sppnet_jax.detection.boxes import iou
+from sppnet_jax.detection.warp import check_image
 from sppnet_jax.run.figures import (
     DARK,
     DPI,
@@ -40,8 +41,8 @@ POINTS = 72 / DPI  # of a pixel
 class Shown(NamedTuple):
     """An image [h, w, 3], the detections to draw on it, and the truth where known.
 
-    `boxes` and `truth_boxes` are float [N, 4]; `labels` and `truth_labels`, int [N],
-    are numbers of classes; `scores` is float [N], `difficult` bool [N] or empty.
+    Boxes are float [N, 4]; labels, int [N], are numbers of classes; `scores` is float
+    [N], `difficult` bool [N] or empty.
     """
 
     image: np.ndarray
@@ -300,13 +301,7 @@ def _seconds(value: float) -> str:
 
 def _checked(shown: Shown, classes: int) -> Shown:
     """The same as arrays, with nothing left out; ValueError where they do not fit."""
-    image = shown.image
-    if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
-        raise ValueError(
-            f"image must be uint8 [h, w, 3], got {image.dtype} {image.shape}"
-        )
-    if 0 in image.shape:
-        raise ValueError(f"the image has no pixels: shape {image.shape}")
+    check_image(shown.image)
     arrays: list[np.ndarray] = []
     difficult = shown.difficult
     if not len(difficult):
@@ -328,4 +323,4 @@ def _checked(shown: Shown, classes: int) -> Shown:
         if len(wrong):
             raise ValueError(f"{name} hold class {wrong[0]}; there are {classes} names")
         arrays += [boxes.reshape(-1, 4), labels.astype(int), values]
-    return Shown(image, *arrays)
+    return Shown(shown.image, *arrays)

@@ -3,12 +3,8 @@
 `propose` finds them in parallel and keeps those of an image as soon as they are there,
 in FOLDER/SETTINGS/IMAGE.npy, named by hashes of the settings and of the image's bytes.
 A file is whole or not there: a killed run loses what was under way, several processes
-can use one folder, and an image that two splits share is searched once.
-`load_proposals` reads boxes that others made; `proposal_recall` says how many objects
-some proposals find.
-
-The workers are threads: OpenCV releases Python's lock while it searches, so two threads
-are as fast as two processes, and start at once.
+can use one folder, and an image that two splits share is searched once. The workers are
+threads: OpenCV releases Python's lock while it searches.
 
 Proposals are a list, one float32 [N, 4] for each record of a source: half-open boxes
 (ymin, xmin, ymax, xmax) in pixels of the decoded image, the most promising first.
@@ -81,23 +77,16 @@ class ProposalSettings(NamedTuple):
 
 
 def propose(
-    source: Source,
-    settings: ProposalSettings,
-    folder: str | Path,
+    source: Source, settings: ProposalSettings, folder: str | Path
 ) -> list[np.ndarray]:
     """The proposals of every record of a source, from the folder or found now.
 
-    An image that can't be decoded has none; it is named and counted in the log, and
-    tried again by the next run. An interrupted run goes on where it stopped.
+    `folder`: where proposals are kept, those of other data sets and settings too.
 
-    `source`: its records have `image`, encoded, and `name`.
-    `folder`: where proposals are kept, made if it is missing; it may hold those of
-    other data sets and settings too.
-
-    Returns: a list of float32 [N, 4], one for each record.
-    Raises: ValueError for settings that don't fit; FileNotFoundError for a missing
-    model of EdgeBoxes; OSError for a folder that can't be used; RuntimeError naming the
-    image where searching fails.
+    Returns: a list of float32 [N, 4], one for each record; empty for an image that
+    can't be decoded, which the log names and the next run tries again.
+    Raises: FileNotFoundError for a missing model of EdgeBoxes; OSError for a folder
+    that can't be used; RuntimeError naming the image where searching fails.
     """
     folder = Path(folder) / hashlib.sha256(settings_key(settings).encode()).hexdigest()
     folder.mkdir(parents=True, exist_ok=True)
@@ -111,15 +100,11 @@ def propose(
     if missing:
         _find_missing(source, settings, missing)
     broken = BrokenImages(source)
-    proposals = []
-    for index, file in enumerate(files):
-        if file.exists():
-            proposals.append(np.load(file))
-        else:
-            broken.add(index)
-            proposals.append(np.zeros((0, 4), np.float32))
+    for index in (index for index, file in enumerate(files) if not file.exists()):
+        broken.add(index)
     broken.summarize()
-    return proposals
+    none = np.zeros((0, 4), np.float32)
+    return [np.load(file) if file.exists() else none for file in files]
 
 
 def find_boxes(image: np.ndarray, settings: ProposalSettings) -> np.ndarray:
@@ -148,33 +133,20 @@ def settings_key(settings: ProposalSettings) -> str:
 
     The model of EdgeBoxes is in it by the hash of its bytes.
 
-    Raises: ValueError for settings that don't fit, FileNotFoundError for a missing
-    model.
+    Raises: FileNotFoundError for a missing model, ValueError for a file that is none.
     """
-    if settings.max_windows < 1:
-        raise ValueError(f"max_windows must be at least 1, got {settings.max_windows}")
     chosen: dict[str, Any] = {
         "method": settings.method,
-        "max_windows": int(settings.max_windows),
+        "max_windows": settings.max_windows,
         "version": _VERSION,
     }
-    if settings.method == "selective_search":
-        if settings.width < 0 or settings.min_side < 1:
-            raise ValueError(
-                f"width {settings.width} must be at least 0, and min_side "
-                f"{settings.min_side} at least 1"
-            )
-        for name in ("width", "min_side", "seed"):
-            chosen[name] = int(getattr(settings, name))
-    elif settings.method == "edge_boxes":
+    if settings.method == "edge_boxes":
         load_edge_model(settings.model)
         content = Path(settings.model).read_bytes()
         chosen["edge_model"] = hashlib.sha256(content).hexdigest()
     else:
-        raise ValueError(
-            f"unknown method {settings.method!r}: use 'selective_search' or "
-            "'edge_boxes'"
-        )
+        names = ("width", "min_side", "seed")
+        chosen |= {name: getattr(settings, name) for name in names}
     return json.dumps(chosen, sort_keys=True)
 
 
@@ -211,21 +183,18 @@ def save_proposals(
 
 
 def load_proposals(path: str | Path, source: Source) -> list[np.ndarray]:
-    """Reads proposals of a source's images from a file.
+    """Reads proposals of a source's images from a file, clipped to their image.
 
     `path`: an `.npz` as `save_proposals` documents it; or a `.mat` of the R-CNN
     releases, such as `selective_search_data/voc_2007_trainval.mat`: a cell `images` of
     names, and a cell `boxes` of [N, 4], 1-based and inclusive (ymin, xmin, ymax, xmax).
     `source`: its records are matched by name, with or without their suffix.
 
-    Boxes are clipped to their image; those wholly outside of it are left out, and the
-    log says how many. So are all boxes of an image that can't be opened.
-
-    Returns: a list of float32 [N, 4], one for each record, half-open.
-    Raises: FileNotFoundError if there is no file. ValueError for a file of another
-    kind, images without proposals (their number and the first few), arrays of wrong
-    shapes, numbers that aren't finite, boxes that end before they begin, and an image
-    all of whose boxes are outside.
+    Returns: a list of float32 [N, 4], one for each record; boxes wholly outside of
+    their image are left out, and all of an image that can't be opened.
+    Raises: FileNotFoundError if there is no file; ValueError for a file of another
+    kind, images without proposals, boxes that are none, and an image all of whose boxes
+    are outside.
     """
     path = Path(path)
     if not path.is_file():
@@ -278,10 +247,9 @@ def proposal_recall(
     `proposals`: float [N, 4] for each image. `objects`: those of each image.
     `threshold`: the IoU from which on an object is found, 0–1.
 
-    Returns: a dict of plain values, for JSON: "recall" (over all objects; None without
-    any), "class_recall" (a list; None for a class without objects), "objects" and
-    "found" (numbers), "class_objects" (a list of numbers), "mean_proposals" (of an
-    image) and "threshold".
+    Returns: plain values for JSON: "recall", over all objects, and "class_recall", None
+    without any; "objects" and "found", numbers; "class_objects"; "mean_proposals" of an
+    image; "threshold".
     Raises: ValueError for lists of different lengths, and labels out of range.
     """
     if len(proposals) != len(objects):
@@ -298,24 +266,18 @@ def proposal_recall(
                 f"0…{num_classes - 1}"
             )
         counts += np.bincount(labels, minlength=num_classes)
-        if not len(labels) or not len(boxes):
-            continue
-        overlaps = np.asarray(iou(np.asarray(those.boxes)[counted], boxes))
-        hits = overlaps.max(axis=1) >= threshold
+        overlaps = iou(np.reshape(those.boxes, (-1, 4))[counted], boxes)
+        hits = overlaps.max(axis=1, initial=-1) >= threshold
         found += np.bincount(labels[hits], minlength=num_classes)
-    total = int(counts.sum())
+    total, hit = int(counts.sum()), int(found.sum())
+    pairs = zip(found.tolist(), counts.tolist(), strict=True)
     return {
-        "recall": int(found.sum()) / total if total else None,
-        "class_recall": [
-            int(hits) / int(count) if count else None
-            for hits, count in zip(found, counts, strict=True)
-        ],
+        "recall": hit / total if total else None,
+        "class_recall": [own / count if count else None for own, count in pairs],
         "objects": total,
-        "found": int(found.sum()),
+        "found": hit,
         "class_objects": counts.tolist(),
-        "mean_proposals": (
-            sum(map(len, proposals)) / len(proposals) if len(proposals) else 0.0
-        ),
+        "mean_proposals": sum(map(len, proposals)) / max(len(proposals), 1),
         "threshold": threshold,
     }
 
@@ -359,14 +321,13 @@ def _find_missing(
 
 
 def _read_npz(path: Path) -> tuple[list[str], list[np.ndarray]]:
-    wanted = {"names", "boxes", "counts"}
+    wanted = ("names", "boxes", "counts")
     try:
         with np.load(path, allow_pickle=False) as file:
-            arrays = {name: file[name] for name in wanted & set(file.files)}
+            arrays = {name: file[name] for name in wanted if name in file}
     except (ValueError, TypeError, OSError, EOFError, zipfile.BadZipFile) as error:
         raise ValueError(f"can't read proposals from {str(path)!r}: {error}") from error
-    _check_keys(path, arrays, wanted)
-    names, boxes, counts = (arrays[name] for name in ("names", "boxes", "counts"))
+    names, boxes, counts = _chosen(path, arrays, wanted)
     fits = (
         names.ndim == 1
         and names.dtype.kind == "U"
@@ -396,18 +357,17 @@ def _read_mat(path: Path) -> tuple[list[str], list[np.ndarray]]:
         ) from error
     except (ValueError, TypeError, OSError, MatReadError) as error:
         raise ValueError(f"can't read proposals from {str(path)!r}: {error}") from error
-    arrays = {name: content[name] for name in ("images", "boxes") if name in content}
-    _check_keys(path, arrays, {"images", "boxes"})
-    cells = [arrays["images"].ravel(), arrays["boxes"].ravel()]
-    if len(cells[0]) != len(cells[1]) or any(cell.dtype != object for cell in cells):
+    images, cells = (
+        part.ravel() for part in _chosen(path, content, ("images", "boxes"))
+    )
+    if len(images) != len(cells) or {images.dtype, cells.dtype} != {np.dtype(object)}:
         raise ValueError(
             f"{str(path)!r} must hold cells `images` and `boxes` of the same length, "
-            f"but has {cells[0].dtype} {cells[0].shape} and {cells[1].dtype} "
-            f"{cells[1].shape}"
+            f"but has {images.dtype} {images.shape} and {cells.dtype} {cells.shape}"
         )
-    names = [str(np.squeeze(name)) for name in cells[0]]
+    names = [str(np.squeeze(name)) for name in images]
     boxes = []
-    for name, inclusive in zip(names, cells[1], strict=True):
+    for name, inclusive in zip(names, cells, strict=True):
         inclusive = inclusive.astype(np.float64) if inclusive.size else np.zeros((0, 4))
         if inclusive.ndim != 2 or inclusive.shape[1] != 4:
             raise ValueError(
@@ -418,10 +378,11 @@ def _read_mat(path: Path) -> tuple[list[str], list[np.ndarray]]:
     return names, boxes
 
 
-def _check_keys(path: Path, arrays: Mapping[str, Any], wanted: set[str]) -> None:
-    absent = sorted(wanted - set(arrays))
+def _chosen(path: Path, arrays: Mapping[str, Any], wanted: Sequence[str]) -> list[Any]:
+    absent = sorted(set(wanted) - set(arrays))
     if absent:
         raise ValueError(f"{str(path)!r} holds no proposals: it lacks {absent}")
+    return [arrays[name] for name in wanted]
 
 
 def _check_distinct(names: Sequence[str], where: str) -> None:

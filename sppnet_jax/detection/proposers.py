@@ -40,12 +40,9 @@ def selective_search(
 
     The settings are those of the R-CNN release's fast mode: HSV and Lab, k = 50 and
     100, σ = 0.8, regions merged by colour, texture, size and fill and by the last three
-    (OpenCV's own "fast" has k = 150, 300 and 450 and finds 38 % as many windows).
-    What differs: OpenCV rounds colours to 8 bits and compares four neighbours a pixel.
-
-    As in the paper on selective search, windows are ranked by their position in the
-    hierarchy, the whole image first, times a random number; the position is read off
-    their areas.
+    (OpenCV's own "fast" has k = 150, 300 and 450 and finds 38 % as many windows). As in
+    the paper on selective search, windows are ranked by their position in the
+    hierarchy, the whole image first, times a random number.
 
     `image`: uint8 [height, width, 3], RGB.
     `width`: of the image that is searched, in pixels; 0 takes it as it is. One that
@@ -82,18 +79,14 @@ def edge_boxes(
     """Windows that hold whole contours and cut few (EdgeBoxes).
 
     `image`: uint8 [height, width, 3], RGB.
-    `model_path`: the structured-edge model, `model.yml.gz` of OpenCV's repository
-    opencv_extra (testdata/cv/ximgproc).
+    `model_path`: of the structured-edge model, see `load_edge_model`.
     `max_windows`: how many windows to keep at most, those with the best scores.
 
-    Returns: float32 [N, 4] with 1 ≤ N ≤ max_windows, no two alike; the whole image
-    where there is no window.
+    Returns: as `selective_search`.
     Raises: FileNotFoundError if there is no model, ValueError for a file that is none
-    and for arguments that do not fit.
+    and for an array that is no image.
     """
     _check_image(image)
-    if max_windows < 1:
-        raise ValueError(f"max_windows {max_windows} must be at least 1")
     detector = load_edge_model(model_path)
     if min(image.shape[:2]) < _EDGE_PATCH:
         return _whole_image(image)

@@ -70,8 +70,7 @@ def split_features(
             dtype=settings.maps_dtype,
         )
         load = functools.partial(rcnn.load_windows, folder)
-        pooled = rcnn.stores_pooled(model)
-        return from_warped(load, boxes, None if pooled else model.levels), inputs
+        return from_warped(load, boxes, rcnn.levels_to_pool(model)), inputs
     log.info(
         "on disk: maps, %.0f cells an image; the %.0f windows' pooled vectors would be "
         "%.0f bins",
@@ -115,8 +114,7 @@ def image_features(
             run(warp_windows(image, own, model.image_size, context=context, fill=fill))
             for image, own in zip(images, boxes, strict=True)
         ]
-        pooled = rcnn.stores_pooled(model)
-        return from_warped(stored.__getitem__, boxes, None if pooled else model.levels)
+        return from_warped(stored.__getitem__, boxes, rcnn.levels_to_pool(model))
     maps = convolve_images(
         network,
         images,

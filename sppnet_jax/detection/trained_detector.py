@@ -13,7 +13,6 @@ from sppnet_jax.detection.box_regression import BoxRegressors
 from sppnet_jax.detection.box_split import BoxSplit
 from sppnet_jax.detection.detector import (
     Detections,
-    Suppression,
     score_boxes,
     scoring_head,
     suppress,
@@ -82,9 +81,9 @@ def load_detector(workdir: Path, settings: DetectorSettings | None = None) -> De
         "svm": settings.scorer == "svm",
         "regression": settings.regression.enabled,
     }
-    for name, used in needed.items():
+    for name in (name for name, used in needed.items() if used):
         digest = stages.done_digest(workdir, name)
-        if used and (digest is None or made["stages"].get(name) != digest):
+        if digest is None or made["stages"].get(name) != digest:
             raise FileNotFoundError(
                 f"the last training of the detector in {workdir} left out the stage "
                 f"{name!r}: run python -m sppnet_jax.detect train with the settings "
@@ -92,13 +91,12 @@ def load_detector(workdir: Path, settings: DetectorSettings | None = None) -> De
             )
     network = load_network(workdir / NETWORK)
     fc = detector_fc(settings, network, workdir, len(class_names))
-    ranks = dict(zip(("fc6", "fc7"), settings.fc_rank, strict=True))
-    if any(ranks.values()):
-        fc = truncate_fc(fc, ranks)
+    if any(settings.fc_rank):
+        fc = truncate_fc(fc, dict(zip(("fc6", "fc7"), settings.fc_rank, strict=True)))
     svms = regressors = None
-    if settings.scorer == "svm":
+    if needed["svm"]:
         svms = LinearSVMs(**files.read_arrays(workdir / "svm" / SVM_FILE))
-    if settings.regression.enabled:
+    if needed["regression"]:
         file = workdir / "regression" / REGRESSION_FILE
         regressors = BoxRegressors(**files.read_arrays(file))
     head, weights = scoring_head(
@@ -139,12 +137,10 @@ def load_detectors(
 
 def detect_split(detectors: Sequence[Detector], split: BoxSplit) -> list[Detections]:
     """What one detector, or several together, find in each image of a split."""
-    features = [
-        split_features(own.settings, own.network, split, split.proposals, own.workdir)[
-            0
-        ]
-        for own in detectors
-    ]
+    features = []
+    for own in detectors:
+        given = own.settings, own.network, split, split.proposals, own.workdir
+        features.append(split_features(*given)[0])
     return _detect(detectors, features, split.sizes)
 
 
@@ -171,12 +167,10 @@ def _detect(
     features: Sequence[WindowFeatures],
     sizes: np.ndarray,
 ) -> list[Detections]:
-    suppression: Suppression = detectors[0].settings.test
     programs = [
         make_program(own, detector.head)
         for own, detector in zip(features, detectors, strict=True)
     ]
-    parts = list(zip(features, programs, detectors, strict=True))
     found = []
     with progress_bar("detecting", len(sizes)) as bar:
         for image, (height, width) in enumerate(sizes.tolist()):
@@ -189,9 +183,11 @@ def _detect(
                     (height, width),
                     len(detector.class_names),
                 )
-                for own, program, detector in parts
+                for own, program, detector in zip(
+                    features, programs, detectors, strict=True
+                )
             ]
-            found.append(suppress(scored, suppression))
+            found.append(suppress(scored, detectors[0].settings.test))
             bar.update()
     return found
 

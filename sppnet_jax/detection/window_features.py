@@ -1,8 +1,7 @@
 """What the network says of boxes in an image: pooled, then through the fc layers.
 
 SPP-net pools each box's window from the maps of its image (`from_maps`); R-CNN warps
-and convolves each box by itself (`from_warped`). Both give a `WindowFeatures`, and all
-that is built on pooled features, from fine-tuning to tests, is the same code for both.
+and convolves each box by itself (`from_warped`). All else is the same code for both.
 
     features = from_maps(...)
     program = make_program(features, head)
@@ -73,8 +72,7 @@ def from_maps(
     `maps_of`: an image's maps at all scales, `maps.load_maps` for instance.
     `boxes`: float [N, 4] for each image, in its pixels. `sizes`: of the images, int
     [images, 2]; (0, 0) for a broken one, which must have no boxes.
-    `sides`, `area`, `rule`: see scales.py. `max_buckets`: shapes of stacked maps; each
-    is a program of its own.
+    `sides`, `area`, `rule`: see scales.py. `max_buckets`: shapes of stacked maps.
     """
     per_side = [scaled_sizes(sizes, side) for side in sides]
     shapes = [
@@ -106,9 +104,8 @@ def atlas_inputs(
 ) -> tuple[tuple[np.ndarray, np.ndarray], int, np.ndarray]:
     """An atlas and its distinct windows, padded; see `WindowFeatures.inputs`."""
     distinct, which = share_windows(windows)
-    padded = np.tile(
-        np.array([[0, 0, 1, 1]], np.int32), (padded_count(len(distinct)), 1)
-    )
+    padded = np.zeros((padded_count(len(distinct)), 4), np.int32)
+    padded[:, 2:] = 1
     padded[: len(distinct)] = distinct
     return (atlas, padded), len(distinct), which
 
@@ -148,8 +145,8 @@ def from_warped(
 def make_program(features: WindowFeatures, head: Head) -> Callable[..., Any]:
     """Compiles (params, arrays, count) → `head` of the pooled features, [M, …] each.
 
-    Rows from `count`, rounded up to a whole chunk, on are zeros: what is padding does
-    not go through the fc layers, which take most of the time.
+    Whole chunks of padding, from row `count` on, stay zeros: the fc layers take most
+    of the time.
     """
 
     @jax.jit
@@ -166,20 +163,16 @@ def in_chunks(head: Head, params: Any, pooled: jax.Array, count: jax.Array) -> A
     def part(start: Any) -> Any:
         return head(params, jax.lax.dynamic_slice_in_dim(pooled, start, chunk))
 
-    shapes = jax.eval_shape(part, 0)
     zeros = jax.tree.map(
-        lambda s: jnp.zeros((len(pooled), *s.shape[1:]), s.dtype), shapes
+        lambda s: jnp.zeros((len(pooled), *s.shape[1:]), s.dtype),
+        jax.eval_shape(part, 0),
     )
 
     def step(index: jax.Array, found: Any) -> Any:
         start = index * chunk
-        return jax.tree.map(
-            lambda all_rows, rows: jax.lax.dynamic_update_slice_in_dim(
-                all_rows, rows, start, 0
-            ),
-            found,
-            part(start),
-        )
+        put = jax.lax.dynamic_update_slice_in_dim
+        rows = part(start)
+        return jax.tree.map(lambda old, new: put(old, new, start, 0), found, rows)
 
     return jax.lax.fori_loop(0, (count + chunk - 1) // chunk, step, zeros)
 
