@@ -22,7 +22,7 @@ POSITIONS = (*CENTER_AND_CORNERS, "top", "bottom", "left", "right")
 _LONGEST_SIDE = 32_767
 _MOST_IN_FLOAT = 1_000_000  # pixels
 _HEADER_FORMATS = ("BMP", "JPEG", "PNG", "WEBP")
-_ORIENTATION = 0x0112
+ORIENTATION = 0x0112  # the tag of EXIF
 _JPEG_MARKER = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")
 
 # The pipeline decodes in its own threads and processes; more would only compete.
@@ -265,7 +265,7 @@ def _size_in_header(encoded: bytes) -> tuple[int, int] | None:
     try:
         with PIL.Image.open(io.BytesIO(encoded), formats=_HEADER_FORMATS) as image:
             default = 0 if "exif" in image.info else 1
-            unturned = image.getexif().get(_ORIENTATION, default) in (1, 2, 3, 4)
+            unturned = image.getexif().get(ORIENTATION, default) in (1, 2, 3, 4)
             return (image.height, image.width) if unturned else None
     except Exception:
         # Pillow raises errors of many types for odd files; OpenCV decides.
