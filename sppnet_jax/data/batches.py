@@ -9,15 +9,15 @@ record can be named (`describe_broken`).
 `batch_size` is always that of all processes together. Each of them yields its share,
 and together they yield the same batches whatever their number.
 
-An iterator of batches is a context manager: `with train_batches(...) as batches:` ends
-its worker processes. Its `get_state()` is the number of the next batch.
-
-Whole images have sizes of their own, so they come one by one (`whole_images`), to be
-put into buckets by their sizes, which are known beforehand (`whole_sizes`).
+Iterators of batches are context managers, which end their worker processes, and their
+`get_state()` is the number of the next batch. Whole images have sizes of their own, so
+they come one by one (`whole_images`), to be put into buckets by their sizes, which are
+known beforehand (`whole_sizes`).
 """
 
 import atexit
 import collections
+import functools
 import math
 import signal
 import weakref
@@ -99,13 +99,10 @@ def train_batches(
             image = images.mirror(image)
         return np.ascontiguousarray(image)
 
-    def blank(_: bytes) -> np.ndarray:
-        return np.zeros((image_size, image_size, 3), np.uint8)
-
     def load(index: int, rng: np.random.Generator) -> Example:
-        return _load(
-            index, source, "image", lambda image: augment(image, rng), blank, strict
-        )
+        cut = functools.partial(augment, rng=rng)
+        shape = (image_size, image_size, 3)
+        return _load(index, source, "image", cut, lambda _: _black(shape), strict)
 
     whole = steps_per_epoch(source, batch_size) * batch_size
     # All that knows of the epoch comes before repeat(), which reseeds it.
@@ -147,13 +144,11 @@ def eval_batches(
 
     Over all processes together each record comes exactly once. Every process yields the
     same number of batches; the last ones are padded. Arguments, with `workers`,
-    `threads`, `strict`, `process_index` and `process_count`, as for `train_batches`.
+    `threads`, `strict`, `process_index` and `process_count`, and errors are those of
+    `train_batches`.
 
     `positions`: where to crop, of `images.POSITIONS`. With more than one, a batch's
     `image` is uint8 [b, positions, s, s, 3], in their order.
-
-    Raises: ValueError for arguments that don't fit together; while iterating, for a
-    label out of range, and if strict for a broken image.
     """
     _check_crop(image_size, resize_side)
     if not positions or set(positions) - set(images.POSITIONS):
@@ -178,14 +173,8 @@ def warped_batches(
 
     As `eval_batches` but for what is seen of an image: all of it, at another aspect.
     """
-    shape = (image_size, image_size, 3)
-    return _in_order(
-        source,
-        lambda image: images.warp(image, image_size),
-        shape,
-        batch_size,
-        **loading,
-    )
+    cut = functools.partial(images.warp, side=image_size)
+    return _in_order(source, cut, (image_size, image_size, 3), batch_size, **loading)
 
 
 def whole_images(
@@ -222,7 +211,7 @@ def whole_images(
 
     def blank(encoded: bytes) -> list[np.ndarray]:
         sizes = [_whole_size(encoded, side, max_aspect) for side in sides]
-        return [np.zeros((*size, 3), np.uint8) for size in sizes]
+        return [_black((*size, 3)) for size in sizes]
 
     def load(index: int) -> Example:
         return _load(index, source, "images", resize, blank, strict)
@@ -236,10 +225,9 @@ def whole_sizes(
 ) -> np.ndarray:
     """The sizes of all that `whole_images` yields for one side, from files' headers.
 
-    Arguments as for `whole_images`. Images with no readable header count as squares.
+    Images with no readable header count as squares.
 
     Returns: int32 [N, 2], (height, width) in pixels of each of the source's records.
-    Raises: ValueError for a side, aspect or number of threads out of range.
     """
     _check_whole((side,), max_aspect, threads)
 
@@ -277,15 +265,12 @@ def _in_order(
     _check_shares(batch_size, process_index, process_count)
     total = len(source.records)
 
-    def blank(_: bytes = b"") -> np.ndarray:
-        return np.zeros(shape, np.uint8)
-
     def load(index: int) -> Example:
         if index < total:
-            return _load(index, source, "image", cut, blank, strict)
+            return _load(index, source, "image", cut, lambda _: _black(shape), strict)
         classes = len(source.class_names)
         label = np.zeros(classes, np.int8) if source.multi_label else np.int32(0)
-        return _example("image", blank(), label, False, -1)
+        return _example("image", _black(shape), label, False, -1)
 
     dataset = (
         grain.MapDataset.range(math.ceil(total / batch_size) * batch_size)
@@ -319,13 +304,13 @@ def _load(
     return _example(key, seen, label, True, index)
 
 
+def _black(shape: tuple[int, ...]) -> np.ndarray:
+    return np.zeros(shape, np.uint8)
+
+
 def _example(key: str, seen: Any, label: Any, valid: bool, index: int) -> Example:
-    return {
-        key: seen,
-        "label": label,
-        "mask": np.bool_(valid),
-        "index": np.int32(index),
-    }
+    marks = {"mask": np.bool_(valid), "index": np.int32(index)}
+    return {key: seen, "label": label, **marks}
 
 
 def _whole_size(encoded: bytes, side: int, max_aspect: float) -> tuple[int, int]:

@@ -3,9 +3,6 @@
 The 1,797 digits and the two photographs ship with scikit-learn, so this TFDS data set
 is made in seconds with no network and no TensorFlow. Image sizes and aspect ratios
 vary, as SPP-net expects: shorter side 48–112 pixels, aspect ratio 1:2–2:1.
-
-    builder = DigitScenes(config="classification", data_dir=...)
-    builder.download_and_prepare(file_format="array_record")
 """
 
 import io
@@ -96,11 +93,9 @@ class DigitScenes(tfds.core.GeneratorBasedBuilder):
 
 
 def digit_split(split: str) -> np.ndarray:
-    """The indices of scikit-learn's digits that make up a split.
+    """Which of scikit-learn's digits make up a split: int [N], ascending.
 
     One fifth of each class is in "test", the rest in "train".
-
-    Returns: int [N], ascending, into `sklearn.datasets.load_digits()`.
     """
     from sklearn.datasets import load_digits  # takes a while, and only to prepare
 
@@ -135,14 +130,12 @@ def _classification_examples(split: str) -> Iterator[tuple[int, dict[str, Any]]]
         top = (height - view) // 2 + rng.integers(view - ink.shape[0] + 1)
         left = (width - view) // 2 + rng.integers(view - ink.shape[1] + 1)
         _paint(canvas, ink, int(top), int(left), rng)
-        yield (
-            number,
-            {
-                "image": _encode(canvas),
-                "label": int(digit_labels[index]),
-                "digit_index": int(index),
-            },
-        )
+        example = {
+            "image": _encode(canvas),
+            "label": int(digit_labels[index]),
+            "digit_index": int(index),
+        }
+        yield number, example
 
 
 def _detection_examples(split: str) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -163,25 +156,24 @@ def _detection_examples(split: str) -> Iterator[tuple[int, dict[str, Any]]]:
         # The name says which digits are in the scene, so it can be traced to them.
         traced = "-".join(str(index) for index in indices)
         fractions = boxes / [height, width, height, width]
-        yield (
-            number,
+        objects = [
             {
-                "image": _encode(canvas),
-                "image/filename": f"{split}_{number:05d}_digits_{traced}.jpg",
-                "objects": [
-                    {
-                        "label": label,
-                        "bbox": tfds.features.BBox(*box),
-                        "pose": "unspecified",
-                        "is_truncated": False,
-                        "is_difficult": False,
-                    }
-                    for label, box in zip(labels, fractions, strict=True)
-                ],
-                "labels": sorted(set(labels)),
-                "labels_no_difficult": sorted(set(labels)),
-            },
-        )
+                "label": label,
+                "bbox": tfds.features.BBox(*box),
+                "pose": "unspecified",
+                "is_truncated": False,
+                "is_difficult": False,
+            }
+            for label, box in zip(labels, fractions, strict=True)
+        ]
+        example = {
+            "image": _encode(canvas),
+            "image/filename": f"{split}_{number:05d}_digits_{traced}.jpg",
+            "objects": objects,
+            "labels": sorted(set(labels)),
+            "labels_no_difficult": sorted(set(labels)),
+        }
+        yield number, example
 
 
 def _scene_rng(config: str, split: str, number: int) -> np.random.Generator:
@@ -225,11 +217,7 @@ def _digit_mask(digit: np.ndarray, length: float) -> np.ndarray:
 
 
 def _paint(
-    canvas: np.ndarray,
-    ink: np.ndarray,
-    top: int,
-    left: int,
-    rng: np.random.Generator,
+    canvas: np.ndarray, ink: np.ndarray, top: int, left: int, rng: np.random.Generator
 ) -> None:
     """Paints a mask onto the canvas in a colour that stands out from what is there."""
     place = canvas[top : top + ink.shape[0], left : left + ink.shape[1]]

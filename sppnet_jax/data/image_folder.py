@@ -64,9 +64,9 @@ def scan_folder(root: str | os.PathLike[str]) -> ImageFolder:
     belong to that class, linked folders are followed, hidden ones are not.
 
     Returns: the scan; splits are named "train", "validation", "test"; classes sorted.
-    Raises: FileNotFoundError if there is no such folder; ValueError if it is a file,
-    has no class folders or only one, lacks a train split, or has a class folder or a
-    split without images, or a class that train lacks.
+    Raises: FileNotFoundError if there is no such folder; ValueError if it has no class
+    folders or only one, lacks a train split, or has a class folder or a split without
+    images, or a class that train lacks.
     """
     folder = folders.existing_folder(root, "image folder", _LAYOUT)
     classes: dict[str, dict[str, list[str]]] = {}

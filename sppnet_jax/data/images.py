@@ -213,11 +213,9 @@ def _resize(image: np.ndarray, height: int, width: int) -> np.ndarray:
 
 
 def _averages_in_float(rows: int, columns: int, height: int, width: int) -> bool:
-    """Whether OpenCV averages areas of bytes in float32, and they are few enough.
-
-    Whole factors have integer arithmetic of their own; where one side grows, it
-    interpolates. Large images would take four times their memory.
-    """
+    """Whether OpenCV averages areas of bytes in float32, and they are few enough."""
+    # Whole factors have integer arithmetic of their own; where one side grows, it
+    # interpolates. Large images would take four times their memory.
     shrinks = height <= rows and width <= columns
     whole = rows % height == 0 and columns % width == 0
     return shrinks and not whole and rows * columns <= _MOST_IN_FLOAT
@@ -277,9 +275,8 @@ def _jpeg_ends(encoded: bytes) -> bool:
         kind, position = encoded[marker.start() + 1], marker.end()
         if kind == 0xD9:
             return True
-        if kind == 0x01 or kind == 0xD8:
-            continue
-        position += int.from_bytes(encoded[position : position + 2], "big")
+        if kind not in (0x01, 0xD8):
+            position += int.from_bytes(encoded[position : position + 2], "big")
     return False
 
 

@@ -13,13 +13,12 @@ for its own data sets and for slices of splits.
 
 import re
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from types import ModuleType
 from typing import NamedTuple, NotRequired, Protocol, TypedDict
 
 import numpy as np
 
-from sppnet_jax.run.progress import progress_bar
+from sppnet_jax.run.progress import map_in_threads
 
 _FOLDERS = ("image_folder", "voc_folder")
 _INSTEAD = {
@@ -46,9 +45,8 @@ class Objects(NamedTuple):
 class Record(TypedDict):
     """One image, still encoded, with its class or classes and a name to call it by.
 
-    It has `label`, or in a multi-label source `labels`, int8 [classes]: 1 for a class
-    that is present, 0 where all its instances are difficult ones, -1 if it is absent.
-    In a detection source it has `objects` too.
+    A multi-label source has `labels`, int8 [classes]: 1 for a class that is present, 0
+    where all its instances are difficult ones, -1 if it is absent.
     """
 
     image: bytes
@@ -70,12 +68,10 @@ class Source(NamedTuple):
     """A split of a data set; picklable, so worker processes can read it too.
 
     `digest` identifies its data. Of a folder it is a hash of every record's path in the
-    root, its size in bytes and its label; with boxes, of its annotation's path, size
-    and objects too. So a renamed, exchanged, swapped or relabelled file changes it, a
-    moved root or new times of files do not, and neither does an image that was replaced
-    by one of as many bytes. Of other data sets it is the full name with its version,
-    the split and the number of records: a data set prepared anew from other images,
-    under the same version, is not noticed. "" for records in memory.
+    root, size in bytes and label; with boxes, of its annotation's path, size and
+    objects too. So a moved root, new times of files, or another image of as many bytes
+    don't change it. Of other data sets it is the full name with its version, the split
+    and the number of records. "" for records in memory.
     """
 
     records: Records
@@ -166,14 +162,8 @@ def read_objects(source: Source, threads: int = 8) -> list[Objects]:
             )
         return record["objects"]
 
-    total = len(source.records)
-    objects = []
-    bar = progress_bar("reading boxes", total, delay=2)
-    with bar, ThreadPoolExecutor(threads) as pool:
-        for one in pool.map(read, range(total)):
-            objects.append(one)
-            bar.update()
-    return objects
+    indices = range(len(source.records))
+    return map_in_threads(read, indices, "reading boxes", threads)
 
 
 def available_splits(
@@ -248,10 +238,8 @@ def check_labels(
     """Checks that every label is the index of a class.
 
     Of a source with more than `all_up_to` records, only `sample` evenly spaced ones are
-    read.
-
-    Raises: ValueError naming the first record whose label lies outside the range, or if
-    no record of a multi-label source has a class.
+    read. Raises ValueError naming the first record whose label lies outside the range,
+    or if no record of a multi-label source has a class.
     """
     total = len(source.records)
     checked = total if total <= all_up_to else sample

@@ -171,9 +171,7 @@ def recover_pixels(fractions: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     within c · 2⁻²³ of a whole number is taken to be it, so whole numbers come back
     exactly, up to four million pixels; others come back within c · 2⁻²².
 
-    `fractions`: float [N, 4], (ymin, xmin, ymax, xmax). `size`: (height, width).
-
-    Returns: float64 [N, 4].
+    `fractions`: [N, 4], (ymin, xmin, ymax, xmax). `size`: (height, width).
     """
     pixels = np.asarray(fractions, np.float64) * [*size, *size]
     nearest = np.round(pixels)
@@ -183,8 +181,8 @@ def recover_pixels(fractions: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 
 def open_builder(dataset: str, data_dir: str) -> tfds.core.DatasetBuilder:
     """The prepared TFDS builder of a data set; arguments as for `open_source`."""
-    data_dir = data_dir or os.environ.get("TFDS_DATA_DIR", "")
-    directory = Path(data_dir or tfds.core.constants.DATA_DIR).expanduser()
+    kept = data_dir or os.environ.get("TFDS_DATA_DIR") or tfds.core.constants.DATA_DIR
+    directory = Path(kept).expanduser()
     if _is_embedded(dataset):
         return _prepare_digit_scenes(dataset, directory)
     return _find_prepared(dataset, directory)
@@ -316,10 +314,7 @@ def _find_keys(builder: tfds.core.DatasetBuilder) -> Keys:
 
 
 def _find_multi_label_keys(builder: tfds.core.DatasetBuilder, with_boxes: bool) -> Keys:
-    """Finds which features are the image, its classes, and the name of its file.
-
-    Raises: ValueError if the images don't have several classes each.
-    """
+    """The same where images have several classes each."""
     features = dict(builder.info.features.items())
     images = _keys_of(features, tfds.features.Image)
     found = _several_labels(features)

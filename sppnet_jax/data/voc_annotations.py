@@ -87,9 +87,7 @@ class AnnotatedImage(NamedTuple):
 def read_image(
     image: Path, annotation: Path
 ) -> tuple[AnnotatedImage | None, list[str]]:
-    """Reads an image's size, and from its annotation the objects in it.
-
-    `image`, `annotation`: their files.
+    """Reads an image file's size, and from its annotation file the objects in it.
 
     Returns: the image, or None if it is left out; and what happened on the way, as keys
     of `EVENTS`, one for each box, object or file.
@@ -114,12 +112,7 @@ def read_image(
 
 
 def clamp_boxes(boxes: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Boxes cut off at the border of their image.
-
-    `boxes`: float [N, 4]. `size`: (height, width) in pixels.
-
-    Returns: float [N, 4]; what lay outside is empty.
-    """
+    """Boxes [N, 4] cut off at the border of an image (height, width): empty outside."""
     return np.clip(boxes, 0, [*size, *size])
 
 

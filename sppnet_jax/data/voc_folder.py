@@ -11,7 +11,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,7 +20,7 @@ import numpy as np
 from sppnet_jax.data import folders
 from sppnet_jax.data.sources import HOW_TO_OPEN_SEVERAL, Objects, Source, class_labels
 from sppnet_jax.data.voc_annotations import EVENTS, AnnotatedImage, read_image
-from sppnet_jax.run.progress import progress_bar
+from sppnet_jax.run.progress import map_in_threads
 
 _LAYOUT = (
     "Expected JPEGImages/ID.jpg and Annotations/ID.xml in it, and in ImageSets/Main "
@@ -103,11 +103,11 @@ def scan_folder(root: str | os.PathLike[str]) -> VocFolder:
     suffix or a path before it. Without lists, every fifth image in the order of a hash
     of its name is "test", and the others "trainval".
 
-    Returns: the scan. Listed images that are absent, or whose annotations are, are left
-    out and counted in its notes.
-    Raises: FileNotFoundError if there is no such folder; ValueError if it is a file,
-    isn't in VOC layout or holds several such folders, if most images of a list, but not
-    all, or their annotations, are absent, and if no split has an image.
+    Listed images that are absent, or whose annotations are, are left out and noted.
+
+    Raises: FileNotFoundError if there is no such folder; ValueError if it isn't in VOC
+    layout or holds several such folders, if most images of a list, but not all, or
+    their annotations, are absent, and if no split has an image.
     """
     folder = _find_layout(folders.existing_folder(root, "VOC folder", _LAYOUT))
     notes: list[str] = []
@@ -130,8 +130,6 @@ def scan_folder(root: str | os.PathLike[str]) -> VocFolder:
 def read_annotations(scan: VocFolder, threads: int = 8) -> FolderAnnotations:
     """Reads every annotation and every image's size, putting right what can be.
 
-    `threads`: threads that read files.
-
     Returns: the classes, sorted; the images that can be used, with boxes inside the
     image; notes on all that isn't as it was in the files.
     Raises: ValueError if most annotations or images of a split can't be read, or no
@@ -142,12 +140,8 @@ def read_annotations(scan: VocFolder, threads: int = 8) -> FolderAnnotations:
     def read(one: ImageFiles) -> tuple[AnnotatedImage | None, list[str]]:
         return read_image(scan.root / one.image, scan.root / one.annotation)
 
-    found = {}
-    bar = progress_bar("reading annotations", len(files), delay=2)
-    with bar, ThreadPoolExecutor(threads) as pool:
-        for one, result in zip(files, pool.map(read, files), strict=True):
-            found[one] = result
-            bar.update()
+    results = map_in_threads(read, files, "reading annotations", threads)
+    found = dict(zip(files, results, strict=True))
     notes: list[str] = []
     for event, what in EVENTS.items():
         who = [
@@ -183,9 +177,9 @@ _kept: dict[Path, tuple[Any, FolderAnnotations]] = {}
 
 def _read_once(scan: VocFolder) -> FolderAnnotations:
     found = {}
-    for files in {files for listed in scan.splits.values() for files in listed}:
-        stats = [os.stat(scan.root / path) for path in files]
-        found[files] = [(stat.st_size, stat.st_mtime_ns) for stat in stats]
+    for path in {path for files in scan.splits.values() for path in chain(*files)}:
+        stat = os.stat(scan.root / path)
+        found[path] = stat.st_size, stat.st_mtime_ns
     state = scan.splits, found
     if scan.root not in _kept or _kept[scan.root][0] != state:
         _kept[scan.root] = state, read_annotations(scan)
@@ -275,9 +269,7 @@ def _read_lists(
         ids = [line.strip() for line in _read_text(path).splitlines() if line.strip()]
         if not ids:
             empty.append(path.name)
-        elif _has_flags(ids, images) or _names_a_class(
-            path, names, folder, annotations
-        ):
+        elif _is_of_a_class(path, ids, names, folder, images, annotations):
             of_a_class.append(path.name)
         else:
             lists[path] = ids
@@ -294,18 +286,18 @@ def _read_text(path: Path) -> str:
     return os.fsdecode(data.removeprefix(codecs.BOM_UTF8))
 
 
-def _has_flags(ids: list[str], images: dict[str, str]) -> bool:
-    """Whether a list's lines are "ID 1", "ID 0" or "ID -1", as are those of a class."""
-    # A file name may hold a space and end in a number.
-    return all(
-        re.search(r"\s[+-]?[01]$", line) and _find(line, images) is None for line in ids
-    )
-
-
-def _names_a_class(
-    path: Path, names: list[str], folder: Path, annotations: dict[str, str]
+def _is_of_a_class(
+    path: Path,
+    ids: list[str],
+    names: list[str],
+    folder: Path,
+    images: dict[str, str],
+    annotations: dict[str, str],
 ) -> bool:
-    """Whether a list is named CLASS_SPLIT, for a list SPLIT and a class of objects."""
+    """Whether lines are "ID 1", "ID 0" or "ID -1", or the list is named CLASS_SPLIT."""
+    # A file name may hold a space and end in a number.
+    if all(re.search(r"\s[+-]?[01]$", i) and _find(i, images) is None for i in ids):
+        return True
     for split in (os.path.splitext(name)[0] for name in names):
         if path.stem.endswith(f"_{split}"):
             name = re.escape(path.stem.removesuffix(f"_{split}").encode())
@@ -378,12 +370,11 @@ def _split_by_lists(
         splits[name] = list(files.values())
         if name != path.stem:
             notes.append(f"{folder}: the list {path.name} is split {name!r}")
-    for name, listed in splits.items():
-        both = sorted(set(listed) & set(splits.get("test", [])))
-        if name != "test":
-            who = [files.image for files in both]
-            _note(notes, folder, who, f"images are both in {name!r} and 'test'")
-    used = len({files for listed in splits.values() for files in listed})
+    for name in (name for name in splits if name != "test"):
+        both = sorted(set(splits[name]) & set(splits.get("test", [])))
+        who = [files.image for files in both]
+        _note(notes, folder, who, f"images are both in {name!r} and 'test'")
+    used = len(set(chain(*splits.values())))
     if splits and used < len(images):
         notes.append(
             f"{folder}: {len(images) - used} of {len(images)} images in JPEGImages are "
