@@ -101,7 +101,7 @@ def ablate(
     }
 
     # Here, not above: a mistake in the arguments should show before these are loaded.
-    from sppnet_jax.data.splits import open_split
+    from sppnet_jax.data.datasets import open_split
     from sppnet_jax.run import caches, parallel
 
     parallel.check_batch_size(shared.batch_size)

@@ -22,9 +22,9 @@ import pytest
 from configs import folder as classifier_config
 from sppnet_jax import detect
 from sppnet_jax.cli import detector_base_config
-from sppnet_jax.data import splits
+from sppnet_jax.data import datasets
 from sppnet_jax.data.datasets import BoxData
-from sppnet_jax.data.detection_sources import open_detection_source, read_objects
+from sppnet_jax.data.sources import open_detection_source, read_objects
 from sppnet_jax.detection import detector_evaluation, learn, maps, split_features
 from sppnet_jax.detection.average_precision import evaluate_detections
 from sppnet_jax.detection.box_split import open_split_of
@@ -211,16 +211,16 @@ def test_no_image_is_in_both_of_the_default_splits(
     test_split: str | None,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(splits, "available_splits", lambda *_, **__: names)
+    monkeypatch.setattr(datasets, "available_splits", lambda *_, **__: names)
     opened = lambda name, split, **_: split  # noqa: E731
-    monkeypatch.setattr(splits, "open_detection_source", opened)
+    monkeypatch.setattr(datasets, "open_detection_source", opened)
     for purpose, expected in (("train", train_split), ("test", test_split)):
         if expected:
-            assert splits.open_box_split(BoxData(), purpose) == expected
+            assert datasets.open_box_split(BoxData(), purpose) == expected
         else:
             message = f"{', '.join(names)}: give --config.data.{purpose}_split"
             with pytest.raises(ValueError, match=re.escape(message)):
-                splits.open_box_split(BoxData(), purpose)
+                datasets.open_box_split(BoxData(), purpose)
 
 
 @pytest.mark.parametrize(("split", "seen", "count"), [("mixed", 2, 5), ("test", 0, 6)])

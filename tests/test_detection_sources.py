@@ -21,9 +21,14 @@ from data_helpers import (
 )
 from mock_imagenet import prepare_mock_imagenet
 
-from sppnet_jax.data.detection_sources import open_detection_source, read_objects
 from sppnet_jax.data.images import image_size
-from sppnet_jax.data.sources import Source, available_splits, open_source
+from sppnet_jax.data.sources import (
+    Source,
+    available_splits,
+    open_detection_source,
+    open_source,
+    read_objects,
+)
 from sppnet_jax.data.tfds_records import recover_pixels
 
 CLASSES = ("aeroplane", "bicycle", "bird")

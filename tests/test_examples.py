@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from sppnet_jax.data.detection_sources import Objects
+from sppnet_jax.data.sources import Objects
 from sppnet_jax.detection.examples import (
     finetuning_examples,
     regression_examples,

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from sklearn.svm import LinearSVC
 
-from sppnet_jax.data.detection_sources import Objects
+from sppnet_jax.data.sources import Objects
 from sppnet_jax.detection.hard_negatives import (
     NEVER,
     Mining,

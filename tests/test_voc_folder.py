@@ -21,9 +21,8 @@ from data_helpers import (
 )
 
 from sppnet_jax.data import voc_folder
-from sppnet_jax.data.detection_sources import open_detection_source
 from sppnet_jax.data.images import decode_image
-from sppnet_jax.data.sources import available_splits, open_source
+from sppnet_jax.data.sources import available_splits, open_detection_source, open_source
 from sppnet_jax.data.voc_annotations import AnnotatedImage, read_image
 from sppnet_jax.data.voc_folder import (
     FolderAnnotations,

@@ -10,8 +10,8 @@ from sppnet_jax.classification.accuracy import mean_scores, summarize
 from sppnet_jax.classification.pictures import Prediction, Sample, plot_predictions
 from sppnet_jax.classification.scores import score_split
 from sppnet_jax.data.broken import BrokenImages
+from sppnet_jax.data.datasets import open_split
 from sppnet_jax.data.sources import Source
-from sppnet_jax.data.splits import open_split
 from sppnet_jax.network.trained import load_network
 from sppnet_jax.run import files, parallel, run_folder
 from sppnet_jax.run.settings import plain

@@ -1,10 +1,20 @@
 """Which data set a run takes and how its images are read, as settings say it."""
 
+import logging
+from collections.abc import Callable, Iterable
 from typing import Annotated, Any, NamedTuple
 
 from sppnet_jax.data.images import CROPS
+from sppnet_jax.data.sources import (
+    Source,
+    available_splits,
+    open_detection_source,
+    open_source,
+)
 from sppnet_jax.run.files import absolute
 from sppnet_jax.run.settings import at_least, one_of, share
+
+log = logging.getLogger(__name__)
 
 
 class ImageData(NamedTuple):
@@ -93,3 +103,69 @@ class BoxData(NamedTuple):
     def with_absolute_paths(self) -> "BoxData":
         """The same, found again from any folder."""
         return self._replace(root=absolute(self.root), data_dir=absolute(self.data_dir))
+
+    @property
+    def place(self) -> dict[str, Any]:
+        """Where the data set is: what `open_detection_source` takes beside its name."""
+        return {"root": self.root, "data_dir": self.data_dir}
+
+
+def open_split(data: ImageData, purpose: str) -> Source:
+    """The source for a purpose: "train", "validation" or "test".
+
+    Where the settings leave a split open, validation takes "validation" if the data set
+    has it and else "test"; test the other way round.
+
+    Raises: ValueError for a data set without such a split, and as `open_source` does.
+    """
+    order = {"validation": ("validation", "test"), "test": ("test", "validation")}
+    split = _choose_split(
+        data,
+        purpose,
+        lambda _: order[purpose],
+        "neither a validation nor a test split",
+        ", such as 'train[90%:]' (and train_split='train[:90%]')",
+    )
+    return open_source(data.name, split, **data.place)
+
+
+def open_box_split(data: BoxData, purpose: str) -> Source:
+    """The source for a purpose, "train" or "test".
+
+    Where the settings leave a split open, one to train on has none of the images that
+    are tested on.
+
+    Raises: ValueError for a data set without such a split, and as
+    `open_detection_source` does.
+    """
+
+    def choices(splits: tuple[str, ...]) -> tuple[str, ...]:
+        if purpose == "test":
+            return ("test", "validation", "val")
+        joined = ("trainval", "train+validation", "train+val")
+        return (*(joined if "test" in splits else ()), "train")
+
+    split = _choose_split(data, purpose, choices, f"no split to {purpose} on")
+    return open_detection_source(data.name, split, **data.place)
+
+
+def _choose_split(
+    data: ImageData | BoxData,
+    purpose: str,
+    choices: Callable[[tuple[str, ...]], Iterable[str]],
+    lacks: str,
+    hint: str = "",
+) -> str:
+    """The split of the settings, or else the first choice that the data set has."""
+    split: str = getattr(data, f"{purpose}_split")
+    if split:
+        return split
+    splits = available_splits(data.name, **data.place)
+    for choice in choices(splits):
+        if all(part in splits for part in choice.split("+")):
+            log.info("%s uses the split %r", purpose, choice)
+            return choice
+    raise ValueError(
+        f"{data.name} has {lacks}, only {', '.join(splits)}: give "
+        f"--config.data.{purpose}_split{hint}"
+    )

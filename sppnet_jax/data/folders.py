@@ -15,22 +15,17 @@ from sppnet_jax.data.sources import Record, split_spans
 
 log = logging.getLogger(__name__)
 
-IMAGE_SUFFIXES = (
-    *(".jpg", ".jpeg", ".png", ".bmp", ".webp"),
-    *(".gif", ".tif", ".tiff"),
-)
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff")
 # Every fifth image of a class is held out where the folder has no test images.
 HOLD_OUT_EVERY = 5
-
 
 _File = TypeVar("_File")
 
 
 class FileRecords:
-    """Image files as records, named by their paths, read when they are asked for.
+    """Image files at paths in a root as records of these names, read when asked for.
 
-    `root`, `paths`: of the files. `told`: what else is in each record, such as
-    {"label": 3}; records may share it.
+    `told`: what else is in each record, such as {"label": 3}; records may share it.
     """
 
     def __init__(
@@ -52,7 +47,7 @@ class FileRecords:
 def existing_folder(root: str | os.PathLike[str], kind: str, layout: str) -> Path:
     """The folder's absolute path, links resolved.
 
-    `kind`: what to call it in an error. `layout`: a sentence on what it should hold.
+    `kind`, `layout`: for an error, what to call it and a sentence on its contents.
 
     Raises: FileNotFoundError if there is no such folder; ValueError if it is a file.
     """
@@ -76,11 +71,8 @@ def read_split(
     """The files of a split, a slice of one or a sum of these.
 
     A split is in the order of a hash of its files' paths, the one that TFDS would give
-    it: so each slice of it holds all classes.
-
-    `path`: gives a file's path, which is its record's name. `root`: for errors.
-
-    Raises: ValueError for a split that there is not, or that is empty.
+    it: so each slice of it holds all classes. Raises ValueError for a split that there
+    is not, or that is empty.
     """
     lengths = {key: [len(files)] for key, files in splits.items()}
     files: list[_File] = []
@@ -117,7 +109,7 @@ def warn_once(note: str) -> None:
 def hold_out(paths: Iterable[str]) -> set[str]:
     """Every fifth of the paths, in the order of a hash of each."""
     # By a hash, because neighbouring names are often shots of one scene.
-    order = sorted(paths, key=_hash)
+    order = sorted(paths, key=lambda p: hashlib.sha256(printable(p).encode()).digest())
     return set(order[HOLD_OUT_EVERY - 1 :: HOLD_OUT_EVERY])
 
 
@@ -135,7 +127,7 @@ def walk_files(folder: Path, above: tuple[str, ...] = ()) -> Iterator[Path]:
 def list_folder(folder: Path) -> tuple[list[str], list[str]]:
     """The names of a folder's visible folders and files, sorted."""
     with os.scandir(folder) as entries:
-        visible = [entry for entry in entries if not _is_hidden(entry.name)]
+        visible = [e for e in entries if e.name[0] != "." and e.name != "__MACOSX"]
     folders = sorted(entry.name for entry in visible if entry.is_dir())
     return folders, sorted(entry.name for entry in visible if not entry.is_dir())
 
@@ -149,11 +141,3 @@ def is_image(path: Path) -> bool:
 def printable(path: str) -> str:
     """A path as text: file names are bytes, and names are text."""
     return os.fsencode(path).decode("utf-8", "backslashreplace")
-
-
-def _hash(text: str) -> bytes:
-    return hashlib.sha256(printable(text).encode()).digest()
-
-
-def _is_hidden(name: str) -> bool:
-    return name.startswith(".") or name == "__MACOSX"

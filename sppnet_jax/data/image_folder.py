@@ -8,30 +8,13 @@ import os
 from pathlib import Path
 from typing import NamedTuple
 
-from sppnet_jax.data.folders import (
-    HOLD_OUT_EVERY,
-    IMAGE_SUFFIXES,
-    FileRecords,
-    digest,
-    existing_folder,
-    hold_out,
-    is_image,
-    list_folder,
-    printable,
-    read_split,
-    walk_files,
-    warn_once,
-)
+from sppnet_jax.data import folders
 from sppnet_jax.data.sources import Source
 
 _SPLIT_OF_FOLDER = {
-    "train": "train",
-    "training": "train",
-    "val": "validation",
-    "valid": "validation",
-    "validation": "validation",
-    "test": "test",
-    "testing": "test",
+    **dict.fromkeys(("train", "training"), "train"),
+    **dict.fromkeys(("val", "valid", "validation"), "validation"),
+    **dict.fromkeys(("test", "testing"), "test"),
 }
 _LAYOUT = (
     "Expected class folders, ROOT/cat/1.jpg and ROOT/dog/2.jpg, or the same within "
@@ -59,16 +42,16 @@ def open_folder(
         )
     scan = scan_folder(root)
     for note in scan.notes:
-        warn_once(note)
-    files = read_split(scan.splits, split, lambda file: file[1], scan.root)
+        folders.warn_once(note)
+    files = folders.read_split(scan.splits, split, lambda file: file[1], scan.root)
     told = {name: {"label": label} for label, name in enumerate(scan.class_names)}
     paths = [path for _, path in files]
     return Source(
-        FileRecords(scan.root, paths, [told[name] for name, _ in files]),
+        folders.FileRecords(scan.root, paths, [told[name] for name, _ in files]),
         scan.class_names,
         "image_folder",
         split,
-        digest=digest(scan.root, ((path, name) for name, path in files)),
+        digest=folders.digest(scan.root, ((path, name) for name, path in files)),
     )
 
 
@@ -81,17 +64,15 @@ def scan_folder(root: str | os.PathLike[str]) -> ImageFolder:
     belong to that class, linked folders are followed, hidden ones are not.
 
     Returns: the scan; splits are named "train", "validation", "test"; classes sorted.
-    Raises: FileNotFoundError if there is no such folder; ValueError if it is a file,
-    has no class folders or only one, lacks a train split, or has a class folder or a
-    split without images, or a class that train lacks.
+    Raises: FileNotFoundError if there is no such folder; ValueError if it has no class
+    folders or only one, lacks a train split, or has a class folder or a split without
+    images, or a class that train lacks.
     """
-    folder = existing_folder(root, "image folder", _LAYOUT)
-    split_folders = _split_folders(folder)
+    folder = folders.existing_folder(root, "image folder", _LAYOUT)
     classes: dict[str, dict[str, list[str]]] = {}
     ignored: list[str] = []
-    for split, split_folder in split_folders.items():
-        classes[split], others = _scan_classes(split_folder, folder)
-        ignored += others
+    for split, split_folder in _split_folders(folder).items():
+        classes[split] = _scan_classes(split_folder, folder, ignored)
     _check_classes(folder, classes)
     class_names = tuple(sorted(classes["train"]))
     notes = []
@@ -106,8 +87,8 @@ def scan_folder(root: str | os.PathLike[str]) -> ImageFolder:
         classes = _hold_out(folder, classes["train"])
         held_out = sum(map(len, classes["test"].values()))
         notes.append(
-            f"{folder} has no test folder: every {HOLD_OUT_EVERY}th image of each "
-            f"class, {held_out} of {total}, is held out as split 'test'"
+            f"{folder} has no test folder: every {folders.HOLD_OUT_EVERY}th image of "
+            f"each class, {held_out} of {total}, is held out as split 'test'"
         )
     splits = {
         split: [(name, path) for name in sorted(found) for path in found[name]]
@@ -118,10 +99,10 @@ def scan_folder(root: str | os.PathLike[str]) -> ImageFolder:
 
 def _split_folders(folder: Path) -> dict[str, Path]:
     """Maps splits to folders; {"train": folder} where there are no split folders."""
-    subfolders, files = list_folder(folder)
+    subfolders, files = folders.list_folder(folder)
     if not subfolders:
         found = f"{len(files)} files" if files else "nothing"
-        images = sum(is_image(folder / name) for name in files)
+        images = sum(folders.is_image(folder / name) for name in files)
         if images:
             found = f"{images} images that are in no class folder"
         raise ValueError(f"no class folders in {str(folder)!r}, but {found}. {_LAYOUT}")
@@ -151,52 +132,50 @@ def _split_folders(folder: Path) -> dict[str, Path]:
         )
     for name in sorted(set(subfolders) - set(splits)):
         # Annotations and the like may lie there, but images must not be overlooked.
-        if any(is_image(path) for path in walk_files(folder / name)):
+        if any(folders.is_image(path) for path in folders.walk_files(folder / name)):
             raise ValueError(
                 f"{str(folder)!r} has split folders {sorted(splits)}, but beside them "
                 f"{name!r} holds images that are in no class folder of a split; move "
                 f"it elsewhere. {_LAYOUT}"
             )
-    return {
-        split: found_splits[split]
-        for split in ("train", "validation", "test")
-        if split in found_splits
-    }
+    order = dict.fromkeys(_SPLIT_OF_FOLDER.values())
+    return {split: found_splits[split] for split in order if split in found_splits}
 
 
 def _scan_classes(
-    split_folder: Path, root: Path
-) -> tuple[dict[str, list[str]], list[str]]:
-    """The images of each class folder, and the other files, as paths."""
-    subfolders, files = list_folder(split_folder)
+    split_folder: Path, root: Path, ignored: list[str]
+) -> dict[str, list[str]]:
+    """The images of each class folder, as paths; other files are `ignored`."""
+    subfolders, files = folders.list_folder(split_folder)
     if not subfolders:
         raise ValueError(
             f"the split folder {str(split_folder)!r} is empty: it holds no class "
             f"folders. {_LAYOUT}"
         )
     classes: dict[str, list[str]] = {}
-    ignored = [os.path.relpath(split_folder / name, root) for name in files]
+    ignored += [os.path.relpath(split_folder / name, root) for name in files]
     for name in subfolders:
         images: list[str] = []
         others: list[str] = []
-        for path in walk_files(split_folder / name):
-            (images if is_image(path) else others).append(os.path.relpath(path, root))
+        for path in folders.walk_files(split_folder / name):
+            kind = images if folders.is_image(path) else others
+            kind.append(os.path.relpath(path, root))
         if not images:
             raise ValueError(
                 f"the class folder {str(split_folder / name)!r} holds no images "
                 f"({len(others)} other files). Remove it, or add images named "
-                f"{', '.join('*' + suffix for suffix in IMAGE_SUFFIXES)}"
+                f"{', '.join('*' + suffix for suffix in folders.IMAGE_SUFFIXES)}"
             )
-        classes[printable(name)] = sorted(images)
+        classes[folders.printable(name)] = sorted(images)
         ignored += others
-    return classes, ignored
+    return classes
 
 
 def _check_classes(folder: Path, classes: dict[str, dict[str, list[str]]]) -> None:
     train = classes["train"]
     if len(train) == 1:
         (name,) = train
-        nested = (folder / name).is_dir() and list_folder(folder / name)[0]
+        nested = (folder / name).is_dir() and folders.list_folder(folder / name)[0]
         hint = f"Did you mean {str(folder / name)!r}? " if nested else ""
         raise ValueError(
             f"{str(folder)!r} has only one class, {name!r}; a classifier needs at "
@@ -214,22 +193,21 @@ def _check_classes(folder: Path, classes: dict[str, dict[str, list[str]]]) -> No
 def _hold_out(
     folder: Path, train: dict[str, list[str]]
 ) -> dict[str, dict[str, list[str]]]:
-    kept: dict[str, list[str]] = {}
-    held_out: dict[str, list[str]] = {}
-    for name, paths in train.items():
-        test = hold_out(paths)
-        kept[name] = [path for path in paths if path not in test]
-        if test:
-            held_out[name] = sorted(test)
-    if not held_out:
+    held_out = {name: folders.hold_out(paths) for name, paths in train.items()}
+    test = {name: sorted(paths) for name, paths in held_out.items() if paths}
+    if not test:
         raise ValueError(
             f"{str(folder)!r} has no test folder, and no class has the "
-            f"{HOLD_OUT_EVERY} images it takes to hold one out: the test split would "
-            f"be empty. Add images, or split folders train/ and test/"
+            f"{folders.HOLD_OUT_EVERY} images it takes to hold one out: the test split "
+            "would be empty. Add images, or split folders train/ and test/"
         )
-    return {"train": kept, "test": held_out}
+    kept = {
+        name: [path for path in paths if path not in held_out[name]]
+        for name, paths in train.items()
+    }
+    return {"train": kept, "test": test}
 
 
 def _holds_only_images(folder: Path) -> bool:
-    folders, files = list_folder(folder)
-    return not folders and any(is_image(folder / name) for name in files)
+    below, files = folders.list_folder(folder)
+    return not below and any(folders.is_image(folder / name) for name in files)

@@ -12,8 +12,7 @@ from sppnet_jax.data.images import decode_image
 def read_image(path: str | Path) -> np.ndarray:
     """An image file as uint8 [height, width, 3], RGB, turned as its EXIF says.
 
-    Raises: OSError for a file that can't be read, ValueError for one that is no whole
-    image.
+    Raises: OSError if it can't be read, ValueError if it is no whole image.
     """
     return decode_image(Path(path).expanduser().read_bytes())
 
@@ -21,9 +20,9 @@ def read_image(path: str | Path) -> np.ndarray:
 def read_images(
     paths: Sequence[str], threads: int = 8
 ) -> Iterator[tuple[str, np.ndarray | Exception]]:
-    """Each path with its image, or with the error that reading it raised, in order.
+    """Each path with its image, or the error of reading it, in order.
 
-    `threads`: that read ahead, a few images each.
+    So many threads read ahead, an image each.
     """
 
     def read(path: str) -> np.ndarray | Exception:

@@ -1,10 +1,10 @@
-"""What a data set of images and labels is, and one function that opens any kind.
+"""What a data set of images, labels and boxes is, and functions that open any kind.
 
     open_source("digit_scenes/classification", "train")
     open_source("image_folder", "test", root="~/flowers")
-    open_source("voc_folder", "trainval", root="~/VOCdevkit", multi_label=True)
     open_source("imagenet2012", "validation", data_dir="/data/tfds")
     open_source("voc/2007", "test", multi_label=True)
+    open_detection_source("voc_folder", "trainval", root="~/VOCdevkit")
 
 The images stay encoded, and are read when they are asked for: from the files of a
 folder where they lie, or from ArrayRecord files that TFDS prepared. TFDS is imported
@@ -18,7 +18,13 @@ from typing import NamedTuple, NotRequired, Protocol, TypedDict
 
 import numpy as np
 
+from sppnet_jax.run.progress import map_in_threads
+
 _FOLDERS = ("image_folder", "voc_folder")
+_INSTEAD = {
+    "digit_scenes/classification": "'digit_scenes/detection' has",
+    "image_folder": "a folder with boxes, in Pascal VOC layout, is a 'voc_folder'",
+}
 HOW_TO_OPEN_SEVERAL = (
     ". Its images have several classes each, and a network is trained on one class an "
     "image. Features of them, to train SVMs on, are made by python -m "
@@ -29,7 +35,9 @@ HOW_TO_OPEN_SEVERAL = (
 class Objects(NamedTuple):
     """The objects of an image: where they are, and of which classes."""
 
-    boxes: np.ndarray  # float64 [N, 4], half-open, 0-based pixels of the image
+    # float64 [N, 4], (ymin, xmin, ymax, xmax), half-open, 0-based pixels of the image
+    # that `decode_image` makes.
+    boxes: np.ndarray
     labels: np.ndarray  # int32 [N]
     difficult: np.ndarray  # bool [N]
 
@@ -37,9 +45,8 @@ class Objects(NamedTuple):
 class Record(TypedDict):
     """One image, still encoded, with its class or classes and a name to call it by.
 
-    It has `label`, or in a multi-label source `labels`, int8 [classes]: 1 for a class
-    that is present, 0 where all its instances are difficult ones, -1 if it is absent.
-    In a detection source it has `objects` too.
+    A multi-label source has `labels`, int8 [classes]: 1 for a class that is present, 0
+    where all its instances are difficult ones, -1 if it is absent.
     """
 
     image: bytes
@@ -61,12 +68,10 @@ class Source(NamedTuple):
     """A split of a data set; picklable, so worker processes can read it too.
 
     `digest` identifies its data. Of a folder it is a hash of every record's path in the
-    root, its size in bytes and its label; with boxes, of its annotation's path, size
-    and objects too. So a renamed, exchanged, swapped or relabelled file changes it, a
-    moved root or new times of files do not, and neither does an image that was replaced
-    by one of as many bytes. Of other data sets it is the full name with its version,
-    the split and the number of records: a data set prepared anew from other images,
-    under the same version, is not noticed. "" for records in memory.
+    root, size in bytes and label; with boxes, of its annotation's path, size and
+    objects too. So a moved root, new times of files, or another image of as many bytes
+    don't change it. Of other data sets it is the full name with its version, the split
+    and the number of records. "" for records in memory.
     """
 
     records: Records
@@ -119,7 +124,46 @@ def open_source(
     has labels outside the range of its classes; FileNotFoundError for a data set that
     isn't prepared, saying what to run.
     """
-    return open_any(dataset, split, root, data_dir, multi_label=multi_label)
+    return _open(dataset, split, root, data_dir, multi_label, with_boxes=False)
+
+
+def open_detection_source(
+    dataset: str, split: str, *, root: str = "", data_dir: str = ""
+) -> Source:
+    """Opens a split of a data set of images with boxes; arguments as `open_source`'s.
+
+    A record has `image`, `name` (of its file), `objects`, and `labels` as in a
+    multi-label source. Objects of difficult instances are among them; empty boxes are
+    not, and a warning names their record.
+
+    `dataset`: "voc_folder", "digit_scenes/detection", or a TFDS data set with the
+    features of its voc ("voc/2007", "voc/2007:5.0.0").
+
+    Raises: as `open_source`, and ValueError for a data set without boxes. Reading a
+    record raises a ValueError if its image can't be opened.
+    """
+    if dataset in _INSTEAD:
+        raise ValueError(f"{dataset!r} has no boxes; {_INSTEAD[dataset]}")
+    return _open(dataset, split, root, data_dir, multi_label=True, with_boxes=True)
+
+
+def read_objects(source: Source, threads: int = 8) -> list[Objects]:
+    """The objects of every record of a detection source, in order, read by threads.
+
+    Raises: ValueError for a source without boxes, and as reading a record does.
+    """
+
+    def read(index: int) -> Objects:
+        record = source.records[index]
+        if "objects" not in record:
+            raise ValueError(
+                f"the records of split {source.split!r} of {source.name!r} have no "
+                "boxes; open it with open_detection_source"
+            )
+        return record["objects"]
+
+    indices = range(len(source.records))
+    return map_in_threads(read, indices, "reading boxes", threads)
 
 
 def available_splits(
@@ -133,16 +177,14 @@ def available_splits(
     return tuple(open_builder(dataset, data_dir).info.splits)
 
 
-def open_any(
+def _open(
     dataset: str,
     split: str,
     root: str,
     data_dir: str,
-    *,
     multi_label: bool,
-    with_boxes: bool = False,
+    with_boxes: bool,
 ) -> Source:
-    """`open_source`, or `open_detection_source` if it is to be `with_boxes`."""
     if dataset in _FOLDERS:
         folder = _folder_module(dataset, root)
         return folder.open_folder(root, split, multi_label, with_boxes)
@@ -196,10 +238,8 @@ def check_labels(
     """Checks that every label is the index of a class.
 
     Of a source with more than `all_up_to` records, only `sample` evenly spaced ones are
-    read.
-
-    Raises: ValueError naming the first record whose label lies outside the range, or if
-    no record of a multi-label source has a class.
+    read. Raises ValueError naming the first record whose label lies outside the range,
+    or if no record of a multi-label source has a class.
     """
     total = len(source.records)
     checked = total if total <= all_up_to else sample
@@ -221,30 +261,21 @@ def check_label(source: Source, record: Record) -> None:
 
     In a multi-label source, if its labels aren't one of 1, 0 and -1 for each class.
     """
+    total = len(source.class_names)
+    place = f"{record['name']!r} in split {source.split!r} of {source.name!r}"
     if source.multi_label:
-        _check_multi_label(source, record)
-        return
-    if 0 <= record["label"] < len(source.class_names):
-        return
-    hint = " (TFDS marks a split without labels so)" if record["label"] == -1 else ""
-    raise ValueError(
-        f"{record['name']!r} in split {source.split!r} of {source.name!r} has label "
-        f"{record['label']}{hint}, outside 0…{len(source.class_names) - 1} of the "
-        f"{len(source.class_names)} classes"
-    )
-
-
-def _check_multi_label(source: Source, record: Record) -> None:
-    labels = record["labels"]
-    if (
-        labels.shape != (len(source.class_names),)
-        or not np.isin(labels, (-1, 0, 1)).all()
-    ):
+        labels = record["labels"]
+        if labels.shape != (total,) or not np.isin(labels, (-1, 0, 1)).all():
+            raise ValueError(
+                f"{place} has labels {labels.tolist()}; there must be one of 1 "
+                "(present), 0 (only difficult instances) and -1 (absent) for each of "
+                f"the {total} classes"
+            )
+    elif not 0 <= (label := record["label"]) < total:
+        hint = " (TFDS marks a split without labels so)" if label == -1 else ""
         raise ValueError(
-            f"{record['name']!r} in split {source.split!r} of {source.name!r} has "
-            f"labels {labels.tolist()}; there must be one of 1 (present), 0 (only "
-            f"difficult instances) and -1 (absent) for each of the "
-            f"{len(source.class_names)} classes"
+            f"{place} has label {label}{hint}, outside 0…{total - 1} of the {total} "
+            "classes"
         )
 
 
@@ -277,9 +308,9 @@ def _resolve(
         ) from error
     return [
         (
-            part.splitname,
-            part.from_ or 0,
-            infos[part.splitname].num_examples if part.to is None else part.to,
+            one.splitname,
+            one.from_ or 0,
+            sum(shards[one.splitname]) if one.to is None else one.to,
         )
-        for part in parts
+        for one in parts
     ]

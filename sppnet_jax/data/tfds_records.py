@@ -9,14 +9,12 @@ ends, so its first row and column are moved by one; the boxes of all other data 
 taken as half-open already.
 """
 
-import contextlib
 import difflib
 import fcntl
 import logging
 import os
 import re
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -46,6 +44,7 @@ class Keys(NamedTuple):
     image: str
     label: str
     name: str  # "" where the data set names no files
+    class_names: tuple[str, ...]
     multi_label: bool = False
 
 
@@ -59,18 +58,13 @@ def open_prepared(
     full_name, splits = builder.info.full_name, builder.info.splits
     shards = {name: info.shard_lengths for name, info in splits.items()}
     split_spans(split, shards, full_name)
-    keys = _find_multi_label_keys(builder) if multi_label else _find_keys(builder)
-    if with_boxes:
-        keys = keys._replace(label="objects")
+    if multi_label:
+        keys = _find_multi_label_keys(builder, with_boxes)
+    else:
+        keys = _find_keys(builder)
     records = TfdsRecords(builder, split, keys, with_boxes)
-    source = Source(
-        records,
-        tuple(_class_label(builder, keys).names),
-        dataset,
-        split,
-        multi_label,
-        digest=f"{full_name} {split} {len(records)}",
-    )
+    digest = f"{full_name} {split} {len(records)}"
+    source = Source(records, keys.class_names, dataset, split, multi_label, digest)
     if not _is_embedded(dataset):
         check_labels(source)
     return source
@@ -84,7 +78,7 @@ class TfdsRecords:
         builder: tfds.core.DatasetBuilder,
         split: str,
         keys: Keys,
-        with_boxes: bool = False,
+        with_boxes: bool,
     ) -> None:
         images = {
             key: tfds.decode.SkipDecoding()
@@ -97,7 +91,6 @@ class TfdsRecords:
         self._keys = keys
         self._with_boxes = with_boxes
         self._is_voc = builder.info.name == "voc"
-        self._num_classes = len(_class_label(builder, keys).names)
 
     def __len__(self) -> int:
         return len(self._examples)
@@ -112,59 +105,63 @@ class TfdsRecords:
             name = bytes(example[self._keys.name]).decode("utf-8", "replace")
         record: Record = {"image": bytes(example[self._keys.image]), "name": name}
         if self._keys.multi_label:
-            record["labels"] = self._read_labels(example, name)
+            record["labels"] = self._read_labels(example, self._place(name))
         else:
             record["label"] = int(example[self._keys.label])
         if self._with_boxes:
-            record["objects"] = self._read_objects(example["objects"], record)
+            record["objects"] = self._read_objects(
+                example["objects"], record["image"], self._place(name)
+            )
         return record
 
-    def _read_labels(self, example: dict[str, Any], name: str) -> np.ndarray:
+    def _place(self, name: str) -> str:
+        return f"{name!r} in split {self._split!r} of {self._full_name!r}"
+
+    def _read_labels(self, example: dict[str, Any], place: str) -> np.ndarray:
         if self._keys.label == "objects":
-            present = np.asarray(example["objects"]["label"], int)
-            difficult = example["objects"].get("is_difficult", np.zeros(len(present)))
-            certain = present[~np.asarray(difficult, bool)]
+            present, difficult = _labels_of(example["objects"])
+            certain = present[~difficult]
         else:
             present = np.asarray(example["labels"], int)
             certain = np.asarray(example.get("labels_no_difficult", present), int)
+        total = len(self._keys.class_names)
         for label in (*present, *certain):
-            if not 0 <= label < self._num_classes:
+            if not 0 <= label < total:
                 raise ValueError(
-                    f"{name!r} in split {self._split!r} of {self._full_name!r} has "
-                    f"label {label}, outside 0…{self._num_classes - 1} of the "
-                    f"{self._num_classes} classes"
+                    f"{place} has label {label}, outside 0…{total - 1} of the {total} "
+                    "classes"
                 )
-        return class_labels(present, certain, self._num_classes)
+        return class_labels(present, certain, total)
 
-    def _read_objects(self, objects: dict[str, Any], record: Record) -> Objects:
+    def _read_objects(
+        self, objects: dict[str, Any], image: bytes, place: str
+    ) -> Objects:
         fractions = np.asarray(objects["bbox"], np.float32).reshape(-1, 4)
-        labels = np.asarray(objects["label"], np.int32)
-        difficult = objects.get("is_difficult", np.zeros(len(labels)))
-        difficult = np.asarray(difficult, bool)
+        labels, difficult = _labels_of(objects)
         if not np.isfinite(fractions).all():
-            raise ValueError(f"{self._place(record)} has a box {fractions.tolist()}")
+            raise ValueError(f"{place} has a box {fractions.tolist()}")
         try:
-            size = image_size(record["image"])
+            size = image_size(image)
         except ValueError as error:
             raise ValueError(
-                f"{self._place(record)} can't be opened, so the pixels of its boxes "
-                f"aren't known: {error}. Prepare the data set anew without it"
+                f"{place} can't be opened, so the pixels of its boxes aren't known: "
+                f"{error}. Prepare the data set anew without it"
             ) from error
         boxes = recover_pixels(fractions, size)
         if self._is_voc:
             boxes = clamp_boxes(boxes - [1, 1, 0, 0], size)
         kept = np.all(boxes[:, :2] < boxes[:, 2:], axis=1)
         if not kept.all():
-            log.warning(
-                "%s: %d of %d boxes are empty: left out",
-                self._place(record),
-                (~kept).sum(),
-                len(kept),
-            )
+            message = "%s: %d of %d boxes are empty: left out"
+            log.warning(message, place, np.count_nonzero(~kept), len(kept))
         return Objects(boxes[kept], labels[kept], difficult[kept])
 
-    def _place(self, record: Record) -> str:
-        return f"{record['name']!r} in split {self._split!r} of {self._full_name!r}"
+
+def _labels_of(objects: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
+    """The classes of objects, int32 [N], and which are difficult, bool [N]."""
+    labels = np.asarray(objects["label"], np.int32)
+    difficult = objects.get("is_difficult", np.zeros(len(labels)))
+    return labels, np.asarray(difficult, bool)
 
 
 def recover_pixels(fractions: np.ndarray, size: tuple[int, int]) -> np.ndarray:
@@ -174,9 +171,7 @@ def recover_pixels(fractions: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     within c · 2⁻²³ of a whole number is taken to be it, so whole numbers come back
     exactly, up to four million pixels; others come back within c · 2⁻²².
 
-    `fractions`: float [N, 4], (ymin, xmin, ymax, xmax). `size`: (height, width).
-
-    Returns: float64 [N, 4].
+    `fractions`: [N, 4], (ymin, xmin, ymax, xmax). `size`: (height, width).
     """
     pixels = np.asarray(fractions, np.float64) * [*size, *size]
     nearest = np.round(pixels)
@@ -186,8 +181,8 @@ def recover_pixels(fractions: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 
 def open_builder(dataset: str, data_dir: str) -> tfds.core.DatasetBuilder:
     """The prepared TFDS builder of a data set; arguments as for `open_source`."""
-    data_dir = data_dir or os.environ.get("TFDS_DATA_DIR", "")
-    directory = Path(data_dir or tfds.core.constants.DATA_DIR).expanduser()
+    kept = data_dir or os.environ.get("TFDS_DATA_DIR") or tfds.core.constants.DATA_DIR
+    directory = Path(kept).expanduser()
     if _is_embedded(dataset):
         return _prepare_digit_scenes(dataset, directory)
     return _find_prepared(dataset, directory)
@@ -214,28 +209,19 @@ def _prepare_digit_scenes(dataset: str, directory: Path) -> tfds.core.DatasetBui
                 "the environment variable TFDS_DATA_DIR, to a folder that you can "
                 "write to"
             ) from error
-        with _locked(path.parent / ".lock"):
+        with (path.parent / ".lock").open("w") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)  # released by the system if we are killed
             # Another process may have prepared it while this one waited.
             if not path.exists():
-                _remove_leftovers(path.parent)
+                for leftover in path.parent.glob("incomplete.*"):
+                    log.info(
+                        "removing %s, left by an interrupted preparation", leftover
+                    )
+                    shutil.rmtree(leftover, ignore_errors=True)
                 made = builder(config=config, data_dir=str(directory))
                 made.download_and_prepare(file_format="array_record")
     # A builder from files pickles as their path.
     return tfds.builder_from_directory(path)
-
-
-@contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)  # released by the system if we are killed
-        yield
-
-
-def _remove_leftovers(directory: Path) -> None:
-    """Removes what killed preparations left; the lock must be held."""
-    for path in directory.glob("incomplete.*"):
-        log.info("removing %s, left by an interrupted preparation", path)
-        shutil.rmtree(path, ignore_errors=True)
 
 
 def _find_prepared(dataset: str, directory: Path) -> tfds.core.DatasetBuilder:
@@ -292,7 +278,9 @@ def _check_known(dataset: str) -> None:
 
 def _how_to_prepare(dataset: str, directory: Path) -> str:
     command = f"tfds build {dataset} --file_format=array_record --data_dir={directory}"
-    manual = _manual_instructions(_name_and_arguments(dataset)[0])
+    name, _ = _name_and_arguments(dataset)
+    instructions = tfds.builder_cls(name).MANUAL_DOWNLOAD_INSTRUCTIONS or ""
+    manual = " ".join(instructions.split())
     if manual:
         command += " --manual_dir=FOLDER_OF_DOWNLOADS"
         manual = f"\nDownload by hand first: {manual}"
@@ -303,47 +291,35 @@ def _how_to_prepare(dataset: str, directory: Path) -> str:
     )
 
 
-def _manual_instructions(name: str) -> str:
-    instructions = tfds.builder_cls(name).MANUAL_DOWNLOAD_INSTRUCTIONS
-    return " ".join((instructions or "").split())
-
-
 def _find_keys(builder: tfds.core.DatasetBuilder) -> Keys:
     """Finds which features are the image, its class, and the name of its file."""
-    features = builder.info.features
-    kinds = (tfds.features.Image, tfds.features.ClassLabel, tfds.features.Text)
+    features = dict(builder.info.features.items())
     preferred = builder.info.supervised_keys or ()
     found = []
-    for kind in kinds:
-        keys = [key for key, feature in features.items() if isinstance(feature, kind)]
+    for kind in (tfds.features.Image, tfds.features.ClassLabel):
+        keys = _keys_of(features, kind)
         chosen = [key for key in keys if key in preferred]
         found.append(chosen if len(chosen) == 1 else keys)
-    images, labels, texts = found
+    images, labels = found
     if len(images) != 1 or len(labels) != 1:
-        hint = ""
-        if len(images) == 1 and _multi_label_key(builder):
-            hint = HOW_TO_OPEN_SEVERAL
+        several = len(images) == 1 and _several_labels(features)
         raise ValueError(
             f"{builder.info.full_name!r} is not a data set of images with one class "
             f"each: of its features {list(features)}, images are {images}, class "
-            f"labels {labels}; there must be one of each{hint}"
+            f"labels {labels}; there must be one of each"
+            f"{HOW_TO_OPEN_SEVERAL if several else ''}"
         )
-    return Keys(images[0], labels[0], _name_key(texts))
+    names = features[labels[0]].names
+    return Keys(images[0], labels[0], _name_key(features), tuple(names))
 
 
-def _find_multi_label_keys(builder: tfds.core.DatasetBuilder) -> Keys:
-    """Finds which features are the image, its classes, and the name of its file.
-
-    Raises: ValueError if the images don't have several classes each.
-    """
-    features = builder.info.features
-    images, texts = (
-        [key for key, feature in features.items() if isinstance(feature, kind)]
-        for kind in (tfds.features.Image, tfds.features.Text)
-    )
-    label = _multi_label_key(builder)
-    if len(images) != 1 or not label:
-        single = any(isinstance(f, tfds.features.ClassLabel) for f in features.values())
+def _find_multi_label_keys(builder: tfds.core.DatasetBuilder, with_boxes: bool) -> Keys:
+    """The same where images have several classes each."""
+    features = dict(builder.info.features.items())
+    images = _keys_of(features, tfds.features.Image)
+    found = _several_labels(features)
+    if len(images) != 1 or not found:
+        single = _keys_of(features, tfds.features.ClassLabel)
         hint = ". It has one class an image: leave multi_label out" if single else ""
         raise ValueError(
             f"{builder.info.full_name!r} is not a data set of images with several "
@@ -351,56 +327,39 @@ def _find_multi_label_keys(builder: tfds.core.DatasetBuilder) -> Keys:
             "and a sequence of class labels named 'labels', or of 'objects' with a "
             f"'label' each, as in TFDS's voc{hint}"
         )
-    return Keys(images[0], label, _name_key(texts), multi_label=True)
-
-
-def _multi_label_key(builder: tfds.core.DatasetBuilder) -> str:
-    """The feature that holds several classes an image; "" if there is none."""
-    features = builder.info.features
-    sequences = {
-        key: feature.feature
-        for key, feature in features.items()
-        if isinstance(feature, tfds.features.Sequence)
-    }
-    objects = sequences.get("objects")
-    parts: dict[str, Any] = {}
-    if isinstance(objects, tfds.features.FeaturesDict):
-        parts = dict(objects.items())
-    candidates = {"labels": sequences.get("labels"), "objects": parts.get("label")}
-    found = [
-        key
-        for key, feature in candidates.items()
-        if isinstance(feature, tfds.features.ClassLabel)
-    ]
     # Objects tell which of them are difficult; labels alone may not.
-    if found == ["labels", "objects"] and "labels_no_difficult" not in features:
-        return "objects"
-    return found[0] if found else ""
+    unsure = "labels_no_difficult" not in features and "objects" in found
+    key = "objects" if with_boxes or unsure else next(iter(found))
+    names = tuple(found[key].names)
+    return Keys(images[0], key, _name_key(features), names, multi_label=True)
 
 
-def _class_label(
-    builder: tfds.core.DatasetBuilder, keys: Keys
-) -> tfds.features.ClassLabel:
-    """The feature that names the classes."""
-    feature = builder.info.features[keys.label]
-    if not keys.multi_label:
-        return feature
-    return feature.feature["label"] if keys.label == "objects" else feature.feature
+def _keys_of(features: dict[str, Any], kind: type) -> list[str]:
+    return [key for key, feature in features.items() if isinstance(feature, kind)]
 
 
-def _name_key(texts: list[str]) -> str:
-    names = [key for key in texts if re.search(r"file_?name|image_?id", key)]
-    return names[0] if names else ""
+def _name_key(features: dict[str, Any]) -> str:
+    texts = _keys_of(features, tfds.features.Text)
+    return next((k for k in texts if re.search(r"file_?name|image_?id", k)), "")
+
+
+def _several_labels(features: dict[str, Any]) -> dict[str, tfds.features.ClassLabel]:
+    """The features that may hold several classes an image, with their class labels."""
+    labels = features.get("labels")
+    inner = labels.feature if isinstance(labels, tfds.features.Sequence) else None
+    found = {"labels": inner, "objects": _parts_of_objects(features).get("label")}
+    return {key: found[key] for key in _keys_of(found, tfds.features.ClassLabel)}
+
+
+def _parts_of_objects(features: dict[str, Any]) -> dict[str, Any]:
+    objects = features.get("objects")
+    inner = objects.feature if isinstance(objects, tfds.features.Sequence) else None
+    return dict(inner.items()) if isinstance(inner, tfds.features.FeaturesDict) else {}
 
 
 def _check_boxes(builder: tfds.core.DatasetBuilder) -> None:
     features = dict(builder.info.features.items())
-    objects = features.get("objects")
-    parts: dict[str, Any] = {}
-    if isinstance(objects, tfds.features.Sequence) and isinstance(
-        objects.feature, tfds.features.FeaturesDict
-    ):
-        parts = dict(objects.feature.items())
+    parts = _parts_of_objects(features)
     box, label = parts.get("bbox"), parts.get("label")
     if not (
         isinstance(box, tfds.features.BBoxFeature)

@@ -7,9 +7,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from sppnet_jax.data.detection_sources import Objects, read_objects
-from sppnet_jax.data.sources import Source, subset
-from sppnet_jax.data.splits import open_box_split
+from sppnet_jax.data.datasets import open_box_split
+from sppnet_jax.data.sources import Objects, Source, read_objects, subset
 from sppnet_jax.detection.detector_settings import DetectorSettings
 from sppnet_jax.detection.maps import decodable, image_sizes
 from sppnet_jax.detection.proposals import load_proposals, proposal_recall, propose

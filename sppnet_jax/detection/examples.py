@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from sppnet_jax.data.detection_sources import Objects
+from sppnet_jax.data.sources import Objects
 from sppnet_jax.detection.boxes import iou
 
 

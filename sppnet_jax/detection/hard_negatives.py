@@ -21,7 +21,7 @@ from typing import Annotated, Any, NamedTuple
 import numpy as np
 
 from sppnet_jax.classification.svm import LinearSVMs
-from sppnet_jax.data.detection_sources import Objects
+from sppnet_jax.data.sources import Objects
 from sppnet_jax.detection.boxes import iou
 from sppnet_jax.detection.examples import check_labels
 from sppnet_jax.detection.svm_solver import solve_svms

@@ -34,12 +34,7 @@ def color_of(number: Any) -> str:
 
 
 def panels(
-    count: int,
-    columns: int,
-    ratio: float,
-    *,
-    width: float = 9.0,
-    title: float = 0.35,
+    count: int, columns: int, ratio: float, *, width: float = 9.0, title: float = 0.35
 ) -> tuple[Figure, np.ndarray]:
     """A figure of panels for images, and their axes [count], line by line.
 
@@ -99,16 +94,9 @@ def draw_label(
     contrast = DARK if np.dot(to_rgb(color), (0.299, 0.587, 0.114)) > 0.55 else "white"
     ink, paper = (color, contrast) if inverse else (contrast, color)
     pad = size / 8
-    label = axes.text(
-        0,
-        0,
-        "",
-        color=ink,
-        fontsize=size,
-        clip_on=True,
-        parse_math=False,
-        bbox={"facecolor": paper, "edgecolor": "none", "pad": pad},
-    )
+    frame = {"facecolor": paper, "edgecolor": "none", "pad": pad}
+    style: dict[str, Any] = {"color": ink, "fontsize": size, "bbox": frame}
+    label = axes.text(0, 0, "", clip_on=True, parse_math=False, **style)
     border = pad * axes.figure.dpi / 72
     picture, name = axes.bbox, " ".join(name.split())
     for length in range(len(name), -1 if value else 0, -1):

@@ -55,9 +55,8 @@ class MetricsLog:
             # first row is written when the first step is under way on the device.
             from tensorboardX import SummaryWriter
 
-            self._events = SummaryWriter(
-                str(self._workdir), purge_step=self._purge_step
-            )
+            where, purge = str(self._workdir), self._purge_step
+            self._events = SummaryWriter(where, purge_step=purge)
         for name, value in values.items():
             self._events.add_scalar(f"{split}/{name}", value, step)
 

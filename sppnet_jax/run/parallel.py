@@ -42,10 +42,9 @@ def wait_for_all_processes(name: str) -> None:
 def data_parallel(
     step: Callable[..., Any], *, scalars: int = 0, donate_state: bool = False
 ) -> Callable[..., Any]:
-    """Runs `step(state, batch, *scalars)` on every device, each with its shard.
+    """Runs `step(replicated state, sharded batch, *scalars)` on every device.
 
-    `state` is replicated, `batch` sharded (see `shard`), the scalars are the same
-    everywhere. Inside, `sum_over_devices` adds up.
+    The scalars are the same everywhere. Inside, `sum_over_devices` adds up.
     """
     return jax.pmap(
         step,

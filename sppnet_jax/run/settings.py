@@ -18,23 +18,15 @@ import numpy as np
 
 Kind = TypeVar("Kind", bound=tuple)
 # New names of settings by those of before: older runs and habits know these.
-MOVED = {
-    "schedule": "schedule.kind",
-    **{
-        name: f"schedule.{name}"
-        for name in (
-            *("learning_rate", "warmup_epochs", "drop_factor", "drop_epochs"),
-            *("plateau_epochs", "plateau_improvement", "plateau_drops"),
-        )
-    },
-    **{
-        name: f"optimizer.{name}"
-        for name in ("momentum", "nesterov", "weight_decay", "label_smoothing")
-    },
-    **{
-        name: f"inputs.{name}"
-        for name in ("mean", "scale", "color_sigma", "statistics_images")
-    },
+MOVED = {"schedule": "schedule.kind"} | {
+    name: f"{group}.{name}"
+    for group, names in {
+        "schedule": "learning_rate warmup_epochs drop_factor drop_epochs "
+        "plateau_epochs plateau_improvement plateau_drops",
+        "optimizer": "momentum nesterov weight_decay label_smoothing",
+        "inputs": "mean scale color_sigma statistics_images",
+    }.items()
+    for name in names.split()
 }
 _NAMES = {int: "a whole number", float: "a number", bool: "True or False", str: "text"}
 
@@ -110,16 +102,13 @@ def read(kind: type[Kind], values: Mapping[str, Any], where: str = "config") -> 
     Raises: ValueError for an unknown field, naming the known ones, and for a value of
     another type, that isn't finite, or that is out of its range.
     """
-    hints = _hints(kind)
+    hints = kind.__annotations__
     for name in values:
         if name not in hints:
             raise ValueError(unknown_field(kind, name, where))
     make: Any = kind
     settings = make(
-        **{
-            name: _read_value(hints[name], value, f"{where}.{name}")
-            for name, value in values.items()
-        }
+        **{n: _read_value(hints[n], v, f"{where}.{n}") for n, v in values.items()}
     )
     if hasattr(settings, "check"):
         try:
@@ -145,7 +134,7 @@ def unknown_field(kind: Any, path: str, where: str = "config") -> str:
     for depth, group in enumerate(groups):
         if group not in inner._fields:
             return unknown_field(kind, ".".join(groups[: depth + 1]), where)
-        inner = _group(_hints(inner)[group])
+        inner = _group(inner.__annotations__[group])
         if inner is None:
             return f"{where}.{'.'.join(groups)} is no group: it has no field {name!r}"
     close = [one for one in known if one.rpartition(".")[2] == name]
@@ -158,7 +147,7 @@ def unknown_field(kind: Any, path: str, where: str = "config") -> str:
 
 def fields_of(kind: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
     """The dotted names of all fields, those of groups among them, with their types."""
-    for name, hint in _hints(kind).items():
+    for name, hint in kind.__annotations__.items():
         group = _group(hint)
         if group is None:
             yield f"{prefix}{name}", hint
@@ -170,18 +159,11 @@ def at_new_names(values: Mapping[str, Any]) -> dict[str, Any]:
     """Settings of a file of before, those that have `MOVED` at their new names."""
     known = dict(values)
     for old, new in MOVED.items():
-        group, _, name = new.rpartition(".")
+        group, name = new.split(".")
         if old in known and not isinstance(known[old], Mapping):
             value = known.pop(old)
-            if group:
-                known[group] = {**known.get(group, {}), name: value}
-            else:
-                known[name] = value
+            known[group] = {**known.get(group, {}), name: value}
     return known
-
-
-def _hints(kind: Any) -> dict[str, Any]:
-    return {name: kind.__annotations__[name] for name in kind._fields}
 
 
 def _group(hint: Any) -> Any:

@@ -137,8 +137,8 @@ def _flat(values: dict[str, Any], path: str = "") -> dict[str, Any]:
     """Nested dicts as one, its keys joined by dots."""
     found: dict[str, Any] = {}
     for name, value in values.items():
-        inner = _flat(value, f"{path}{name}.") if isinstance(value, dict) else None
-        found |= {f"{path}{name}": value} if inner is None else inner
+        nested = isinstance(value, dict)
+        found |= _flat(value, f"{path}{name}.") if nested else {f"{path}{name}": value}
     return found
 
 

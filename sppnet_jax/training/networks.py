@@ -9,9 +9,8 @@ import numpy as np
 
 from sppnet_jax.data.batches import eval_batches, steps_per_epoch, train_batches
 from sppnet_jax.data.broken import BrokenImages
-from sppnet_jax.data.datasets import ImageData
+from sppnet_jax.data.datasets import ImageData, open_split
 from sppnet_jax.data.sources import Source
-from sppnet_jax.data.splits import open_split
 from sppnet_jax.data.statistics import kept_statistics
 from sppnet_jax.network.model import make_model, param_shapes
 from sppnet_jax.network.preprocess import make_preprocessing

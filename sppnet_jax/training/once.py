@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 
-from sppnet_jax.data.splits import open_split
+from sppnet_jax.data.datasets import open_split
 from sppnet_jax.run import run_folder
 from sppnet_jax.run.files import write_json, write_text
 from sppnet_jax.run.metrics import read_metrics
