@@ -17,7 +17,7 @@ import pytest
 from jaxtyping import install_import_hook
 
 # The shapes in the annotations are claims too: check them wherever a test goes.
-# (spp.py checks what it is given by itself.)
+# (pyramid/pooling.py checks what it is given by itself.)
 install_import_hook(
     ["sppnet_jax.network.model", "sppnet_jax.network.preprocess"], "beartype.beartype"
 )
