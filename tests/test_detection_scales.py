@@ -19,7 +19,7 @@ IMAGE = (120, 170)
 SIZES = ((96, 136), (141, 200), (240, 340))
 
 
-def random_boxes(count: int, seed: int = 0) -> np.ndarray:
+def random_boxes(count, seed=0):
     """Boxes of all sizes in, across and outside of the border of the image."""
     rng = np.random.default_rng(seed)
     centres = rng.uniform(-0.2, 1.2, (count, 2)) * IMAGE
@@ -27,7 +27,7 @@ def random_boxes(count: int, seed: int = 0) -> np.ndarray:
     return np.concatenate([centres - halves, centres + halves], axis=1)
 
 
-def scale_of(box: np.ndarray, sizes: tuple, area: float) -> int:
+def scale_of(box, sizes, area):
     """The scale of a box, one comparison after the other."""
     best, least = 0, float("inf")
     for number, size in enumerate(sizes):
@@ -38,7 +38,7 @@ def scale_of(box: np.ndarray, sizes: tuple, area: float) -> int:
     return best
 
 
-def cells_of(start: float, stop: float, count: int, rule: str) -> tuple[int, int]:
+def cells_of(start, stop, count, rule):
     """The first and the last cell of a side, searched among all units' centres."""
     units = range(-60, count + 60)
     centre = {unit: GEOMETRY.center + GEOMETRY.stride * unit for unit in units}
@@ -57,21 +57,21 @@ def cells_of(start: float, stop: float, count: int, rule: str) -> tuple[int, int
 
 
 @pytest.mark.parametrize("area", [64.0**2, 100.0**2])
-def test_each_box_goes_to_the_scale_where_its_area_is_closest(area: float) -> None:
+def test_each_box_goes_to_the_scale_where_its_area_is_closest(area):
     boxes = random_boxes(300)
     found = choose_scales(boxes, scale_factors(IMAGE, SIZES), area)
     assert found.tolist() == [scale_of(box, SIZES, area) for box in boxes]
     assert set(found) == {0, 1, 2}
 
 
-def test_of_two_scales_equally_close_the_first_is_taken() -> None:
+def test_of_two_scales_equally_close_the_first_is_taken():
     factors = np.array([[1.0, 1.0], [1.0, 3.0]])
     box = np.array([[0.0, 0.0, 10.0, 10.0]])
     assert choose_scales(box, factors, 200.0).tolist() == [0]
     assert choose_scales(box, factors[::-1], 200.0).tolist() == [0]
 
 
-def test_rows_and_columns_have_factors_of_their_own() -> None:
+def test_rows_and_columns_have_factors_of_their_own():
     """A needle of an image is squeezed to 4:1."""
     factors = scale_factors((50, 500), [(100, 400)])
     np.testing.assert_allclose(factors, [[2.0, 0.8]])
@@ -79,9 +79,7 @@ def test_rows_and_columns_have_factors_of_their_own() -> None:
 
 @pytest.mark.parametrize("rule", ["paper", "closest"])
 @pytest.mark.parametrize("sizes", [SIZES, SIZES[:1], SIZES[::-1]])
-def test_a_window_is_the_one_that_a_search_over_the_centres_finds(
-    rule: str, sizes: tuple
-) -> None:
+def test_a_window_is_the_one_that_a_search_over_the_centres_finds(rule, sizes):
     boxes = random_boxes(400, seed=1)
     found = boxes_to_atlas(boxes, IMAGE, sizes, GEOMETRY, area=64.0**2, rule=rule)
     assert found.dtype == np.int32
@@ -99,7 +97,7 @@ def test_a_window_is_the_one_that_a_search_over_the_centres_finds(
 
 
 @pytest.mark.parametrize("rule", ["paper", "closest"])
-def test_edges_on_and_halfway_between_centres_are_exact(rule: str) -> None:
+def test_edges_on_and_halfway_between_centres_are_exact(rule):
     """Whole pixels at factor 1, where the search has no rounding errors either."""
     ends = np.arange(-8, 130, 2.0)
     starts = np.tile([2.0, 14.0, 22.0, 30.0], len(ends))[: len(ends)]
@@ -116,7 +114,7 @@ def test_edges_on_and_halfway_between_centres_are_exact(rule: str) -> None:
 
 
 @pytest.mark.parametrize("rule", ["paper", "closest"])
-def test_no_window_is_empty_or_leaves_the_map_of_its_scale(rule: str) -> None:
+def test_no_window_is_empty_or_leaves_the_map_of_its_scale(rule):
     boxes = np.concatenate([random_boxes(2000, seed=2), [[-1e6, -1e6, 1e6, 1e6]]])
     found = boxes_to_atlas(boxes, IMAGE, SIZES, GEOMETRY, area=64.0**2, rule=rule)
     scales = choose_scales(boxes, scale_factors(IMAGE, SIZES), 64.0**2)
@@ -129,7 +127,7 @@ def test_no_window_is_empty_or_leaves_the_map_of_its_scale(rule: str) -> None:
     assert (found[:, 3] <= map_sizes[scales, 1]).all()
 
 
-def test_no_boxes_have_no_windows() -> None:
+def test_no_boxes_have_no_windows():
     none = boxes_to_atlas(np.zeros((0, 4)), IMAGE, SIZES, GEOMETRY, area=64.0**2)
     assert none.shape == (0, 4)
     distinct, which = share_windows(none)
@@ -137,7 +135,7 @@ def test_no_boxes_have_no_windows() -> None:
     assert which.shape == (0,)
 
 
-def test_windows_of_the_same_cells_are_shared_and_given_back() -> None:
+def test_windows_of_the_same_cells_are_shared_and_given_back():
     windows = np.random.default_rng(0).integers(0, 3, (200, 4), np.int32)
     distinct, which = share_windows(windows)
     assert len(distinct) == len({tuple(window) for window in windows.tolist()}) < 81 + 1
@@ -145,7 +143,7 @@ def test_windows_of_the_same_cells_are_shared_and_given_back() -> None:
     assert len({tuple(window) for window in distinct.tolist()}) == len(distinct)
 
 
-def test_maps_are_stacked_from_the_top_left_of_zeros() -> None:
+def test_maps_are_stacked_from_the_top_left_of_zeros():
     rng = np.random.default_rng(0)
     maps = [rng.random((*size, 2)).astype(np.float16) for size in ((2, 5), (3, 4))]
     assert atlas_size([one.shape[:2] for one in maps]) == (5, 5)

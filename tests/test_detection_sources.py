@@ -3,9 +3,7 @@
 import io
 import logging
 import pickle
-from collections.abc import Iterator
-from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -23,14 +21,14 @@ from mock_imagenet import prepare_mock_imagenet
 
 from sppnet_jax.data.detection_sources import open_detection_source, read_objects
 from sppnet_jax.data.images import image_size
-from sppnet_jax.data.sources import Source, available_splits, open_source
+from sppnet_jax.data.sources import available_splits, open_source
 from sppnet_jax.data.tfds_records import recover_pixels
 
 CLASSES = ("aeroplane", "bicycle", "bird")
 POSES = ("frontal", "rear", "left", "right", "unspecified")
 SIZES = ((24, 32), (33, 47), (21, 30), (25, 19))
 # Each image's objects, as in VOC's XML: class, (xmin, ymin, xmax, ymax), difficult.
-VOC_OBJECTS: tuple[tuple[tuple[int, tuple[float, ...], bool], ...], ...] = (
+VOC_OBJECTS = (
     ((0, (1, 1, 32, 24), False),),
     ((2, (7, 11, 41, 13), True), (0, (47, 1, 47, 33), False), (2, (3, 3, 5, 5), False)),
     ((1, (2.3, 4.7, 29.5, 20.25), True),),
@@ -50,7 +48,7 @@ class MockBoxes(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     code_path = None
     objects = VOC_OBJECTS
 
-    def _info(self) -> tfds.core.DatasetInfo:
+    def _info(self):
         label = tfds.features.ClassLabel(names=CLASSES)
         one = {
             "label": label,
@@ -70,7 +68,7 @@ class MockBoxes(tfds.core.GeneratorBasedBuilder, skip_registration=True):
             builder=self, features=tfds.features.FeaturesDict(features)
         )
 
-    def _split_generators(self, dl_manager: Any) -> dict[str, Iterator[Any]]:
+    def _split_generators(self, dl_manager):
         # The test objects of VOC 2012 are not public.
         withheld = self.builder_config and self.builder_config.name == "2012"
         test = tuple(() for _ in self.objects) if withheld else self.objects
@@ -79,7 +77,7 @@ class MockBoxes(tfds.core.GeneratorBasedBuilder, skip_registration=True):
             "test": self._generate_examples(test),
         }
 
-    def _generate_examples(self, images: Any) -> Iterator[tuple[int, dict[str, Any]]]:
+    def _generate_examples(self, images):
         for number, objects in enumerate(images):
             height, width = SIZES[number]
             one = [
@@ -115,7 +113,7 @@ class OtherBoxes(MockBoxes, skip_registration=True):
     BUILDER_CONFIGS: ClassVar = []
 
 
-def prepare(builder_class: Any, data_dir: Path, *config: str) -> str:
+def prepare(builder_class, data_dir, *config):
     builder = builder_class(
         data_dir=str(data_dir), config=config[0] if config else None
     )
@@ -124,16 +122,16 @@ def prepare(builder_class: Any, data_dir: Path, *config: str) -> str:
 
 
 @pytest.fixture(scope="module")
-def voc_dir(tmp_path_factory: pytest.TempPathFactory) -> str:
+def voc_dir(tmp_path_factory):
     return prepare(MockBoxes, tmp_path_factory.mktemp("tfds"), "2007")
 
 
-def objects_by_name(source: Source) -> dict[str, Any]:
+def objects_by_name(source):
     return {record["name"]: record["objects"] for record in source.records}
 
 
 @pytest.mark.parametrize("dataset", ["voc/2007", "voc/2007:5.0.0", "voc"])
-def test_vocs_own_pixels_are_moved_by_one(voc_dir: str, dataset: str) -> None:
+def test_vocs_own_pixels_are_moved_by_one(voc_dir, dataset):
     source = open_detection_source(dataset, "train", data_dir=voc_dir)
     assert source.multi_label
     assert source.class_names == CLASSES
@@ -149,7 +147,7 @@ def test_vocs_own_pixels_are_moved_by_one(voc_dir: str, dataset: str) -> None:
             assert boxes.tolist() == [list(map(float, box)) for box in half_open]
 
 
-def test_records_have_labels_too(voc_dir: str) -> None:
+def test_records_have_labels_too(voc_dir):
     source = open_detection_source("voc/2007", "train", data_dir=voc_dir)
     plain = open_source("voc/2007", "train", data_dir=voc_dir, multi_label=True)
     for one, other in zip(source.records, plain.records, strict=True):
@@ -158,9 +156,7 @@ def test_records_have_labels_too(voc_dir: str) -> None:
         assert one["image"] == other["image"]
 
 
-def test_boxes_of_other_data_sets_are_half_open(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_boxes_of_other_data_sets_are_half_open(tmp_path, caplog):
     data_dir = prepare(OtherBoxes, tmp_path)
     source = open_detection_source("other_boxes", "test", data_dir=data_dir)
     with caplog.at_level(logging.WARNING):
@@ -174,7 +170,7 @@ def test_boxes_of_other_data_sets_are_half_open(
     assert "1 of 3 boxes are empty: left out" in caplog.text
 
 
-def test_every_whole_pixel_comes_back_exactly() -> None:
+def test_every_whole_pixel_comes_back_exactly():
     """All coordinates of many sizes, as TFDS divides and rounds them."""
     rng = np.random.default_rng(0)
     sizes = {1, 2, 3, 333, 375, 500, 4096, 9973, 16_384, 19_997, 19_999, 20_000}
@@ -186,7 +182,7 @@ def test_every_whole_pixel_comes_back_exactly() -> None:
         np.testing.assert_array_equal(found, np.stack([pixels, pixels[::-1]] * 2, 1))
 
 
-def test_other_pixels_keep_the_precision_of_float32() -> None:
+def test_other_pixels_keep_the_precision_of_float32():
     rng = np.random.default_rng(1)
     for height, width in ((375, 500), (19_997, 20_000), (13, 7)):
         pixels = rng.uniform(0, 1, (500, 4)) * [height, width, height, width]
@@ -198,12 +194,12 @@ def test_other_pixels_keep_the_precision_of_float32() -> None:
         assert (found != np.round(found))[fractional].all()
 
 
-def test_rows_go_with_the_height_and_columns_with_the_width() -> None:
+def test_rows_go_with_the_height_and_columns_with_the_width():
     found = recover_pixels(np.array([[0.5, 0.5, 1, 1]], np.float32), (10, 30))
     assert found.tolist() == [[5, 15, 10, 30]]
 
 
-def test_digit_scenes_are_the_default(digit_scenes_dir: str) -> None:
+def test_digit_scenes_are_the_default(digit_scenes_dir):
     source = open_detection_source("digit_scenes/detection", "test[:50]")
     assert source.class_names == tuple("0123456789")
     for record in source.records:
@@ -219,7 +215,7 @@ def test_digit_scenes_are_the_default(digit_scenes_dir: str) -> None:
         assert len(boxes) == len(record["name"].partition("digits_")[2].split("-"))
 
 
-def test_a_folder_gives_the_pixels_of_its_annotations(tmp_path: Path) -> None:
+def test_a_folder_gives_the_pixels_of_its_annotations(tmp_path):
     rng = np.random.default_rng(2)
     annotations, expected = {}, {}
     for number in range(12):
@@ -238,7 +234,7 @@ def test_a_folder_gives_the_pixels_of_its_annotations(tmp_path: Path) -> None:
     assert {name: one.boxes.tolist() for name, one in found.items()} == expected
 
 
-def test_objects_are_read_at_once_and_in_order(voc_dir: str) -> None:
+def test_objects_are_read_at_once_and_in_order(voc_dir):
     source = open_detection_source("voc/2007", "train", data_dir=voc_dir)
     copy = pickle.loads(pickle.dumps(source))
     found = read_objects(copy, threads=3)
@@ -248,7 +244,7 @@ def test_objects_are_read_at_once_and_in_order(voc_dir: str) -> None:
             np.testing.assert_array_equal(array, expected)
 
 
-def test_objects_of_a_source_without_boxes_are_an_error() -> None:
+def test_objects_of_a_source_without_boxes_are_an_error():
     with pytest.raises(ValueError, match="no boxes; open it with open_detection_sourc"):
         read_objects(make_source(3))
 
@@ -263,21 +259,19 @@ def test_objects_of_a_source_without_boxes_are_an_error() -> None:
         ("vocc", r"unknown data set 'vocc'.*Did you mean voc.*with boxes"),
     ],
 )
-def test_a_data_set_that_has_no_boxes_says_so(
-    tmp_path: Path, dataset: str, message: str
-) -> None:
+def test_a_data_set_that_has_no_boxes_says_so(tmp_path, dataset, message):
     prepare_mock_imagenet(str(tmp_path), 2, 2)
     with pytest.raises(ValueError, match=message):
         open_detection_source(dataset, "train", data_dir=str(tmp_path))
 
 
-def test_a_folder_of_class_folders_is_no_voc_folder(tmp_path: Path) -> None:
+def test_a_folder_of_class_folders_is_no_voc_folder(tmp_path):
     write_class_folders(tmp_path / "pets", 5)
     with pytest.raises(ValueError, match="has no folder JPEGImages"):
         open_detection_source("voc_folder", "train", root=str(tmp_path / "pets"))
 
 
-def test_voc_that_is_not_prepared_says_what_to_run(tmp_path: Path) -> None:
+def test_voc_that_is_not_prepared_says_what_to_run(tmp_path):
     with pytest.raises(FileNotFoundError) as error:
         open_detection_source("voc/2007", "test", data_dir=str(tmp_path))
     assert f"tfds build voc/2007 --file_format=array_record --data_dir={tmp_path}" in (
@@ -285,27 +279,25 @@ def test_voc_that_is_not_prepared_says_what_to_run(tmp_path: Path) -> None:
     )
 
 
-def test_an_unknown_split_lists_those_there_are(voc_dir: str) -> None:
+def test_an_unknown_split_lists_those_there_are(voc_dir):
     with pytest.raises(ValueError, match=r"'trainval' .* it has 'train', 'test'"):
         open_detection_source("voc/2007", "trainval", data_dir=voc_dir)
 
 
-def test_a_split_whose_objects_are_withheld_is_an_error(tmp_path: Path) -> None:
+def test_a_split_whose_objects_are_withheld_is_an_error(tmp_path):
     data_dir = prepare(MockBoxes, tmp_path, "2012")
     with pytest.raises(ValueError, match=r"none of the 4 records .* has a class"):
         open_detection_source("voc/2012", "test", data_dir=data_dir)
 
 
-def test_an_image_without_a_size_names_its_record(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_image_without_a_size_names_its_record(tmp_path, monkeypatch):
     monkeypatch.setitem(globals(), "encode", lambda image, suffix: b"\xff\xd8 broken")
     data_dir = prepare(MockBoxes, tmp_path, "2007")
     with pytest.raises(ValueError, match=r"'00000\d.jpg' in split 'train' .*opened"):
         open_detection_source("voc/2007", "train", data_dir=data_dir)
 
 
-def test_a_label_outside_the_range_names_the_record(tmp_path: Path) -> None:
+def test_a_label_outside_the_range_names_the_record(tmp_path):
     data_dir = prepare(MockBoxes, tmp_path, "2007")
     folder = tmp_path / "voc/2007/5.0.0"
     (folder / "objects-label.labels.txt").write_text("aeroplane\nbicycle\n")

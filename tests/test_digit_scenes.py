@@ -4,7 +4,6 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import cv2
 import numpy as np
@@ -19,29 +18,27 @@ CONFIGS = ("classification", "detection")
 
 
 @pytest.fixture(scope="module", params=CONFIGS)
-def builder(request: pytest.FixtureRequest, digit_scenes_dir: str) -> DigitScenes:
+def builder(request, digit_scenes_dir):
     return _prepared(request.param, digit_scenes_dir)
 
 
 @pytest.fixture(scope="module")
-def classification(digit_scenes_dir: str) -> DigitScenes:
+def classification(digit_scenes_dir):
     return _prepared("classification", digit_scenes_dir)
 
 
 @pytest.fixture(scope="module")
-def detection(digit_scenes_dir: str) -> DigitScenes:
+def detection(digit_scenes_dir):
     return _prepared("detection", digit_scenes_dir)
 
 
-def _prepared(config: str, data_dir: str) -> DigitScenes:
+def _prepared(config, data_dir):
     splits = available_splits(f"digit_scenes/{config}", data_dir=data_dir)
     assert splits == ("train", "test")
     return DigitScenes(config=config, data_dir=data_dir)
 
 
-def test_images_have_any_size_and_aspect_the_docstring_names(
-    builder: DigitScenes,
-) -> None:
+def test_images_have_any_size_and_aspect_the_docstring_names(builder):
     scenes = builder.as_data_source("test")
     shapes = np.array([scenes[i]["image"].shape for i in range(300)])
     shorter, longer = shapes[:, :2].min(axis=1), shapes[:, :2].max(axis=1)
@@ -54,7 +51,7 @@ def test_images_have_any_size_and_aspect_the_docstring_names(
     assert (shapes[:, 0] / shapes[:, 1]).max() > 1.6
 
 
-def test_every_class_is_in_every_split(classification: DigitScenes) -> None:
+def test_every_class_is_in_every_split(classification):
     sizes = {
         split: info.num_examples for split, info in classification.info.splits.items()
     }
@@ -63,10 +60,8 @@ def test_every_class_is_in_every_split(classification: DigitScenes) -> None:
     assert min(np.bincount(labels, minlength=10)) >= 100
 
 
-def test_train_and_test_share_no_digit(
-    classification: DigitScenes, detection: DigitScenes
-) -> None:
-    used: dict[str, set[int]] = {}
+def test_train_and_test_share_no_digit(classification, detection):
+    used = {}
     for split in ("train", "test"):
         scenes = classification.as_data_source(split)
         used[split] = {int(scene["digit_index"]) for scene in scenes}
@@ -76,15 +71,13 @@ def test_train_and_test_share_no_digit(
     assert used["train"] | used["test"] == set(range(1797))
 
 
-def test_the_digit_index_leads_to_the_digit(classification: DigitScenes) -> None:
+def test_the_digit_index_leads_to_the_digit(classification):
     targets = sklearn.datasets.load_digits().target
     for scene in classification.as_data_source("test[:50]"):
         assert targets[scene["digit_index"]] == scene["label"]
 
 
-def test_the_centre_view_contains_the_digit_and_it_stands_out(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_the_centre_view_contains_the_digit_and_it_stands_out(monkeypatch):
     for scene, canvas, [(ink, top, left)] in _watched(
         "classification", 60, monkeypatch
     ):
@@ -101,7 +94,7 @@ def test_the_centre_view_contains_the_digit_and_it_stands_out(
         assert abs(after - before) > 60
 
 
-def test_a_box_is_the_tight_box_of_visible_ink(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_box_is_the_tight_box_of_visible_ink(monkeypatch):
     for scene, canvas, painted in _watched("detection", 40, monkeypatch):
         height, width = canvas.shape[:2]
         assert 1 <= len(painted) == len(scene["objects"]) <= 6
@@ -115,7 +108,7 @@ def test_a_box_is_the_tight_box_of_visible_ink(monkeypatch: pytest.MonkeyPatch) 
             assert min(edge.max() for edge in edges) > 0.2
 
 
-def test_detection_has_the_features_of_voc(detection: DigitScenes) -> None:
+def test_detection_has_the_features_of_voc(detection):
     features = detection.info.features
     assert set(features) == {
         *("image", "image/filename", "objects", "labels", "labels_no_difficult"),
@@ -130,7 +123,7 @@ def test_detection_has_the_features_of_voc(detection: DigitScenes) -> None:
 
 
 @pytest.mark.parametrize("config", CONFIGS)
-def test_scenes_are_the_same_every_time(config: str) -> None:
+def test_scenes_are_the_same_every_time(config):
     first, second = (
         [
             scene["image"].getvalue()
@@ -141,7 +134,7 @@ def test_scenes_are_the_same_every_time(config: str) -> None:
     assert first == second
 
 
-def test_version_1_0_0_has_these_scenes() -> None:
+def test_version_1_0_0_has_these_scenes():
     scenes = [
         scene
         for _, (_, scene) in zip(
@@ -159,7 +152,7 @@ def test_version_1_0_0_has_these_scenes() -> None:
     ]
 
 
-def _examples(config: str, split: str) -> Any:
+def _examples(config, split):
     makers = {
         "classification": digit_scenes._classification_examples,
         "detection": digit_scenes._detection_examples,
@@ -167,14 +160,12 @@ def _examples(config: str, split: str) -> Any:
     return makers[config](split)
 
 
-def _watched(config: str, count: int, monkeypatch: pytest.MonkeyPatch) -> Any:
+def _watched(config, count, monkeypatch):
     """Yields scenes with the background and the inks that went into each."""
     paint = digit_scenes._paint
     canvases, painted = [], []
 
-    def watch(
-        canvas: np.ndarray, ink: np.ndarray, top: int, left: int, rng: Any
-    ) -> None:
+    def watch(canvas, ink, top, left, rng):
         canvases.append(canvas.copy())
         painted.append((ink, top, left))
         paint(canvas, ink, top, left, rng)
@@ -186,19 +177,19 @@ def _watched(config: str, count: int, monkeypatch: pytest.MonkeyPatch) -> Any:
         painted.clear()
 
 
-def _digits_of(scene: dict[str, Any]) -> list[int]:
+def _digits_of(scene):
     name = scene["image/filename"].decode()
     return [
         int(i) for i in name.partition("digits_")[2].removesuffix(".jpg").split("-")
     ]
 
 
-def _decoded(scene: dict[str, Any]) -> np.ndarray:
+def _decoded(scene):
     buffer = np.frombuffer(scene["image"].getvalue(), np.uint8)
     return cv2.imdecode(buffer, cv2.IMREAD_COLOR_RGB)
 
 
-def _luma(image: np.ndarray) -> np.ndarray:
+def _luma(image):
     return image @ np.array([0.299, 0.587, 0.114])
 
 
@@ -220,7 +211,7 @@ print("records:", len(source.records))
 """
 
 
-def start(data_dir: Path, mode: str = "") -> subprocess.Popen[str]:
+def start(data_dir, mode=""):
     return subprocess.Popen(
         [sys.executable, "-c", OPEN, str(data_dir), mode],
         stdout=subprocess.PIPE,
@@ -230,7 +221,7 @@ def start(data_dir: Path, mode: str = "") -> subprocess.Popen[str]:
     )
 
 
-def test_preparing_survives_a_kill_and_two_processes_at_once(tmp_path: Path) -> None:
+def test_preparing_survives_a_kill_and_two_processes_at_once(tmp_path):
     killed = start(tmp_path, "killed")
     killed.communicate(timeout=60)
     assert killed.returncode == -signal.SIGKILL

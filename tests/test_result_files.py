@@ -2,8 +2,7 @@
 
 import json
 import re
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -27,7 +26,7 @@ class Truth(NamedTuple):
     difficult: np.ndarray
 
 
-def few() -> DetectionTable:
+def few():
     return DetectionTable(
         np.array([1, 0, 2]),
         np.array([1, 1, 0]),
@@ -36,7 +35,7 @@ def few() -> DetectionTable:
     )
 
 
-def many(rng: np.random.Generator, rows: int = 300) -> DetectionTable:
+def many(rng, rows=300):
     """Float32 scores with ties, neighbours and tiny numbers; boxes of all kinds."""
     scores = rng.normal(size=rows).astype(np.float32)
     scores[::5] = np.nextafter(scores[1::5], np.float32(9))
@@ -50,7 +49,7 @@ def many(rng: np.random.Generator, rows: int = 300) -> DetectionTable:
     )
 
 
-def objects(rng: np.random.Generator) -> list[Truth]:
+def objects(rng):
     truth = []
     for count in (4, 0, 6):
         starts = rng.integers(0, 40, (count, 2))
@@ -60,7 +59,7 @@ def objects(rng: np.random.Generator) -> list[Truth]:
     return truth
 
 
-def test_the_lines_are_vocs(tmp_path: Path) -> None:
+def test_the_lines_are_vocs(tmp_path):
     paths = write_voc_results(tmp_path / "results", few(), IDS, NAMES, split="val")
     assert [path.name for path in paths] == [
         "comp4_det_val_aeroplane.txt",
@@ -72,7 +71,7 @@ def test_the_lines_are_vocs(tmp_path: Path) -> None:
     assert sorted(tmp_path.glob("*/*")) == paths
 
 
-def test_what_was_written_is_read_again(tmp_path: Path) -> None:
+def test_what_was_written_is_read_again(tmp_path):
     rng = np.random.default_rng(0)
     table, truth = many(rng), objects(rng)
     # Every object is found several times.
@@ -98,7 +97,7 @@ def test_what_was_written_is_read_again(tmp_path: Path) -> None:
         np.testing.assert_array_equal(result.precision, wanted.precision)
 
 
-def test_a_class_without_detections_has_an_empty_file(tmp_path: Path) -> None:
+def test_a_class_without_detections_has_an_empty_file(tmp_path):
     nothing = DetectionTable(*(column[:0] for column in few()))
     paths = write_voc_results(tmp_path, nothing, IDS, NAMES)
     assert [path.read_text() for path in paths] == ["", ""]
@@ -106,7 +105,7 @@ def test_a_class_without_detections_has_an_empty_file(tmp_path: Path) -> None:
     assert [column.shape for column in again] == [(0,), (0,), (0,), (0, 4)]
 
 
-def test_other_programs_lines_are_read(tmp_path: Path) -> None:
+def test_other_programs_lines_are_read(tmp_path):
     (tmp_path / "comp3_det_x_cat.txt").write_bytes(
         b"\xef\xbb\xbf50%25 1.5e-3 1.000000 2 3.5 4\r\n\r\n  b\t-7 1 1 1 1 \r\n"
     )
@@ -118,7 +117,7 @@ def test_other_programs_lines_are_read(tmp_path: Path) -> None:
     assert table.boxes.tolist() == [[1, 0, 4, 3.5], [0, 0, 1, 1]]
 
 
-def test_names_that_no_file_can_hold_are_written_as_in_urls(tmp_path: Path) -> None:
+def test_names_that_no_file_can_hold_are_written_as_in_urls(tmp_path):
     ids = ["a b", "a%20b", "line\nbreak", "völlig normal", "5/6"]
     names = ["cat/dog", "traffic light", "50%", "\\", "hæst"]
     rows = np.arange(5)
@@ -150,9 +149,7 @@ def test_names_that_no_file_can_hold_are_written_as_in_urls(tmp_path: Path) -> N
         (IDS, NAMES[:1], "detections' labels must be from 0 to 0"),
     ],
 )
-def test_names_that_tell_nothing_apart_are_errors(
-    tmp_path: Path, ids: Any, names: Any, message: str
-) -> None:
+def test_names_that_tell_nothing_apart_are_errors(tmp_path, ids, names, message):
     with pytest.raises(ValueError, match=message):
         write_voc_results(tmp_path, few(), ids, names)
     assert not list(tmp_path.iterdir())
@@ -168,9 +165,7 @@ def test_names_that_tell_nothing_apart_are_errors(
         ("000009 0.5 1 2 3 4", "'000009' is none of the 3 images; .* another split"),
     ],
 )
-def test_lines_that_make_no_sense_are_errors(
-    tmp_path: Path, line: str, message: str
-) -> None:
+def test_lines_that_make_no_sense_are_errors(tmp_path, line, message):
     paths = write_voc_results(tmp_path, few(), IDS, NAMES)
     paths[0].write_text("000007 1 1 1 2 2\n" + line + "\n")
     where = re.escape(f"{paths[0]}, line 2: ")
@@ -178,21 +173,19 @@ def test_lines_that_make_no_sense_are_errors(
         read_voc_results(tmp_path, IDS, NAMES)
 
 
-def test_a_class_without_a_file_is_an_error(tmp_path: Path) -> None:
+def test_a_class_without_a_file_is_an_error(tmp_path):
     write_voc_results(tmp_path, few(), IDS, NAMES)
     message = r"holds no comp4_det_test_dog.txt \(1 of 3 classes"
     with pytest.raises(FileNotFoundError, match=message):
         read_voc_results(tmp_path, IDS, [*NAMES, "dog"])
 
 
-def test_a_write_that_fails_leaves_the_old_file(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_write_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
     path = tmp_path / "results.json"
     write_coco_results(path, few())
     before = path.read_text()
 
-    def fail(value: Any) -> str:
+    def fail(value):
         raise OSError("no space left on device")
 
     monkeypatch.setattr(json, "dumps", fail)
@@ -201,7 +194,7 @@ def test_a_write_that_fails_leaves_the_old_file(
     assert path.read_text() == before
 
 
-def test_cocos_results_hold_every_detection(tmp_path: Path) -> None:
+def test_cocos_results_hold_every_detection(tmp_path):
     path = tmp_path / "new" / "results.json"
     write_coco_results(path, few())
     records = json.loads(path.read_text())
@@ -222,7 +215,7 @@ def test_cocos_results_hold_every_detection(tmp_path: Path) -> None:
         write_coco_results(path, few()._replace(labels=np.array([0, -1, 1])))
 
 
-def test_cocos_ground_truth_holds_every_object(tmp_path: Path) -> None:
+def test_cocos_ground_truth_holds_every_object(tmp_path):
     truth = objects(np.random.default_rng(0))
     truth[0].difficult[:2] = [True, False]
     path = tmp_path / "truth.json"

@@ -40,13 +40,13 @@ MODEL = create_model(
 class Squares:
     """Records whose class is the brightest colour channel, as PNG bytes."""
 
-    def __init__(self, count: int) -> None:
+    def __init__(self, count):
         self._count = count
 
-    def __len__(self) -> int:
+    def __len__(self):
         return self._count
 
-    def __getitem__(self, index: int) -> dict:
+    def __getitem__(self, index):
         import cv2
 
         image = np.random.default_rng(index).integers(0, 100, (40, 36, 3), np.uint8)
