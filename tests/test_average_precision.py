@@ -2,30 +2,18 @@
 
 import logging
 import math
-from typing import NamedTuple
 
 import numpy as np
 import pytest
 
 from sppnet_jax.classification.ranking import ELEVEN_RECALLS
+from sppnet_jax.data.sources import Objects
 from sppnet_jax.detection.average_precision import (
     evaluate_class,
     evaluate_detections,
 )
 from sppnet_jax.detection.detection_table import join_detections
-
-
-class Truth(NamedTuple):
-    boxes: np.ndarray
-    labels: np.ndarray
-    difficult: np.ndarray
-
-
-class Found(NamedTuple):
-    boxes: np.ndarray
-    labels: np.ndarray
-    scores: np.ndarray
-
+from sppnet_jax.detection.detector import Detections
 
 A, B, C = [0.0, 0, 10, 10], [20.0, 20, 30, 30], [50.0, 0, 60, 10]
 NOWHERE = [80.0, 80, 90, 90]
@@ -254,12 +242,14 @@ def test_no_detections_have_a_precision_of_zero():
 def scene():
     """Two images; nobody shows a cow, and the only tree is difficult."""
     found = [
-        Found(np.array([A, B, C]), np.array([0, 0, 1]), np.float32([0.9, 0.8, 0.7])),
-        Found(np.array([A, NOWHERE]), np.array([1, 2]), np.float32([0.4, 0.3])),
+        Detections(
+            np.array([A, B, C]), np.array([0, 0, 1]), np.float32([0.9, 0.8, 0.7])
+        ),
+        Detections(np.array([A, NOWHERE]), np.array([1, 2]), np.float32([0.4, 0.3])),
     ]
     truth = [
-        Truth(np.array([A, C]), np.array([0, 1]), np.array([False, False])),
-        Truth(np.array([B, C]), np.array([3, 1]), np.array([True, False])),
+        Objects(np.array([A, C]), np.array([0, 1]), np.array([False, False])),
+        Objects(np.array([B, C]), np.array([3, 1]), np.array([True, False])),
     ]
     return found, truth
 
@@ -324,7 +314,7 @@ def test_ground_truth_that_makes_no_sense_is_an_error():
         evaluate_detections(detections, [first, short], NAMES)
     with pytest.raises(ValueError, match="labels in image 1 must be from 0 to 2"):
         evaluate_detections(detections, [first, second], NAMES[:3])
-    no_objects = Truth(np.zeros((0, 4)), np.zeros(0, int), np.zeros(0, bool))
+    no_objects = Objects(np.zeros((0, 4)), np.zeros(0, int), np.zeros(0, bool))
     with pytest.raises(ValueError, match="the 2 images show no object of the 4 cl"):
         evaluate_detections(detections, [no_objects] * 2, NAMES)
     with pytest.raises(ValueError, match="IoU above 0 and up to 1, got 50"):

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from test_geometry import search_span
 
 from sppnet_jax.detection.scales import (
     atlas_size,
@@ -38,24 +39,6 @@ def scale_of(box, sizes, area):
     return best
 
 
-def cells_of(start, stop, count, rule):
-    """The first and the last cell of a side, searched among all units' centres."""
-    units = range(-60, count + 60)
-    centre = {unit: GEOMETRY.center + GEOMETRY.stride * unit for unit in units}
-    if rule == "paper":
-        inside = [unit for unit in units if start < centre[unit] < stop]
-        ends = (inside[0], inside[-1]) if inside else None
-    else:
-        first = min(units, key=lambda unit: (abs(centre[unit] - start), -unit))
-        last = min(units, key=lambda unit: (abs(centre[unit] - stop), unit))
-        ends = (first, last) if first <= last else None
-    if ends is None:
-        middle = (start + stop) / 2
-        ends = (min(units, key=lambda unit: (abs(centre[unit] - middle), unit)),) * 2
-    first, last = (min(max(end, 0), count - 1) for end in ends)
-    return first, last + 1
-
-
 @pytest.mark.parametrize("area", [64.0**2, 100.0**2])
 def test_each_box_goes_to_the_scale_where_its_area_is_closest(area):
     boxes = random_boxes(300)
@@ -90,9 +73,13 @@ def test_a_window_is_the_one_that_a_search_over_the_centres_finds(rule, sizes):
             top += GEOMETRY.map_size(size[0])
         y = height / IMAGE[0]
         x = width / IMAGE[1]
-        rows = cells_of(box[0] * y, box[2] * y, GEOMETRY.map_size(height), rule)
-        columns = cells_of(box[1] * x, box[3] * x, GEOMETRY.map_size(width), rule)
-        expected = [top + rows[0], columns[0], top + rows[1], columns[1]]
+        rows = search_span(
+            box[0] * y, box[2] * y, GEOMETRY, GEOMETRY.map_size(height), rule
+        )
+        columns = search_span(
+            box[1] * x, box[3] * x, GEOMETRY, GEOMETRY.map_size(width), rule
+        )
+        expected = [top + rows[0], columns[0], top + rows[1] + 1, columns[1] + 1]
         assert window.tolist() == expected, (box, scale)
 
 
@@ -106,11 +93,10 @@ def test_edges_on_and_halfway_between_centres_are_exact(rule):
     found = boxes_to_atlas(boxes, IMAGE, [IMAGE], GEOMETRY, area=1.0, rule=rule)
     rows, columns = map_size_of(IMAGE, GEOMETRY)
     for box, window in zip(boxes, found, strict=True):
-        vertical = cells_of(box[0], box[2], rows, rule)
-        horizontal = cells_of(box[1], box[3], columns, rule)
-        assert window.tolist() == [
-            *(vertical[0], horizontal[0], vertical[1], horizontal[1])
-        ]
+        vertical = search_span(box[0], box[2], GEOMETRY, rows, rule)
+        horizontal = search_span(box[1], box[3], GEOMETRY, columns, rule)
+        first, last = zip(vertical, horizontal, strict=True)
+        assert window.tolist() == [*first, *(unit + 1 for unit in last)]
 
 
 @pytest.mark.parametrize("rule", ["paper", "closest"])

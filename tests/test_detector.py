@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from data_helpers import overlap
 
 from sppnet_jax.detection.detector import Scored, Suppression, suppress
 from sppnet_jax.detection.hard_negatives import NEVER
@@ -18,15 +19,6 @@ def scored(seed, count):
     return Scored(boxes, rng.normal(size=(count, CLASSES)).astype(np.float32))
 
 
-def plain_iou(one, other):
-    height = min(one[2], other[2]) - max(one[0], other[0])
-    width = min(one[3], other[3]) - max(one[1], other[1])
-    if height <= 0 or width <= 0:
-        return 0.0
-    areas = [(box[2] - box[0]) * (box[3] - box[1]) for box in (one, other)]
-    return float(height * width) / float(sum(areas) - height * width)
-
-
 def plain_suppress(boxes, scores, threshold, most):
     """The (label, score, *box) that the greedy loop leaves of each class."""
     found = set()
@@ -34,7 +26,7 @@ def plain_suppress(boxes, scores, threshold, most):
         kept = []
         for row in sorted(range(len(boxes)), key=lambda row: -scores[row, label]):
             others = (boxes[other, label] for other in kept)
-            if all(plain_iou(boxes[row, label], box) <= threshold for box in others):
+            if all(overlap(boxes[row, label], box) <= threshold for box in others):
                 kept.append(row)
         for row in kept[:most]:
             box = boxes[row, label].tolist()

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from data_helpers import overlap
 
 from sppnet_jax.data.detection_sources import Objects
 from sppnet_jax.detection.examples import (
@@ -9,15 +10,6 @@ from sppnet_jax.detection.examples import (
     regression_examples,
     with_objects,
 )
-
-
-def overlap(first, second):
-    """Intersection over union of two boxes."""
-    height = min(first[2], second[2]) - max(first[0], second[0])
-    width = min(first[3], second[3]) - max(first[1], second[1])
-    shared = max(height, 0) * max(width, 0)
-    areas = [(b[2] - b[0]) * (b[3] - b[1]) for b in (first, second)]
-    return shared / (sum(areas) - shared)
 
 
 def random_image(seed):

@@ -18,8 +18,7 @@ def search_span(low, high, geometry, size, rule):
     """First and last unit of one side, by looking at every centre; exact numbers."""
     reach = 150  # units beyond the map on either side: further than any box here
     centers = {
-        k: geometry.stride * k + Fraction(geometry.center)
-        for k in range(-reach, size + reach)
+        k: geometry.stride * k + geometry.center for k in range(-reach, size + reach)
     }
     if rule == "paper":
         chosen = [k for k, center in centers.items() if low < center < high]

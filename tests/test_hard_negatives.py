@@ -6,7 +6,8 @@ from typing import NamedTuple
 
 import numpy as np
 import pytest
-from sklearn.svm import LinearSVC
+from data_helpers import overlap
+from test_svm_solver import hinge_objective, scikit_learns
 
 from sppnet_jax.data.detection_sources import Objects
 from sppnet_jax.detection.hard_negatives import (
@@ -76,16 +77,6 @@ def world(seed=0, images=4, windows=40):
     )
 
 
-def plain_iou(a, b):
-    height = min(a[2], b[2]) - max(a[0], b[0])
-    width = min(a[3], b[3]) - max(a[1], b[1])
-    if height <= 0 or width <= 0:
-        return 0.0
-    shared = float(height) * float(width)
-    areas = [float(c[2] - c[0]) * float(c[3] - c[1]) for c in (a, b)]
-    return shared / (sum(areas) - shared)
-
-
 def all_candidates(world, number):
     """Every (image, window) that may be a negative of a class, box by box."""
     found = []
@@ -94,16 +85,9 @@ def all_candidates(world, number):
     ):
         for window, box in enumerate(boxes):
             pairs = zip(truth.boxes, truth.labels, strict=True)
-            if all(plain_iou(box, b) <= 0.3 for b, label in pairs if label == number):
+            if all(overlap(box, b) <= 0.3 for b, label in pairs if label == number):
                 found.append((image, window))
     return found
-
-
-def objective(w, b, features, signs, C):
-    hinge = np.maximum(0, 1 - signs * (features @ w + b))
-    return float(
-        0.5 * (w @ w + (b / 10) ** 2) + C * (np.where(signs > 0, 2, 1) @ hinge)
-    )
 
 
 def members_of(state, number):
@@ -128,17 +112,10 @@ def test_mining_ends_at_the_svm_of_all_windows(seed):
             [own, [made.features[image][window] for image, window in candidates]]
         ).astype(np.float64)
         signs = np.repeat([1, -1], [len(own), len(candidates)])
-        model = LinearSVC(
-            loss="hinge",
-            C=0.1,
-            intercept_scaling=10,
-            class_weight={1: 2, -1: 1},
-            tol=1e-8,
-            max_iter=1_000_000,
-            random_state=0,
-        ).fit(features, signs)
-        best = objective(model.coef_[0], model.intercept_[0], features, signs, 0.1)
-        found = objective(weights[number], biases[number], features, signs, 0.1)
+        best = scikit_learns(features, signs, 0.1, 2, 10)
+        found = hinge_objective(
+            *(weights[number], biases[number], features, signs), 0.1, 2, 10
+        )
         assert best * (1 - 1e-6) <= found <= best * 1.001
 
 
@@ -162,7 +139,7 @@ def test_negatives_are_thinned_and_keep_off_their_objects():
         assert len(set(kept)) == len(kept)
         assert set(kept) <= set(all_candidates(made, number))
         for (i, a), (j, b) in itertools.combinations(kept, 2):
-            assert i != j or plain_iou(made.boxes[i][a], made.boxes[i][b]) <= 0.4
+            assert i != j or overlap(made.boxes[i][a], made.boxes[i][b]) <= 0.4
         thinned_out += len(all_candidates(made, number)) - len(kept)
     assert thinned_out > 100
 
@@ -215,7 +192,6 @@ def test_the_report_adds_up_and_objectives_never_fall():
     assert calls == list(range(4)) * len(rounds)
     total = np.zeros(CLASSES, int)
     for before, record in itertools.pairwise([None, *rounds]):
-        assert record is not None
         total += record["added"]
         assert record["negatives"] == total.tolist()
         if before is not None:
@@ -242,8 +218,8 @@ def test_a_run_goes_on_from_a_file_as_if_never_interrupted(tmp_path):
             np.testing.assert_array_equal(getattr(again[2], name), getattr(last, name))
 
 
-def test_the_papers_one_round_is_the_default():
-    _, _, state = world().mine(Mining(initial_per_image=1))
+def test_there_are_no_more_rounds_than_asked_for():
+    _, _, state = world().mine(Mining(initial_per_image=1, max_rounds=1))
     report = mining_report(state)
     assert (report["ended"], len(report["rounds"])) == ("max_rounds", 2)
 

@@ -22,7 +22,7 @@ from sppnet_jax.detection.scales import boxes_to_atlas
 from sppnet_jax.pyramid.geometry import Sliding, stack_geometry
 from sppnet_jax.pyramid.pooling import spatial_pyramid_pool
 from sppnet_jax.run.figures import COLORS
-from tests.data_helpers import picture
+from tests.data_helpers import overlap, picture
 
 # Stride 4; unit 0's centre is pixel 3; a unit sees 9 pixels.
 GEOMETRY = stack_geometry([Sliding(5, 2, 1), Sliding(3, 2, 0)])
@@ -46,14 +46,6 @@ def frames(axes):
     """The boxes of the frames that were drawn, (ymin, xmin, ymax, xmax)."""
     found = [patch.get_bbox() for patch in axes.patches if isinstance(patch, Rectangle)]
     return [np.array([frame.y0, frame.x0, frame.y1, frame.x1]) for frame in found]
-
-
-def overlap(one, other):
-    """The IoU of two boxes, from its definition."""
-    ends, starts = np.minimum(one[2:], other[2:]), np.maximum(one[:2], other[:2])
-    shared = np.prod(np.maximum(ends - starts, 0))
-    both = np.prod(one[2:] - one[:2]) + np.prod(other[2:] - other[:2])
-    return float(shared / (both - shared))
 
 
 def dots(axes, color):

@@ -15,7 +15,7 @@ import cv2
 import numpy as np
 import pytest
 import scipy.io
-from data_helpers import encode, make_source, picture
+from data_helpers import encode, make_source, overlap, picture
 
 from sppnet_jax.data.sources import Objects, Source
 from sppnet_jax.detection import proposals
@@ -44,16 +44,6 @@ def blocks(height=75, width=100):
     image = cv2.resize(coarse, (width, height), interpolation=cv2.INTER_NEAREST)
     noise = rng.integers(-9, 10, image.shape)
     return np.clip(image + noise, 0, 255).astype(np.uint8)
-
-
-def overlap(box, other):
-    """Intersection over union of two half-open boxes, from its definition."""
-    height = min(box[2], other[2]) - max(box[0], other[0])
-    width = min(box[3], other[3]) - max(box[1], other[1])
-    if height <= 0 or width <= 0:
-        return 0.0
-    areas = [(b[2] - b[0]) * (b[3] - b[1]) for b in (box, other)]
-    return float(height * width / (sum(areas) - height * width))
 
 
 def named_source(*names, size=(24, 32)):

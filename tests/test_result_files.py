@@ -2,11 +2,11 @@
 
 import json
 import re
-from typing import NamedTuple
 
 import numpy as np
 import pytest
 
+from sppnet_jax.data.sources import Objects
 from sppnet_jax.detection.average_precision import evaluate_detections
 from sppnet_jax.detection.detection_table import DetectionTable
 from sppnet_jax.detection.result_files import (
@@ -18,12 +18,6 @@ from sppnet_jax.detection.result_files import (
 
 IDS = ["000005", "000007", "photo 3"]
 NAMES = ["aeroplane", "cat"]
-
-
-class Truth(NamedTuple):
-    boxes: np.ndarray
-    labels: np.ndarray
-    difficult: np.ndarray
 
 
 def few():
@@ -55,7 +49,7 @@ def objects(rng):
         starts = rng.integers(0, 40, (count, 2))
         stops = starts + rng.integers(10, 30, (count, 2))
         boxes = np.concatenate([starts, stops], axis=1).astype(np.float64)
-        truth.append(Truth(boxes, np.arange(count) % 2, rng.random(count) < 0.2))
+        truth.append(Objects(boxes, np.arange(count) % 2, rng.random(count) < 0.2))
     return truth
 
 

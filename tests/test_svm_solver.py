@@ -46,6 +46,13 @@ def primal_and_dual(
     return primal, dual - 0.5 * (combined @ combined)
 
 
+def hinge_objective(w, b, features, signs, C, positive_weight, bias_multiplier):
+    """The objective of one class, from its definition."""
+    hinge = np.maximum(0, 1 - signs * (features @ w + b))
+    weights = np.where(signs > 0, positive_weight, 1.0)
+    return 0.5 * (w @ w + (b / bias_multiplier) ** 2) + C * (weights @ hinge)
+
+
 def scikit_learns(features, labels, C, positive_weight, bias_multiplier):
     """The least objective of one class that liblinear finds."""
     own, signs = features[labels != 0].astype(np.float64), labels[labels != 0]
@@ -58,10 +65,8 @@ def scikit_learns(features, labels, C, positive_weight, bias_multiplier):
         max_iter=200_000,
         random_state=0,
     ).fit(own, signs)
-    w, b = model.coef_[0], model.intercept_[0]
-    hinge = np.maximum(0, 1 - signs * (own @ w + b))
-    weights = np.where(signs > 0, positive_weight, 1.0)
-    return 0.5 * (w @ w + (b / bias_multiplier) ** 2) + C * (weights @ hinge)
+    settings = (C, positive_weight, bias_multiplier)
+    return hinge_objective(model.coef_[0], model.intercept_[0], own, signs, *settings)
 
 
 @pytest.mark.parametrize(

@@ -53,7 +53,6 @@ def test_a_box_becomes_half_open(tmp_path):
     """VOC's pixels count from 1 and include both ends: 1 to 32 are all 32 columns."""
     whole = voc_object((1, 1, 32, 24), "dog")
     image, notes = read_one(tmp_path, voc_xml(voc_object(), whole))
-    assert image is not None
     assert image.size == (24, 32)
     assert [(one.name, one.box) for one in image.objects] == [
         ("cat", BOX),
@@ -87,7 +86,6 @@ def test_a_box_becomes_half_open(tmp_path):
 )
 def test_an_odd_box_is_put_right_or_dropped_and_counted(tmp_path, box, expected, note):
     image, notes = read_one(tmp_path, voc_xml(voc_object(box)))
-    assert image is not None
     assert [one.box for one in image.objects] == ([expected] if expected else [])
     # An image that is left without objects is kept, and counted once more.
     assert len(notes.splitlines()) == bool(note) + (expected is None)
@@ -103,7 +101,6 @@ def test_an_object_may_say_little_of_itself(tmp_path):
     image, notes = read_one(
         tmp_path, voc_xml(bare, unnamed, blank, no_box, voc_object(pose="Upside"))
     )
-    assert image is not None
     assert [one._replace(box=()) for one in image.objects] == [
         ("cat", (), "unspecified", False, False),
         ("cat", (), "unspecified", True, False),
@@ -130,7 +127,6 @@ def test_an_object_may_say_little_of_itself(tmp_path):
 )
 def test_difficult_is_told_in_many_words(tmp_path, text, difficult, told):
     image, notes = read_one(tmp_path, voc_xml(voc_object(difficult=text)))
-    assert image is not None
     assert image.objects[0].is_difficult is difficult
     assert ("difficult" in notes) is not told
 
@@ -142,14 +138,12 @@ def test_parts_of_an_object_are_no_objects(tmp_path):
         "<xmin>5</xmin></bndbox><difficult>0</difficult><name>cat</name></object>"
     )
     image, notes = read_one(tmp_path, voc_xml(backwards))
-    assert image is not None
     assert [(one.name, one.box) for one in image.objects] == [("cat", BOX)]
     assert not notes
 
 
 def test_an_image_without_objects_is_kept_as_background(tmp_path):
     image, notes = read_one(tmp_path, voc_xml())
-    assert image is not None
     assert image.objects == ()
     assert "1 images have no object left: kept, all of it background" in notes
 
@@ -175,14 +169,12 @@ NAMED = voc_xml(voc_object(name=NAME))
 )
 def test_xml_may_be_written_in_many_ways(tmp_path, xml):
     image, notes = read_one(tmp_path, xml)
-    assert image is not None
     assert [(one.name, one.box) for one in image.objects] == [(NAME, BOX)]
     assert not notes
 
 
 def test_bytes_that_are_no_text_do_not_cost_an_image(tmp_path):
     image, notes = read_one(tmp_path, GOOD.encode().replace(b"x.jpg", b"\xc4\xff.jpg"))
-    assert image is not None
     assert [one.box for one in image.objects] == [BOX]
     assert "1 annotations held bytes that are no text" in notes
 
@@ -244,7 +236,6 @@ def test_a_size_that_is_not_the_images_scales_boxes_only_at_its_aspect(
     tmp_path, told, box, note
 ):
     image, notes = read_one(tmp_path, voc_xml(voc_object(), size=told))
-    assert image is not None
     assert image.size == (24, 32)
     np.testing.assert_allclose(image.objects[0].box, box, rtol=1e-12)
     assert len(notes.splitlines()) == bool(note)
@@ -254,7 +245,6 @@ def test_a_size_that_is_not_the_images_scales_boxes_only_at_its_aspect(
 def test_a_size_rounded_otherwise_is_no_other_scale(tmp_path):
     xml = voc_xml(voc_object(), size=(239, 318))
     image, notes = read_one(tmp_path, xml, size=(240, 320))
-    assert image is not None
     assert image.objects[0].box == BOX
     assert "gave a size that isn't the image's: their boxes were kept" in notes
 

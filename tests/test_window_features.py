@@ -9,6 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from data_helpers import encode, picture
+from test_geometry import search_span
+from test_spp import loop_pool
 
 from sppnet_jax.data.sources import Source
 from sppnet_jax.detection import window_features
@@ -148,31 +150,6 @@ def plain_maps():
     return found
 
 
-def pyramid(part):
-    """Every bin sliced out of a window's cells, by appendix A's rule."""
-    rows, columns = part.shape[:2]
-    bins = []
-    for n in LEVELS:
-        for i in range(n):
-            for j in range(n):
-                top, bottom = i * rows // n, -(-(i + 1) * rows // n)
-                left, right = j * columns // n, -(-(j + 1) * columns // n)
-                bins.append(part[top:bottom, left:right].max(axis=(0, 1)))
-    return np.concatenate(bins)
-
-
-def cells(start, stop, count):
-    """The units whose centres lie in a side, or the one closest to its middle."""
-    units = range(-20, count + 20)
-    centre = {unit: GEOMETRY.center + GEOMETRY.stride * unit for unit in units}
-    inside = [unit for unit in units if start < centre[unit] < stop]
-    if not inside:
-        middle = (start + stop) / 2
-        inside = [min(units, key=lambda unit: (abs(centre[unit] - middle), unit))]
-    first, last = (min(max(unit, 0), count - 1) for unit in (inside[0], inside[-1]))
-    return slice(first, last + 1)
-
-
 def plain_rows(number, maps, sides=SCALES):
     """The pooled features of an image's boxes, one box after the other."""
     height, width = SIZES[number]
@@ -186,9 +163,13 @@ def plain_rows(number, maps, sides=SCALES):
 
         size, found = maps[number, min(sides, key=distance)]
         y, x = size[0] / height, size[1] / width
-        vertical = cells(box[0] * y, box[2] * y, found.shape[0])
-        horizontal = cells(box[1] * x, box[3] * x, found.shape[1])
-        rows.append(pyramid(found[vertical, horizontal]))
+        edges = (box[0] * y, box[2] * y), (box[1] * x, box[3] * x)
+        (top, bottom), (left, right) = (
+            search_span(*edge, GEOMETRY, size, "paper")
+            for edge, size in zip(edges, found.shape, strict=False)
+        )
+        part = found[top : bottom + 1, left : right + 1]
+        rows.append(loop_pool(part, LEVELS).reshape(-1))
     return np.stack(rows)
 
 
