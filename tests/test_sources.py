@@ -1,15 +1,14 @@
 """Every kind of data set opens the same way, or says what to do."""
 
-import io
 import json
 import pickle
 from pathlib import Path
 
 import numpy as np
 import pytest
-import tensorflow_datasets as tfds
-from data_helpers import encode, make_source, picture, write_class_folders
+from data_helpers import make_source, write_class_folders
 from mock_imagenet import prepare_mock_imagenet
+from mock_voc import CLASSES, prepare_mock_voc
 
 from sppnet_jax.data.images import decode_image
 from sppnet_jax.data.sources import available_splits, check_labels, open_source, subset
@@ -125,78 +124,10 @@ def test_a_detection_data_set_is_no_classification_data_set(digit_scenes_dir):
         open_source("digit_scenes/detection", "test", data_dir=digit_scenes_dir)
 
 
-VOC_CLASSES = ("aeroplane", "bicycle", "bird")
-# Each image's objects: class, difficult.
-VOC_OBJECTS = (
-    ((0, False),),
-    ((0, False), (2, True)),
-    ((1, True), (1, False), (0, True)),
-    (),
-    ((2, True), (2, True)),
+VOC_LABELS = (
+    *((1, -1, -1), (1, -1, 1), (-1, 0, -1), (-1, 1, -1)),
+    *((1, -1, 0), (0, 1, -1), (-1, -1, -1)),
 )
-VOC_LABELS = ((1, -1, -1), (1, -1, 0), (0, 1, -1), (-1, -1, -1), (-1, -1, 0))
-
-
-class MockVoc(tfds.core.GeneratorBasedBuilder, skip_registration=True):
-    """The layout of TFDS's own `voc`, of which `features` may be left out."""
-
-    name = "voc"
-    VERSION = tfds.core.Version("4.0.0")
-    BUILDER_CONFIGS = (tfds.core.BuilderConfig(name="2007", version=VERSION),)
-    code_path = None
-    left_out: tuple[str, ...] = ()
-
-    def _info(self):
-        label = tfds.features.ClassLabel(names=VOC_CLASSES)
-        one = {
-            "label": label,
-            "bbox": tfds.features.BBoxFeature(),
-            "is_difficult": np.bool_,
-        }
-        features = {
-            "image": tfds.features.Image(encoding_format="jpeg"),
-            "image/filename": tfds.features.Text(),
-            "objects": tfds.features.Sequence(self._kept(one)),
-            "labels": tfds.features.Sequence(label),
-            "labels_no_difficult": tfds.features.Sequence(label),
-        }
-        return tfds.core.DatasetInfo(
-            builder=self, features=tfds.features.FeaturesDict(self._kept(features))
-        )
-
-    def _split_generators(self, dl_manager):
-        return {split: self._generate_examples(split) for split in ("train", "test")}
-
-    def _generate_examples(self, split):
-        box = tfds.features.BBox(0.0, 0.0, 1.0, 1.0)
-        for number, objects in enumerate(VOC_OBJECTS):
-            objects = () if split == "test" else objects
-            one = [
-                {"label": label, "bbox": box, "is_difficult": difficult}
-                for label, difficult in objects
-            ]
-            example = {
-                "image": io.BytesIO(encode(picture(seed=number), ".jpg")),
-                "image/filename": f"00000{number}.jpg",
-                "objects": [self._kept(values) for values in one],
-                "labels": sorted({label for label, _ in objects}),
-                "labels_no_difficult": sorted(
-                    {label for label, difficult in objects if not difficult}
-                ),
-            }
-            yield number, self._kept(example)
-
-    def _kept(self, items):
-        return {key: item for key, item in items.items() if key not in self.left_out}
-
-
-def prepare_mock_voc(data_dir, *left_out):
-    MockVoc.left_out = left_out
-    builder = MockVoc(config="2007", data_dir=str(data_dir))
-    builder.download_and_prepare(file_format="array_record")
-    return Path(builder.data_path)
-
-
 ONLY_PRESENCE = np.where(np.array(VOC_LABELS) == 0, 1, VOC_LABELS)
 
 
@@ -215,7 +146,7 @@ def test_a_class_is_present_only_difficult_or_absent(tmp_path, left_out, expecte
     prepare_mock_voc(tmp_path, *left_out)
     source = open_source("voc/2007", "train", data_dir=str(tmp_path), multi_label=True)
     assert source.multi_label
-    assert source.class_names == VOC_CLASSES
+    assert source.class_names == CLASSES
     for source_ in (source, pickle.loads(pickle.dumps(source))):
         records = sorted(source_.records, key=lambda record: record["name"])
         for number, record in enumerate(records):
@@ -256,7 +187,7 @@ def test_a_data_set_without_labels_is_no_source_of_several(tmp_path):
 
 def test_a_split_whose_labels_are_withheld_is_an_error(tmp_path):
     prepare_mock_voc(tmp_path)
-    with pytest.raises(ValueError, match=r"none of the 5 records .* has a class"):
+    with pytest.raises(ValueError, match=r"none of the 7 records .* has a class"):
         open_source("voc/2007", "test", data_dir=str(tmp_path), multi_label=True)
 
 
