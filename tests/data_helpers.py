@@ -64,12 +64,16 @@ def exchange(one: Path, other: Path) -> None:
 
 
 def make_source(
-    count: int, broken: tuple[int, ...] = (), labels: tuple[int, ...] | None = None
+    sizes: int | Sequence[tuple[int, int]],
+    broken: tuple[int, ...] = (),
+    labels: tuple[int, ...] | None = None,
 ) -> Source:
-    """A source in memory; record i is of class i % 3, image size varies."""
+    """A source in memory; record i is of class i % 3. `sizes`: or how many of any."""
     records = []
-    for i in range(count):
-        image = encode(picture(20 + i % 5, 24 + i % 7, seed=i))
+    if isinstance(sizes, int):
+        sizes = [(20 + i % 5, 24 + i % 7) for i in range(sizes)]
+    for i, size in enumerate(sizes):
+        image = encode(picture(*size, seed=i))
         if i in broken:
             image = image[: len(image) // 2]
         label = labels[i] if labels else i % 3

@@ -1,7 +1,6 @@
 """What the suite reports follows from what it measures, with PyTorch and without."""
 
 import importlib
-import subprocess
 import sys
 from pathlib import Path
 
@@ -138,15 +137,3 @@ def test_a_process_that_dies_leaves_its_memory_unknown(monkeypatch):
 
     monkeypatch.setattr(training_step, "ProcessPoolExecutor", Pool)
     assert training_step._resident_peaks("zf5", "float32", size, [None]) == {}
-
-
-def test_the_suites_load_without_data_packages():
-    """A bare GPU machine has neither TFDS nor Grain nor OpenCV."""
-    blocked = ["tensorflow_datasets", "grain", "cv2", "ml_collections", "torch"]
-    code = (
-        "import sys\n"
-        f"for name in {[*blocked, 'matplotlib.pyplot']}: sys.modules[name] = None\n"
-        "import sppnet_jax.benchmarks.training_step, sppnet_jax.benchmarks.scaling\n"
-        "import sppnet_jax.benchmarks.allreduce\n"
-    )
-    subprocess.run([sys.executable, "-c", code], check=True)

@@ -48,24 +48,6 @@ def test_every_class_solves_its_normal_equations(ridge):
         np.testing.assert_allclose(trained.biases[number], biases, atol=1e-5)
 
 
-def test_whitening_the_targets_would_change_nothing():
-    features, boxes, targets, labels = examples()
-    trained = train_box_regressors(features, boxes, targets, labels, 3, ridge=10.0)
-    own = labels == 0
-    deltas = encode_boxes(boxes[own], targets[own])
-    mean = deltas.mean(axis=0)
-    values, vectors = np.linalg.eigh(np.cov(deltas - mean, rowvar=False, bias=True))
-    whiten = vectors @ np.diag(values**-0.5) @ vectors.T
-    undo = vectors @ np.diag(values**0.5) @ vectors.T
-    white = (deltas - mean) @ whiten
-    np.testing.assert_allclose(
-        np.cov(white, rowvar=False, bias=True), np.eye(4), atol=1e-9
-    )
-    weights, biases = normal_equations(features[own], white, 10.0)
-    np.testing.assert_allclose(trained.weights[0], weights @ undo, atol=1e-5)
-    np.testing.assert_allclose(trained.biases[0], biases @ undo + mean, atol=1e-5)
-
-
 def test_a_linear_relation_is_recovered_and_boxes_reach_their_targets():
     features, boxes, _, labels = examples((80, 70))
     rng = np.random.default_rng(1)

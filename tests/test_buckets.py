@@ -21,6 +21,7 @@ from sppnet_jax.buckets.table import (
 )
 from sppnet_jax.network.trunks import BACKBONES, LRN, Conv
 from tests.data_helpers import picture
+from tests.network_helpers import drawn_params
 
 MIXED = [(64, 64), (64, 96), (96, 64), (128, 128)]
 
@@ -496,16 +497,8 @@ def forward_by_hand(name, params, image):
 @pytest.fixture(scope="module", params=BACKBONES)
 def network(request):
     """A narrow network whose biases are not zero: its name, params, table, scorer."""
-    model = sn.create_model(request.param, LEVELS, 7, width=1 / 16, weight_init="he")
-    shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 64, 64, 3)))
-    rng = np.random.default_rng(0)
-    params = jax.tree.map(
-        lambda x: rng.normal(
-            scale=(2 / np.prod(x.shape[:-1])) ** 0.5 if len(x.shape) > 1 else 0.1,
-            size=x.shape,
-        ).astype(np.float32),
-        shapes["params"],
-    )
+    model = sn.create_model(request.param, LEVELS, 7, width=1 / 16, image_size=64)
+    params = drawn_params(model)
 
     def score(params, images, sizes=None):
         inputs = images.astype(jnp.float32) / 128 - 1

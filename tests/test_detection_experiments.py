@@ -3,7 +3,6 @@
 import argparse
 import json
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -36,13 +35,12 @@ from experiments.runs import (
 from experiments.setting import detection_setting, paper_scales
 from sppnet_jax.detection.detector import layer_head
 from sppnet_jax.detection.detector_settings import DetectorSettings
-from sppnet_jax.network.model import create_model, make_model
+from sppnet_jax.network.model import create_model
 from sppnet_jax.network.preprocess import Preprocessing
-from sppnet_jax.run import run_folder, stages
-from sppnet_jax.run.checkpoints import Checkpoints
-from sppnet_jax.run.settings import plain, read
-from sppnet_jax.training.network_settings import NetworkSettings
+from sppnet_jax.run import stages
+from sppnet_jax.run.settings import read
 from tests.data_helpers import encode, picture, voc_object, voc_xml, write_voc_folder
+from tests.network_helpers import drawn_params, write_network
 
 SIZE = (72, 96)
 CLASSES = ("red", "green")
@@ -83,22 +81,12 @@ def voc(tmp_path_factory):
 @pytest.fixture(scope="module")
 def network(tmp_path_factory):
     """The workdir of a classifier that was never trained."""
-    workdir = tmp_path_factory.mktemp("network")
     config = folder.get_config()
     config.model.width = 0.02
     config.data.image_size = 64
-    config.data.root = "photos"
     config.inputs.mean = 128.0
     config.inputs.color_sigma = 0.0
-    settings = read(NetworkSettings, config.to_dict())
-    model = make_model(settings.model, 3, 64)
-    params = model.init(jax.random.key(0), jnp.zeros((1, 64, 64, 3)))["params"]
-    run_folder.save_config(workdir, plain(settings))
-    data = run_folder.TrainingData("none", "", "train", 3, ("a", "b", "c"), "")
-    run_folder.save_training_data(workdir, data)
-    with Checkpoints(workdir / run_folder.CHECKPOINTS) as checkpoints:
-        checkpoints.save(1, params=params, training={"step": np.int32(1)}, host={})
-    return workdir
+    return write_network(tmp_path_factory.mktemp("network"), config)
 
 
 @pytest.fixture(scope="module")
@@ -276,7 +264,7 @@ def test_the_paper_preset_measures_times_alone(tmp_path, monkeypatch):
 
 def test_sharing_windows_changes_no_score():
     model = create_model("zf5", (2, 1), 3, width=0.02, image_size=64, weight_init="he")
-    params = model.init(jax.random.key(0), jnp.zeros((1, 64, 64, 3)))["params"]
+    params = drawn_params(model)
     inputs = Preprocessing(np.array(128.0), 64.0, np.zeros((3, 3)))
     network = Convolutions(model, params, inputs)
     rng = np.random.default_rng(0)
@@ -307,7 +295,7 @@ def test_sharing_windows_changes_no_score():
 
 def test_rcnn_times_what_rcnn_computes():
     model = create_model("zf5", (2, 1), 3, width=0.02, image_size=64, weight_init="he")
-    params = model.init(jax.random.key(0), jnp.zeros((1, 64, 64, 3)))["params"]
+    params = drawn_params(model)
     inputs = Preprocessing(np.array(128.0), 64.0, np.zeros((3, 3)))
     image = picture(64, 64)
     boxes = np.array([[0, 0, 64, 64]] * 5, np.float32)

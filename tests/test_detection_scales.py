@@ -8,7 +8,6 @@ from sppnet_jax.detection.scales import (
     atlas_size,
     boxes_to_atlas,
     choose_scales,
-    map_size_of,
     scale_factors,
     share_windows,
     stack_maps,
@@ -81,36 +80,6 @@ def test_a_window_is_the_one_that_a_search_over_the_centres_finds(rule, sizes):
         )
         expected = [top + rows[0], columns[0], top + rows[1] + 1, columns[1] + 1]
         assert window.tolist() == expected, (box, scale)
-
-
-@pytest.mark.parametrize("rule", ["paper", "closest"])
-def test_edges_on_and_halfway_between_centres_are_exact(rule):
-    """Whole pixels at factor 1, where the search has no rounding errors either."""
-    ends = np.arange(-8, 130, 2.0)
-    starts = np.tile([2.0, 14.0, 22.0, 30.0], len(ends))[: len(ends)]
-    starts, stops = np.minimum(starts, ends), np.maximum(starts, ends)
-    boxes = np.stack([starts, starts, stops, stops], axis=1)
-    found = boxes_to_atlas(boxes, IMAGE, [IMAGE], GEOMETRY, area=1.0, rule=rule)
-    rows, columns = map_size_of(IMAGE, GEOMETRY)
-    for box, window in zip(boxes, found, strict=True):
-        vertical = search_span(box[0], box[2], GEOMETRY, rows, rule)
-        horizontal = search_span(box[1], box[3], GEOMETRY, columns, rule)
-        first, last = zip(vertical, horizontal, strict=True)
-        assert window.tolist() == [*first, *(unit + 1 for unit in last)]
-
-
-@pytest.mark.parametrize("rule", ["paper", "closest"])
-def test_no_window_is_empty_or_leaves_the_map_of_its_scale(rule):
-    boxes = np.concatenate([random_boxes(2000, seed=2), [[-1e6, -1e6, 1e6, 1e6]]])
-    found = boxes_to_atlas(boxes, IMAGE, SIZES, GEOMETRY, area=64.0**2, rule=rule)
-    scales = choose_scales(boxes, scale_factors(IMAGE, SIZES), 64.0**2)
-    map_sizes = np.array([map_size_of(size, GEOMETRY) for size in SIZES])
-    tops = np.concatenate([[0], np.cumsum(map_sizes[:, 0])])
-    assert (found[:, :2] < found[:, 2:]).all()
-    assert (found[:, 0] >= tops[scales]).all()
-    assert (found[:, 2] <= tops[scales + 1]).all()
-    assert (found[:, 1] >= 0).all()
-    assert (found[:, 3] <= map_sizes[scales, 1]).all()
 
 
 def test_no_boxes_have_no_windows():

@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import psutil
 import pytest
-from data_helpers import encode, make_source, picture, write_class_folders
+from data_helpers import make_source, write_class_folders
+from network_helpers import drawn_params
 
 from sppnet_jax.classification.feature_files import load_features, save_features
 from sppnet_jax.classification.layer_features import (
@@ -18,7 +19,7 @@ from sppnet_jax.classification.layer_features import (
     layer_names,
 )
 from sppnet_jax.data import images
-from sppnet_jax.data.sources import Source, open_source
+from sppnet_jax.data.sources import open_source
 from sppnet_jax.network.model import create_model
 from sppnet_jax.network.preprocess import Preprocessing
 from sppnet_jax.network.trained import as_network
@@ -35,17 +36,8 @@ PLAIN = MEAN._replace(mean=np.float32(128))
 
 def make_network(levels=(3, 2, 1), size=SIZE):
     """A narrow ZF-5 whose biases aren't zero, so padding that leaked would show."""
-    model = create_model(
-        "zf5", levels, 5, width=0.04, image_size=size, weight_init="he"
-    )
-    inputs = jnp.zeros((1, size, size, 3))
-    params = jax.jit(model.init)(jax.random.key(0), inputs)["params"]
-    rng = np.random.default_rng(1)
-    params = jax.tree.map(
-        lambda x: rng.normal(0, 0.3, x.shape).astype(np.float32) if x.ndim == 1 else x,
-        params,
-    )
-    return model, params
+    model = create_model("zf5", levels, 5, width=0.04, image_size=size)
+    return model, drawn_params(model)
 
 
 @pytest.fixture(scope="module")
@@ -56,13 +48,7 @@ def network():
 def varied_source(broken=()):
     """Seven images, landscape and portrait, whose records have no order of sizes."""
     shapes = [(40, 60), (70, 35), (33, 33), (90, 45), (38, 41), (36, 90), (50, 50)]
-    records = []
-    for number, shape in enumerate(shapes):
-        encoded = encode(picture(*shape, seed=number))
-        if number in broken:
-            encoded = encoded[: len(encoded) // 2]
-        records.append({"image": encoded, "label": number % 3, "name": f"{number}.png"})
-    return Source(records, ("red", "green", "blue"), "memory", "test")
+    return make_source(shapes, broken)
 
 
 def extract(network, source, **options):
@@ -190,13 +176,13 @@ def test_a_broken_image_is_left_out_and_the_others_keep_their_order(
     features = extract(network, varied_source(broken=(2, 5)), mode=mode)
     kept = [0, 1, 3, 4, 6]
     assert features.indices.tolist() == kept
-    assert features.names == tuple(f"{number}.png" for number in kept)
+    assert features.names == tuple(f"picture_{number}.png" for number in kept)
     assert features.labels.tolist() == [number % 3 for number in kept]
     assert features.labels.dtype == features.indices.dtype == np.int32
     assert features.broken == 2
     np.testing.assert_allclose(features.values, whole.values[kept], atol=1e-5)
     assert "2.png: truncated" in caplog.text
-    with pytest.raises(ValueError, match=r"broken image '2\.png'"):
+    with pytest.raises(ValueError, match=r"broken image 'picture_2\.png'"):
         extract(network, varied_source(broken=(2, 5)), mode=mode, strict=True)
 
 
@@ -258,30 +244,6 @@ def test_another_kind_of_file_is_no_file_of_features(tmp_path):
         load_features(tmp_path / "absent.npz")
 
 
-def test_a_data_set_of_several_labels_says_how_to_get_its_features(digit_scenes_dir):
-    with pytest.raises(ValueError, match=r"sppnet_jax\.features --multi_label"):
-        open_source("digit_scenes/detection", "test", data_dir=digit_scenes_dir)
-
-
-@pytest.fixture(scope="module")
-def digits_run(command_line, digit_scenes_dir, tmp_path_factory):
-    """A network of one step."""
-    workdir = tmp_path_factory.mktemp("digits")
-    command_line(
-        "train",
-        "--config=configs/digits.py",
-        f"--workdir={workdir}",
-        "--config.model.width=0.02",
-        "--config.data.image_size=32",
-        "--config.data.resize_side=36",
-        "--config.data.train_split=train[:16]",
-        "--config.data.validation_split=test[:8]",
-        "--config.batch_size=8",
-        "--config.max_steps=1",
-    )
-    return workdir
-
-
 def test_the_command_line_writes_features_with_their_provenance(
     digits_run, command_line
 ):
@@ -302,7 +264,7 @@ def test_the_command_line_writes_features_with_their_provenance(
     config = json.loads((digits_run / "config.json").read_text())
     for name, value in {
         "workdir": str(digits_run),
-        "checkpoint_step": 1,
+        "checkpoint_step": 3,
         "layer": "fc7",
         "mode": "full",
         "side": 36,
@@ -316,7 +278,7 @@ def test_the_command_line_writes_features_with_their_provenance(
         "config": config,
     }.items():
         assert provenance[name] == value, name
-    assert provenance["trained_on"].startswith("16 images of digit_scenes")
+    assert provenance["trained_on"].startswith("11504 images of digit_scenes")
     assert provenance["version"]
     assert provenance["date"][:2] == "20"
 

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from network_helpers import drawn_params
 
 from sppnet_jax.detection import finetune as finetuning
 from sppnet_jax.detection.examples import Examples
@@ -44,15 +45,7 @@ def network(dropout=0.0):
     made = functools.partial(
         create_model, "zf5", (1,), width=1 / 64, image_size=32, dropout=dropout
     )
-    images = jnp.zeros((1, 32, 32, 3))
-    shapes = jax.eval_shape(made(7).init, jax.random.key(0), images)["params"]
-    rng = np.random.default_rng(0)
-
-    def draw(leaf):
-        spread = np.sqrt(2 / max(1, np.prod(leaf.shape[:-1])))
-        return rng.normal(0, spread, leaf.shape).astype(np.float32)
-
-    return made(CLASSES + 1), jax.tree.map(draw, shapes)
+    return made(CLASSES + 1), drawn_params(made(7))
 
 
 MODEL, PARAMS = network()

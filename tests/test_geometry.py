@@ -162,15 +162,6 @@ def test_cells_worked_by_hand(name, box, window):
     assert sn.boxes_to_windows([box], geometry, (9, 9)).tolist() == [list(window)]
 
 
-def test_windows_of_boxes_are_accepted_by_window_pyramid_pool():
-    geometry = sn.backbone_geometry("zf5")
-    boxes = some_boxes("around the image", geometry.stride, geometry.center)
-    features = np.zeros((geometry.map_size(600), geometry.map_size(800), 1))
-    windows = sn.boxes_to_windows(boxes, geometry, features.shape[:2])
-    pooled = sn.window_pyramid_pool(features.astype(np.float32), windows, (2, 1))
-    assert pooled.shape == (150, 5, 1)
-
-
 @pytest.mark.parametrize("rule", RULES)
 def test_no_boxes_give_no_windows(rule):
     geometry = sn.backbone_geometry("zf5")

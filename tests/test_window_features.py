@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from data_helpers import encode, picture
+from network_helpers import drawn_params
 from test_geometry import search_span
 from test_spp import loop_pool
 
@@ -53,17 +54,8 @@ SCALES = (64, 110)
 
 
 def network(levels=LEVELS):
-    """A network and random weights, drawn without compiling anything."""
-    model = create_model(*("zf5", levels, 4), width=1 / 32, image_size=SIDE)
-    images = jnp.zeros((1, SIDE, SIDE, 3))
-    shapes = jax.eval_shape(model.init, jax.random.key(0), images)["params"]
-    rng = np.random.default_rng(0)
-
-    def draw(leaf):
-        spread = np.sqrt(2 / max(1, np.prod(leaf.shape[:-1])))
-        return rng.normal(0, spread, leaf.shape).astype(np.float32)
-
-    return model, jax.tree.map(draw, shapes)
+    model = create_model("zf5", levels, 4, width=1 / 32, image_size=SIDE)
+    return model, drawn_params(model)
 
 
 MODEL, PARAMS = network()
