@@ -145,6 +145,12 @@ def report(base, trained):
     return evaluate_detectors([trained], settings=small_config(base))
 
 
+@pytest.fixture
+def copy(trained, tmp_path):
+    """A detector to change."""
+    return shutil.copytree(trained, tmp_path / "copy")
+
+
 @pytest.fixture(autouse=True)
 def log(caplog):
     caplog.set_level(logging.INFO, logger="sppnet_jax")
@@ -198,13 +204,11 @@ def test_no_image_is_in_both_of_the_default_splits(
 
 @pytest.mark.parametrize(("split", "seen", "count"), [("mixed", 2, 5), ("test", 0, 6)])
 def test_tested_images_that_were_trained_on_are_counted(
-    split, seen, count, base, trained, tmp_path, log
+    split, seen, count, base, copy, log
 ):
-    workdir = tmp_path / "copy"
-    shutil.copytree(trained, workdir)
     config = small_config(base, **{"data.test_split": split})
-    assert evaluate_detectors([workdir], settings=config)["trained_on"] == seen
-    stored = json.loads((workdir / "test/results.json").read_text())
+    assert evaluate_detectors([copy], settings=config)["trained_on"] == seen
+    stored = json.loads((copy / "test/results.json").read_text())
     assert (stored["trained_on"], stored["images"]) == (seen, count)
     told = f"{seen} of the {count} images to test on were trained on"
     assert (told in log.text) == bool(seen)
@@ -304,19 +308,17 @@ def test_training_again_does_nothing_again(base, trained, log):
     ],
 )
 def test_a_changed_setting_redoes_what_depends_on_it_and_says_why(
-    setting, value, redone, why, base, trained, tmp_path, log
+    setting, value, redone, why, base, copy, log
 ):
-    shutil.copytree(trained, tmp_path / "copy")
-    train(base, tmp_path / "copy", **{setting: value})
+    train(base, copy, **{setting: value})
     done = {name for name, what in stages_of(log).items() if what == "is done"}
     assert done == {"network", "finetune", "svm", "regression"} - redone
     assert why in log.text
 
 
 def test_a_changed_annotation_redoes_the_stages_but_no_map(
-    base, trained, tmp_path, monkeypatch, log
+    base, copy, tmp_path, monkeypatch, log
 ):
-    shutil.copytree(trained, tmp_path / "copy")
     shutil.copytree(base / "voc", tmp_path / "voc")
     path = tmp_path / "voc/Annotations/a02.xml"
     text = path.read_text()
@@ -327,7 +329,7 @@ def test_a_changed_annotation_redoes_the_stages_but_no_map(
         raise AssertionError("a map is computed")
 
     monkeypatch.setattr(maps, "map_whole_images", refuse)
-    train(base, tmp_path / "copy", **{"data.root": str(tmp_path / "voc")})
+    train(base, copy, **{"data.root": str(tmp_path / "voc")})
     told = stages_of(log)
     assert told.pop("network") == "is done"
     assert told.keys() == {"finetune", "svm", "regression"}
@@ -338,17 +340,15 @@ def test_a_changed_annotation_redoes_the_stages_but_no_map(
     assert not any("images was " in reason for reason in reasons)
 
 
-def test_a_stage_that_the_last_training_left_out_is_not_used(base, trained, tmp_path):
+def test_a_stage_that_the_last_training_left_out_is_not_used(base, copy):
     """The SVMs in the folder are of another fine-tuning than the one beside them."""
-    workdir = tmp_path / "copy"
-    shutil.copytree(trained, workdir)
     changes = {"finetune.steps": 4, "regression.enabled": False}
-    config = train(base, workdir, scorer="softmax", **changes)
-    assert (workdir / "svm/svm.npz").exists()
-    evaluate_detectors([workdir], settings=config)
+    config = train(base, copy, scorer="softmax", **changes)
+    assert (copy / "svm/svm.npz").exists()
+    evaluate_detectors([copy], settings=config)
     asked = small_config(base, **changes)
     with pytest.raises(FileNotFoundError, match="left out the stage 'svm'"):
-        evaluate_detectors([workdir], settings=asked)
+        evaluate_detectors([copy], settings=asked)
 
 
 @pytest.mark.parametrize(
@@ -362,12 +362,11 @@ def test_a_stage_that_the_last_training_left_out_is_not_used(base, trained, tmp_
     ],
 )
 def test_a_training_that_cannot_begin_leaves_the_finished_detector(
-    changes, message, base, trained, report, tmp_path
+    changes, message, base, copy, report, tmp_path
 ):
-    workdir, places = tmp_path / "copy", ("data.root", "network", "proposals.file")
-    shutil.copytree(trained, workdir)
+    places = ("data.root", "network", "proposals.file")
     if changes.get("network") == "gone":
-        copied_from(workdir, tmp_path / "gone")
+        copied_from(copy, tmp_path / "gone")
     shutil.copytree(base / "classifier", tmp_path / "torn")
     (tmp_path / "torn/data.json").unlink()
     given = {
@@ -375,8 +374,8 @@ def test_a_training_that_cannot_begin_leaves_the_finished_detector(
         for name, value in changes.items()
     }
     with pytest.raises((ValueError, FileNotFoundError), match=message):
-        train(base, workdir, **given)
-    again = evaluate_detectors([workdir])
+        train(base, copy, **given)
+    again = evaluate_detectors([copy])
     assert again["classes"] == report["classes"]
 
 
@@ -437,13 +436,12 @@ def copied_from(workdir, origin):
     stage.write_text(json.dumps(record))
 
 
-def test_the_folder_is_enough_when_the_classifier_is_gone(base, trained, tmp_path, log):
-    shutil.copytree(trained, tmp_path / "copy")
-    copied_from(tmp_path / "copy", tmp_path / "gone")
+def test_the_folder_is_enough_when_the_classifier_is_gone(base, copy, tmp_path, log):
+    copied_from(copy, tmp_path / "gone")
     with pytest.raises(FileNotFoundError, match="another, holds no trained classifier"):
-        train(base, tmp_path / "copy", network=str(tmp_path / "another"))
-    for network in (tmp_path / "gone", tmp_path / "copy/network"):
-        train(base, tmp_path / "copy", network=str(network))
+        train(base, copy, network=str(tmp_path / "another"))
+    for network in (tmp_path / "gone", copy / "network"):
+        train(base, copy, network=str(network))
     assert "going on with the copy of it" in log.text
     assert set(stages_of(log).values()) == {"is done"}
 
@@ -541,22 +539,19 @@ def test_killed_in_every_stage_it_ends_as_if_it_had_never_been(
             np.testing.assert_array_equal(after.arrays[name][key], array)
 
 
-def test_a_detector_whose_training_has_not_ended_is_not_tested(
-    base, trained, tmp_path, monkeypatch
-):
+def test_a_detector_whose_training_has_not_ended_is_not_tested(base, copy, monkeypatch):
     """Its stages are done, but those of other settings than its config's."""
-    shutil.copytree(trained, tmp_path / "copy")
 
     def die(*_, **__):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(split_features, "convolve_split", die)
     with pytest.raises(KeyboardInterrupt):
-        train(base, tmp_path / "copy", scales=(90,))
+        train(base, copy, scales=(90,))
     monkeypatch.undo()
-    config = detector_settings(tmp_path / "copy")
+    config = detector_settings(copy)
     with pytest.raises(FileNotFoundError, match="has not come to its end"):
-        evaluate_detectors([tmp_path / "copy"], settings=config)
+        evaluate_detectors([copy], settings=config)
 
 
 @pytest.fixture(scope="module")
@@ -616,11 +611,9 @@ def test_what_is_said_of_a_test_is_said_to_every_detector(base, trained, report)
     assert twice["classes"] == alone["classes"] != report["classes"]
 
 
-def test_scores_of_different_kinds_are_not_combined(base, trained, tmp_path):
-    other = tmp_path / "copy"
-    shutil.copytree(trained, other)
-    run_folder.save_config(other, plain(small_config(base, scorer="softmax")))
-    for pair in ([trained, other], [other, trained]):
+def test_scores_of_different_kinds_are_not_combined(base, trained, copy):
+    run_folder.save_config(copy, plain(small_config(base, scorer="softmax")))
+    for pair in ([trained, copy], [copy, trained]):
         config = detector_settings(pair[0])
         with pytest.raises(ValueError, match="some score by SVMs, others by softmax"):
             evaluate_detectors(pair, settings=config)

@@ -10,7 +10,6 @@ from data_helpers import (
     make_source,
     voc_object,
     voc_xml,
-    write_class_folders,
     write_voc_folder,
 )
 from mock_imagenet import prepare_mock_imagenet
@@ -98,11 +97,6 @@ def test_other_pixels_keep_the_precision_of_float32():
         assert (found != np.round(found))[fractional].all()
 
 
-def test_rows_go_with_the_height_and_columns_with_the_width():
-    found = recover_pixels(np.array([[0.5, 0.5, 1, 1]], np.float32), (10, 30))
-    assert found.tolist() == [[5, 15, 10, 30]]
-
-
 def test_digit_scenes_are_the_default(digit_scenes_dir):
     source = open_detection_source("digit_scenes/detection", "test[:50]")
     assert source.class_names == tuple("0123456789")
@@ -167,12 +161,6 @@ def test_a_data_set_that_has_no_boxes_says_so(tmp_path, dataset, message):
     prepare_mock_imagenet(str(tmp_path), 2, 2)
     with pytest.raises(ValueError, match=message):
         open_detection_source(dataset, "train", data_dir=str(tmp_path))
-
-
-def test_a_folder_of_class_folders_is_no_voc_folder(tmp_path):
-    write_class_folders(tmp_path / "pets", 5)
-    with pytest.raises(ValueError, match="has no folder JPEGImages"):
-        open_detection_source("voc_folder", "train", root=str(tmp_path / "pets"))
 
 
 def test_an_image_without_a_size_names_its_record(tmp_path, monkeypatch):

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from data_helpers import overlap
+from test_boxes import greedy
 
 from sppnet_jax.detection.detector import Scored, Suppression, suppress
 from sppnet_jax.detection.hard_negatives import NEVER
@@ -23,11 +23,8 @@ def plain_suppress(boxes, scores, threshold, most):
     """The (label, score, *box) that the greedy loop leaves of each class."""
     found = set()
     for label in range(CLASSES):
-        kept = []
-        for row in sorted(range(len(boxes)), key=lambda row: -scores[row, label]):
-            others = (boxes[other, label] for other in kept)
-            if all(overlap(boxes[row, label], box) <= threshold for box in others):
-                kept.append(row)
+        kept = np.flatnonzero(greedy(boxes[:, label], scores[:, label], threshold))
+        kept = sorted(kept, key=lambda row, label=label: -scores[row, label])
         for row in kept[:most]:
             box = boxes[row, label].tolist()
             found.add((label, float(scores[row, label]), *box))

@@ -242,6 +242,9 @@ def test_a_root_that_is_a_file_is_an_error(tmp_path):
         scan_folder(tmp_path / "pets.zip")
 
 
+TRAIN = ["train/cat/a.png", "train/dog/a.png"]
+
+
 @pytest.mark.parametrize(
     ("paths", "empty", "message"),
     [
@@ -249,35 +252,15 @@ def test_a_root_that_is_a_file_is_an_error(tmp_path):
         (["a.png", "b.png"], [], "2 images that are in no class folder.*Expected"),
         (["cat/a.png"], ["dog"], "class folder '.*/dog' holds no images"),
         (["cat/a.png", "cat/b.png"], [], "only one class, 'cat'"),
-        (
-            ["pets/cat/a.png", "pets/dog/a.png"],
-            [],
-            "only one class.*Did you mean .*/pets",
-        ),
-        (
-            ["train/cat/a.png", "train/dog/a.png"],
-            ["val"],
-            "split folder '.*val' is empty",
-        ),
-        (
-            ["train/cat/a.png", "train/dog/a.png"],
-            ["test/cat"],
-            "test/cat' holds no images",
-        ),
-        (
-            ["train/cat/a.png", "train/dog/a.png", "test/cow/a.png"],
-            [],
-            r"test split .* classes that train lacks: \['cow'\]",
-        ),
+        (["pets/cat/a.png", "pets/dog/a.png"], [], "only one class.*mean .*/pets"),
+        (TRAIN, ["val"], "split folder '.*val' is empty"),
+        (TRAIN, ["test/cat"], "test/cat' holds no images"),
+        ([*TRAIN, "test/cow/a.png"], [], r"classes that train lacks: \['cow'\]"),
         (["test/cat/a.png", "test/dog/a.png"], [], "none named 'train'"),
         (["train/a.png", "val/b.png"], [], "train' holds images, but no class folders"),
+        ([*TRAIN, "test/a.png"], [], "'test' holds images that are in no class folder"),
         (
-            ["train/cat/a.png", "train/dog/a.png", "test/a.png"],
-            [],
-            "beside them 'test' holds images that are in no class folder",
-        ),
-        (
-            ["train/cat/a.png", "train/dog/a.png", "val/cat/a.png", "valid/cat/a.png"],
+            [*TRAIN, "val/cat/a.png", "valid/cat/a.png"],
             [],
             "two folders for the validation split, 'val' and 'valid'",
         ),

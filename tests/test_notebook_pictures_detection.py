@@ -224,47 +224,39 @@ def test_each_scene_has_its_own_boxes():
         np.testing.assert_allclose(frames(panel), [*truth, *one.boxes[::-1]])
 
 
-def refused(image):
-    features, boxes = some_map(image), some_boxes(3)
-    scores, window = np.zeros((3, 2)), np.array([0, 0, 2, 2])
-    return {
-        "proposals must be float [N, 4]": lambda: plot_proposals(
-            image, np.zeros((0, 4)), boxes
-        ),
-        "objects must be float [N, 4]": lambda: plot_proposals(
-            image, boxes, np.zeros((0, 4))
-        ),
-        "image must be uint8": lambda: plot_proposals(image / 255.0, boxes, boxes),
-        "has a map of 9×14, but the features are 8×14": lambda: plot_channels(
-            image, features[1:], GEOMETRY
-        ),
-        "channels must be 1 to 5, got 6": lambda: plot_channels(
-            image, features, GEOMETRY
-        ),
-        "features must be one map": lambda: plot_pyramid(features[0], window, LEVELS),
-        "window 0, [0, 0, 99, 2], must": lambda: plot_pyramid(
-            features, np.array([0, 0, 99, 2]), LEVELS
-        ),
-        "windows must be int [N, 4]": lambda: plot_pyramid(
-            features, window * 1.0, LEVELS
-        ),
-        "3 boxes have 1 windows": lambda: plot_windows(
-            [image], [features], boxes, window[None], SIZE, GEOMETRY
-        ),
-        "1 images have 2 maps": lambda: plot_windows(
-            [image], [features] * 2, boxes, window[None], SIZE, GEOMETRY
-        ),
-        "the same shape": lambda: plot_agreement(scores, scores[1:], ("a", "b")),
-        "scores must be [3, 1]": lambda: plot_scores(image, boxes, scores, ["x"]),
-        "classes must be 1 to 2, got 4": lambda: plot_scores(
-            image, boxes, scores, ["x", "y"]
-        ),
-        "got 2, 0 and 2": lambda: plot_scenes([image] * 2, [], [boxes] * 2, ["x"]),
-        "no detections to draw": lambda: plot_found(image, {}, ["x"]),
-    }
+IMAGE, BOXES, NONE = picture(*SIZE), some_boxes(3), np.zeros((0, 4))
+MAP, WINDOW, SCORES = some_map(IMAGE), np.array([0, 0, 2, 2]), np.zeros((3, 2))
+TO_SHOW = BOXES, WINDOW[None], SIZE, GEOMETRY
 
 
-@pytest.mark.parametrize("message", refused(picture(*SIZE)))
-def test_what_does_not_fit_is_refused(message):
+@pytest.mark.parametrize(
+    ("draw", "arguments", "message"),
+    [
+        (plot_proposals, (IMAGE, NONE, BOXES), "proposals must be float [N, 4]"),
+        (plot_proposals, (IMAGE, BOXES, NONE), "objects must be float [N, 4]"),
+        (plot_proposals, (IMAGE / 255.0, BOXES, BOXES), "image must be uint8"),
+        (
+            plot_channels,
+            (IMAGE, MAP[1:], GEOMETRY),
+            "has a map of 9×14, but the features are 8×14",
+        ),
+        (plot_channels, (IMAGE, MAP, GEOMETRY), "channels must be 1 to 5, got 6"),
+        (plot_pyramid, (MAP[0], WINDOW, LEVELS), "features must be one map"),
+        (plot_pyramid, (MAP, WINDOW * 49.5, LEVELS), "windows must be int [N, 4]"),
+        (
+            plot_pyramid,
+            (MAP, np.array([0, 0, 99, 2]), LEVELS),
+            "window 0, [0, 0, 99, 2], must",
+        ),
+        (plot_windows, ([IMAGE], [MAP], *TO_SHOW), "3 boxes have 1 windows"),
+        (plot_windows, ([IMAGE], [MAP] * 2, *TO_SHOW), "1 images have 2 maps"),
+        (plot_agreement, (SCORES, SCORES[1:], ("a", "b")), "the same shape"),
+        (plot_scores, (IMAGE, BOXES, SCORES, ["x"]), "scores must be [3, 1]"),
+        (plot_scores, (IMAGE, BOXES, SCORES, ["x", "y"]), "must be 1 to 2, got 4"),
+        (plot_scenes, ([IMAGE] * 2, [], [BOXES] * 2, ["x"]), "got 2, 0 and 2"),
+        (plot_found, (IMAGE, {}, ["x"]), "no detections to draw"),
+    ],
+)
+def test_what_does_not_fit_is_refused(draw, arguments, message):
     with pytest.raises(ValueError, match=re.escape(message)):
-        refused(picture(*SIZE))[message]()
+        draw(*arguments)

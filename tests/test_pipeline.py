@@ -293,19 +293,13 @@ def test_a_broken_whole_image_is_masked_reported_or_an_error_if_strict(caplog):
         read_whole(source, strict=True)
 
 
-def test_several_labels_come_with_the_whole_image():
+def test_several_labels_come_with_whole_images_and_crops():
     source = make_multi_label_source(7, broken=(4,))
     labels = np.stack([record["labels"] for record in source.records])
     examples = read_whole(source)
     np.testing.assert_array_equal([example["label"] for example in examples], labels)
-    assert examples[0]["label"].dtype == np.int8
-
-
-def test_several_labels_come_with_the_crops():
-    source = make_multi_label_source(7, broken=(4,))
-    labels = np.stack([record["labels"] for record in source.records])
     batches = evaluate(source)
-    assert batches[1]["label"].dtype == np.int8
+    assert examples[0]["label"].dtype == batches[1]["label"].dtype == np.int8
     seen = np.concatenate([batch["label"] for batch in batches])
     np.testing.assert_array_equal(seen, [*labels, [0, 0, 0]])
 

@@ -34,17 +34,12 @@ def test_imagenet_opens_without_tensorflow(imagenet_dir):
     )
 
 
-def test_a_version_may_be_named(imagenet_dir):
-    source = open_source("imagenet2012:5.1.0", "train", data_dir=imagenet_dir)
-    assert len(source.records) == 32
-
-
 @pytest.mark.parametrize(
     ("split", "count"),
     [("train[:50%]", 16), ("train[10:]", 22), ("train+validation", 44)],
 )
-def test_tfds_slices_work(imagenet_dir, split, count):
-    source = open_source("imagenet2012", split, data_dir=imagenet_dir)
+def test_slices_of_tfds_and_a_version_may_be_named(imagenet_dir, split, count):
+    source = open_source("imagenet2012:5.1.0", split, data_dir=imagenet_dir)
     assert len(source.records) == count
     assert source.split == split
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from data_helpers import encode, picture
+from data_helpers import encode, picture, write_class_folders
 
 from sppnet_jax.data import statistics
 from sppnet_jax.data.images import crop, decode_image, resize_shorter_side
@@ -16,12 +16,7 @@ SIZES = {"image_size": 16, "resize_side": 18}
 
 @pytest.fixture
 def folder(tmp_path):
-    for kind in ("a", "b"):
-        (tmp_path / "images" / kind).mkdir(parents=True)
-        for number in range(10):
-            image = picture(20 + number, 24, seed=number)
-            path = tmp_path / "images" / kind / f"{number}.png"
-            path.write_bytes(encode(image))
+    write_class_folders(tmp_path / "images", 10, "a b")
     return tmp_path / "images"
 
 

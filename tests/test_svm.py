@@ -1,7 +1,6 @@
 """SVMs on features are tested as Caltech101 and VOC 2007 have it."""
 
 import json
-import logging
 import math
 
 import numpy as np
@@ -168,24 +167,6 @@ def test_a_class_with_too_few_images_is_named():
         ValueError, match=r"31 images of every class, but class 1 has 30, class 3 has 7"
     ):
         caltech_protocol(features, labels)
-
-
-def test_separable_labels_have_perfect_precision(caplog):
-    caplog.set_level(logging.WARNING)
-    rng = np.random.default_rng(0)
-    labels = np.where(rng.random((200, 4)) < 0.4, 1, -1).astype(np.int8)
-    present = labels == 1
-    noise = 0.02 * rng.normal(size=(200, 10))
-    features = present @ np.eye(4, 10) + noise
-    features[:, 9] += 1  # so that an image without a class isn't only noise
-    result = multi_label_protocol(
-        features[:120], labels[:120], features[120:], labels[120:], C=100.0
-    )
-    assert result["mean_average_precision"] == 1.0
-    assert result["average_precision"] == [1.0] * 4
-    assert (result["train_images"], result["test_images"]) == (120, 80)
-    assert not caplog.records
-    json.dumps(result)
 
 
 def test_the_protocol_is_its_parts():
