@@ -228,9 +228,3 @@ def test_roi_pool_is_given_our_windows():
     theirs = windows._roi_pool(found, features, boxes, case.levels)()
     ours = windows.window_pyramid_pool(features, boxes, case.levels)
     np.testing.assert_array_equal(windows._as_numpy(theirs), ours)
-
-
-def test_peers_are_modules_by_name():
-    found, notes = peers.find_peers("json", "no_such_peer")
-    assert list(found) == ["json"]
-    assert "no_such_peer can't be imported" in notes[0]

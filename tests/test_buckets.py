@@ -137,11 +137,8 @@ def test_padding_waste_is_the_share_of_padding_among_padded_pixels():
     assert padding_waste([(10, 10)] * 3 + [(10, 20)], [(10, 20)]) == 0.375
 
 
-@pytest.mark.parametrize("count", [500, 5000])
-def test_hundreds_of_wild_sizes_take_seconds_and_the_log_says_it_searched(
-    count, caplog
-):
-    sizes = wild(np.random.default_rng(1), count)
+def test_thousands_of_wild_sizes_take_seconds_and_the_log_says_it_searched(caplog):
+    sizes = wild(np.random.default_rng(1), 5000)
     started = time.perf_counter()
     buckets = choose_buckets(sizes, 8)
     assert time.perf_counter() - started < 30

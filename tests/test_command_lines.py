@@ -185,24 +185,24 @@ def test_a_run_killed_at_any_moment_goes_on_with_the_same_losses(
     ]
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     command_line("train", *arguments, f"--workdir={whole}")
-    command = [sys.executable, "-m", "sppnet_jax.train", *arguments]
-    environment = {
-        **os.environ,
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
-    }
-    process = subprocess.Popen(
-        [*command, f"--workdir={killed}"],
-        cwd=REPOSITORY,
-        env=environment,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
+    process = start_training(killed, *arguments, stderr=subprocess.DEVNULL)
     wait_for_rows(killed / "metrics.jsonl", 12, process)
     process.send_signal(signal.SIGKILL)
     process.wait()
     result = command_line("train", *arguments, f"--workdir={killed}")
     assert "training goes on at step" in result.stderr
     assert losses(killed) == losses(whole)
+
+
+def start_training(workdir, *arguments, stderr):
+    """`train` with two devices, as the first process of a session."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "sppnet_jax.train", *arguments, f"--workdir={workdir}"],
+        cwd=REPOSITORY,
+        env={**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=2"},
+        stderr=stderr,
+        start_new_session=True,
+    )
 
 
 def wait_for_rows(metrics, count, process, seconds=180):
@@ -298,18 +298,11 @@ def test_an_unknown_field_in_a_config_file_is_named(command_line, tmp_path):
 def test_ctrl_c_with_worker_processes_saves_a_checkpoint(tmp_path, digit_scenes_dir):
     arguments = [
         "--config=configs/digits.py",
-        f"--workdir={tmp_path}",
         *SMALL,
         "--config.data.workers=2",
     ]
     with (tmp_path / "stderr").open("w") as stderr:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "sppnet_jax.train", *arguments],
-            cwd=REPOSITORY,
-            env={**os.environ, "XLA_FLAGS": ""},
-            stderr=stderr,
-            start_new_session=True,
-        )
+        process = start_training(tmp_path, *arguments, stderr=stderr)
         wait_for_rows(tmp_path / "metrics.jsonl", 20, process)
         os.killpg(process.pid, signal.SIGINT)  # as a terminal does
         assert process.wait(timeout=60) == 1

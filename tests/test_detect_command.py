@@ -12,6 +12,7 @@ import textwrap
 from pathlib import Path
 
 import cv2
+import jax
 import numpy as np
 import pytest
 
@@ -42,6 +43,7 @@ from sppnet_jax.detection.trained_detector import (
 from sppnet_jax.detection.window_features import make_program
 from sppnet_jax.network.trained import load_network
 from sppnet_jax.run import run_folder
+from sppnet_jax.run.files import read_arrays
 from sppnet_jax.run.settings import plain, read
 from tests.conftest import REPOSITORY
 from tests.data_helpers import encode, voc_object, voc_xml, write_voc_folder
@@ -400,9 +402,7 @@ def test_a_class_without_objects_to_train_on_is_never_detected(base, tmp_path, l
     assert square["ap_area"] == 0
 
 
-def test_scores_are_those_of_the_svms_as_they_were_trained(
-    base, trained, tmp_path, monkeypatch
-):
+def test_scores_are_those_of_the_svms_as_they_were_trained(base, copy, monkeypatch):
     """Their weights hold the scale of the features, their biases do not."""
     seen = []
     mine = learn.mine_hard_negatives
@@ -413,14 +413,13 @@ def test_scores_are_those_of_the_svms_as_they_were_trained(
         return svms, state
 
     monkeypatch.setattr(learn, "mine_hard_negatives", spy)
-    workdir = tmp_path / "copy"
-    shutil.copytree(trained, workdir, ignore=shutil.ignore_patterns("svm"))
-    config = train(base, workdir)
-    detector = load_detector(workdir, config)
-    split = open_split_of(config, "train", workdir)
+    shutil.rmtree(copy / "svm")
+    config = train(base, copy)
+    detector = load_detector(copy, config)
+    split = open_split_of(config, "train", copy)
     boxes = with_objects(split.objects, split.proposals)
     features, _ = split_features.split_features(
-        config, detector.network, split, boxes, workdir
+        config, detector.network, split, boxes, copy
     )
     program = make_program(features, detector.head)
     scored = score_boxes(features, program, detector.weights, 0, SIZE, len(CLASSES))
@@ -446,16 +445,10 @@ def test_the_folder_is_enough_when_the_classifier_is_gone(base, copy, tmp_path, 
     assert set(stages_of(log).values()) == {"is done"}
 
 
-class Reports:
+def report_and_arrays(workdir, report):
     """What a detector's folder holds, but for seconds and its own name."""
-
-    def __init__(self, workdir, report):
-        kept = set(report) - {"seconds", "workdirs"}
-        self.report = {name: report[name] for name in kept}
-        self.arrays = {}
-        for path in sorted(workdir.glob("*/*.npz")):
-            with np.load(path) as arrays:
-                self.arrays[path.name] = dict(arrays)
+    kept = {name: report[name] for name in set(report) - {"seconds", "workdirs"}}
+    return kept, {path.name: read_arrays(path) for path in workdir.glob("*/*.npz")}
 
 
 KILLERS = {
@@ -531,12 +524,11 @@ def test_killed_in_every_stage_it_ends_as_if_it_had_never_been(
     train(base, workdir, **changes)
     assert "mining goes on after round 0" in log.text
     again = evaluate_detectors([workdir], settings=config)
-    before, after = Reports(trained, report), Reports(workdir, again)
-    assert after.report == before.report
-    assert after.arrays.keys() == before.arrays.keys() == {"svm.npz", "regression.npz"}
-    for name, arrays in before.arrays.items():
-        for key, array in arrays.items():
-            np.testing.assert_array_equal(after.arrays[name][key], array)
+    before, arrays = report_and_arrays(trained, report)
+    after, arrays_after = report_and_arrays(workdir, again)
+    assert after == before
+    assert arrays.keys() == {"svm.npz", "regression.npz"}
+    jax.tree.map(np.testing.assert_array_equal, arrays_after, arrays)
 
 
 def test_a_detector_whose_training_has_not_ended_is_not_tested(base, copy, monkeypatch):

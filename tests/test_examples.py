@@ -106,19 +106,14 @@ def test_box_regression_pairs_boxes_as_a_loop_does(seed):
     assert set(own) <= set(rows.tolist())
 
 
-def test_an_image_without_objects_has_no_examples():
-    boxes, _ = random_image(0)
+def test_an_image_without_objects_or_boxes_has_no_examples():
+    boxes, objects = random_image(0)
     none = Objects(np.zeros((0, 4)), np.zeros(0, int), np.zeros(0, bool))
     assert all(not len(part) for part in finetuning_examples(boxes, none))
     rows, targets, labels = regression_examples(boxes, none)
     assert (rows.shape, targets.shape, labels.shape) == ((0,), (0, 4), (0,))
-
-
-def test_an_image_without_boxes_has_no_examples():
-    _, objects = random_image(0)
-    none = np.zeros((0, 4))
-    assert all(not len(part) for part in finetuning_examples(none, objects))
-    assert all(not len(part) for part in regression_examples(none, objects))
+    assert all(not len(part) for part in finetuning_examples(none.boxes, objects))
+    assert all(not len(part) for part in regression_examples(none.boxes, objects))
 
 
 def test_an_images_boxes_are_its_objects_and_then_its_proposals():

@@ -16,7 +16,6 @@ from sppnet_jax.detection.finetune import (
     Finetuning,
     draw_batch,
     finetune,
-    learning_rate,
     load_finetuned,
 )
 from sppnet_jax.detection.window_features import WindowFeatures
@@ -174,13 +173,6 @@ def test_every_image_comes_as_often_as_the_others():
         assert not seen[0] & seen[1]
     many = set(batch_of(0, images=99)[0].tolist())
     assert many == {0, 1, 3, 4}
-
-
-def test_the_learning_rate_drops_where_it_should():
-    settings = SETTINGS._replace(drop_steps=(3, 5), drop_factor=10.0)
-    rates = [learning_rate(settings, step) for step in range(7)]
-    expected = [0.01, 0.01, 0.01, 0.001, 0.001, 0.0001, 0.0001]
-    np.testing.assert_allclose(rates, expected)
 
 
 def plain_sgd(settings):

@@ -231,12 +231,9 @@ def test_a_class_may_be_called_train(tmp_path):
     assert scan_folder(tmp_path).class_names == ("bus", "car", "train")
 
 
-def test_a_missing_root_is_named(tmp_path):
+def test_a_root_that_is_missing_or_a_file_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no image folder .*nowhere.*ROOT/cat"):
         scan_folder(tmp_path / "nowhere")
-
-
-def test_a_root_that_is_a_file_is_an_error(tmp_path):
     (tmp_path / "pets.zip").write_bytes(b"")
     with pytest.raises(ValueError, match=r"pets\.zip' is a file.*unpack"):
         scan_folder(tmp_path / "pets.zip")

@@ -8,7 +8,6 @@ import pytest
 from sppnet_jax.classification.ranking import (
     ELEVEN_RECALLS,
     average_precision,
-    eleven_point_ap,
     mean_average_precision,
 )
 
@@ -27,17 +26,6 @@ def colon(start, step, stop):
 
 def test_the_eleven_recalls_are_matlabs():
     assert list(ELEVEN_RECALLS) == colon(0, 0.1, 1)
-
-
-@pytest.mark.parametrize(
-    ("tenths", "points"),
-    # Points reached by finding so many of ten: 3/10 falls short of its own.
-    [(0, 1), (1, 2), (2, 3), (3, 3), (4, 5), (5, 6), (6, 7), (7, 8), (9, 10), (10, 11)],
-)
-def test_recalls_in_tenths_reach_the_points_that_they_reach_in_matlab(tenths, points):
-    recall = np.arange(tenths + 1) / 10
-    found = eleven_point_ap(recall, np.ones(tenths + 1))
-    assert found == pytest.approx(points / 11)
 
 
 def brute_force(scores, labels, rule):

@@ -51,13 +51,6 @@ def test_the_embedded_data_set_is_prepared_where_the_environment_says(digit_scen
     assert (Path(digit_scenes_dir) / "digit_scenes/classification/1.0.0").is_dir()
 
 
-def test_a_source_can_be_sent_to_a_worker_process(imagenet_dir):
-    source = open_source("imagenet2012", "train", data_dir=imagenet_dir)
-    copy = pickle.loads(pickle.dumps(source))
-    assert copy.class_names == source.class_names
-    assert copy.records[7] == source.records[7]
-
-
 def test_a_data_set_that_is_not_prepared_says_what_to_run(tmp_path):
     with pytest.raises(FileNotFoundError) as error:
         open_source("imagenet2012", "train", data_dir=str(tmp_path))
