@@ -38,6 +38,24 @@ def digit_scenes_dir(shared_folder) -> str:
     return folder
 
 
+SMALL = [
+    "--config.model.width=0.02",
+    "--config.data.image_size=32",
+    "--config.data.resize_side=36",
+    "--config.batch_size=8",
+    "--config.log_steps=1",
+]
+
+
+@pytest.fixture(scope="session")
+def digits_run(command_line, digit_scenes_dir, tmp_path_factory) -> Path:
+    """The folder of three steps on the digit scenes, with two devices."""
+    workdir = tmp_path_factory.mktemp("digits")
+    given = ("--config=configs/digits.py", f"--workdir={workdir}", *SMALL)
+    command_line("train", *given, "--config.max_steps=3")
+    return workdir
+
+
 @pytest.fixture(scope="session")
 def command_line():
     """Runs `python -m sppnet_jax.COMMAND …` as a user would; returns the result."""

@@ -3,7 +3,6 @@
 import argparse
 import json
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -36,13 +35,12 @@ from experiments.runs import (
 from experiments.setting import detection_setting, paper_scales
 from sppnet_jax.detection.detector import layer_head
 from sppnet_jax.detection.detector_settings import DetectorSettings
-from sppnet_jax.network.model import create_model, make_model
+from sppnet_jax.network.model import create_model
 from sppnet_jax.network.preprocess import Preprocessing
-from sppnet_jax.run import run_folder, stages
-from sppnet_jax.run.checkpoints import Checkpoints
-from sppnet_jax.run.settings import plain, read
-from sppnet_jax.training.network_settings import NetworkSettings
+from sppnet_jax.run import stages
+from sppnet_jax.run.settings import read
 from tests.data_helpers import encode, picture, voc_object, voc_xml, write_voc_folder
+from tests.network_helpers import drawn_params, write_network
 
 SIZE = (72, 96)
 CLASSES = ("red", "green")
@@ -83,22 +81,12 @@ def voc(tmp_path_factory):
 @pytest.fixture(scope="module")
 def network(tmp_path_factory):
     """The workdir of a classifier that was never trained."""
-    workdir = tmp_path_factory.mktemp("network")
     config = folder.get_config()
     config.model.width = 0.02
     config.data.image_size = 64
-    config.data.root = "photos"
     config.inputs.mean = 128.0
     config.inputs.color_sigma = 0.0
-    settings = read(NetworkSettings, config.to_dict())
-    model = make_model(settings.model, 3, 64)
-    params = model.init(jax.random.key(0), jnp.zeros((1, 64, 64, 3)))["params"]
-    run_folder.save_config(workdir, plain(settings))
-    data = run_folder.TrainingData("none", "", "train", 3, ("a", "b", "c"), "")
-    run_folder.save_training_data(workdir, data)
-    with Checkpoints(workdir / run_folder.CHECKPOINTS) as checkpoints:
-        checkpoints.save(1, params=params, training={"step": np.int32(1)}, host={})
-    return workdir
+    return write_network(tmp_path_factory.mktemp("network"), config)
 
 
 @pytest.fixture(scope="module")
@@ -274,11 +262,14 @@ def test_the_paper_preset_measures_times_alone(tmp_path, monkeypatch):
     ] == [270, 49, 102]
 
 
-def test_sharing_windows_changes_no_score():
-    model = create_model("zf5", (2, 1), 3, width=0.02, image_size=64, weight_init="he")
-    params = model.init(jax.random.key(0), jnp.zeros((1, 64, 64, 3)))["params"]
+def narrow_network():
+    model = create_model("zf5", (2, 1), 3, width=0.02, image_size=64)
     inputs = Preprocessing(np.array(128.0), 64.0, np.zeros((3, 3)))
-    network = Convolutions(model, params, inputs)
+    return Convolutions(model, drawn_params(model), inputs)
+
+
+def test_sharing_windows_changes_no_score():
+    network = narrow_network()
     rng = np.random.default_rng(0)
     photos = []
     for seed, size in enumerate([(60, 80), (90, 70)]):
@@ -286,11 +277,11 @@ def test_sharing_windows_changes_no_score():
         boxes = np.concatenate([corners, corners + 30], axis=1).astype(np.float32)
         photos.append(Photo(picture(*size, seed=seed), boxes))
     windows = Windows((100, 140), 64.0**2)
-    program = detection_timing.fc_program(layer_head(model, "fc7"))
+    program = detection_timing.fc_program(layer_head(network.model, "fc7"))
     systems = []
     for name, shared in (("shared", True), ("apart", False)):
         parts = detection_timing.spp_parts(network, windows, photos, shared=shared)
-        parts["fc"] = detection_timing.fc_part(program, params)
+        parts["fc"] = detection_timing.fc_part(program, network.params)
         systems.append(System(name, parts, rounds=2))
     seconds, found = detection_timing.measure(systems, photos)
     np.testing.assert_allclose(found["shared"], found["apart"], rtol=1e-4, atol=1e-6)
@@ -306,20 +297,16 @@ def test_sharing_windows_changes_no_score():
 
 
 def test_rcnn_times_what_rcnn_computes():
-    model = create_model("zf5", (2, 1), 3, width=0.02, image_size=64, weight_init="he")
-    params = model.init(jax.random.key(0), jnp.zeros((1, 64, 64, 3)))["params"]
-    inputs = Preprocessing(np.array(128.0), 64.0, np.zeros((3, 3)))
     image = picture(64, 64)
     boxes = np.array([[0, 0, 64, 64]] * 5, np.float32)
     boxes[1:, 2:] -= np.arange(1, 5)[:, None]
-    network, photos = Convolutions(model, params, inputs), [Photo(image, boxes)]
+    network, photos = narrow_network(), [Photo(image, boxes)]
     parts = detection_timing.rcnn_parts(network, photos, context=0, batch_size=2)
-    program = detection_timing.fc_program(layer_head(model, "fc7"))
-    parts["fc"] = detection_timing.fc_part(program, params)
+    program = detection_timing.fc_program(layer_head(network.model, "fc7"))
+    parts["fc"] = detection_timing.fc_part(program, network.params)
     _, found = detection_timing.measure([System("R-CNN", parts, 1, 2)], photos)
-    _, activations = model.apply(
-        {"params": params}, jnp.array(image[None] - 128.0) / 64
-    )
+    pixels = jnp.array(image[None] - 128.0) / 64
+    _, activations = network.model.apply({"params": network.params}, pixels)
     np.testing.assert_allclose(
         found["R-CNN"][:1], activations["fc7"], rtol=1e-4, atol=1e-6
     )

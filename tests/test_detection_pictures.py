@@ -1,13 +1,9 @@
 """Pictures of a detector: what is drawn is where it should be, and inside."""
 
-from typing import Any
-
 import cv2
 import numpy as np
 import pytest
-from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 from matplotlib.transforms import Bbox
 
 from sppnet_jax.detection import pictures
@@ -25,7 +21,7 @@ from tests.data_helpers import picture
 NAMES = ["cat", "diningtable", "a class with quite a long name", "ワニ $x_"]
 
 
-def some_detections(height: int, width: int, count: int = 12, seed: int = 0) -> Shown:
+def some_detections(height, width, count=12, seed=0):
     """Boxes in and over the border of an image, some objects without a detection."""
     rng = np.random.default_rng(seed)
     middles = rng.uniform(-0.1, 1.1, (count, 2)) * [height, width]
@@ -43,16 +39,16 @@ def some_detections(height: int, width: int, count: int = 12, seed: int = 0) -> 
 
 
 @pytest.fixture
-def figures(monkeypatch: Any) -> list[Figure]:
+def figures(monkeypatch):
     """Collects what is drawn, as matplotlib holds it."""
-    kept: list[Figure] = []
+    kept = []
     save = pictures.save_figure
 
-    def canvas_of(figure: Figure) -> FigureCanvasAgg:
+    def canvas_of(figure):
         kept.append(figure)
         return FigureCanvasAgg(figure)
 
-    def save_and_keep(figure: Figure, path: Any) -> Any:
+    def save_and_keep(figure, path):
         kept.append(figure)
         return save(figure, path)
 
@@ -61,7 +57,7 @@ def figures(monkeypatch: Any) -> list[Figure]:
     return kept
 
 
-def labels(axes: Axes) -> dict[str, Bbox]:
+def labels(axes):
     """Each label's paper, in pixels of the figure."""
     return {
         text.get_text(): text.get_bbox_patch().get_window_extent()
@@ -69,15 +65,15 @@ def labels(axes: Axes) -> dict[str, Bbox]:
     }
 
 
-def drawn_truth(path: Any, *shown: Shown) -> np.ndarray:
+def drawn_truth(path, *shown):
     return cv2.imread(str(plot_detections(shown, NAMES, path / "grid.png")))
 
 
-def changed(image: np.ndarray, drawn: np.ndarray) -> np.ndarray:
+def changed(image, drawn):
     return (image != drawn).any(axis=-1)
 
 
-def test_a_box_is_drawn_along_its_outermost_pixels() -> None:
+def test_a_box_is_drawn_along_its_outermost_pixels():
     image = np.full((200, 300, 3), 128, np.uint8)
     box = np.array([[40.0, 60.0, 150.0, 220.0]])
     drawn = draw_detections(image, box, np.array([0]), np.array([0.5]), NAMES)
@@ -104,7 +100,7 @@ def test_a_box_is_drawn_along_its_outermost_pixels() -> None:
         (20.4, 30.2, 20.6, 30.3),
     ],
 )
-def test_boxes_at_and_beyond_the_border_are_drawn(box: tuple[float, ...]) -> None:
+def test_boxes_at_and_beyond_the_border_are_drawn(box):
     image = np.full((60, 80, 3), 128, np.uint8)
     boxes = np.array([box], float)
     drawn = draw_detections(image, boxes, np.array([1]), np.array([-0.5]), NAMES)
@@ -114,9 +110,7 @@ def test_boxes_at_and_beyond_the_border_are_drawn(box: tuple[float, ...]) -> Non
 
 @pytest.mark.filterwarnings("ignore:Glyph")
 @pytest.mark.parametrize("size", [(300, 400), (48, 64), (500, 40), (3, 2), (900, 1200)])
-def test_labels_lie_inside_the_image(
-    size: tuple[int, int], figures: list[Figure]
-) -> None:
+def test_labels_lie_inside_the_image(size, figures):
     drawn = draw_detections(*some_detections(*size, count=20)[:4], NAMES)
     assert drawn.shape == (*size, 3)
     (axes,) = figures[0].axes
@@ -126,7 +120,7 @@ def test_labels_lie_inside_the_image(
         assert -0.5 <= place.y0 <= place.y1 <= size[0] + 0.5
 
 
-def test_labels_avoid_each_other_where_there_is_room(figures: list[Figure]) -> None:
+def test_labels_avoid_each_other_where_there_is_room(figures):
     boxes = np.array([[100, 100, 200, 300]] * 4, float)
     draw_detections(
         picture(300, 400), boxes, np.arange(4) % 2, np.arange(4) / 10, NAMES
@@ -139,7 +133,7 @@ def test_labels_avoid_each_other_where_there_is_room(figures: list[Figure]) -> N
             assert shared is None or min(shared.size) < 1
 
 
-def test_letters_grow_with_the_image(figures: list[Figure]) -> None:
+def test_letters_grow_with_the_image(figures):
     for height in (75, 300, 3000):
         scale = height / 300
         box = np.array([[150.0, 100.0, 250.0, 300.0]]) * scale
@@ -153,7 +147,7 @@ def test_letters_grow_with_the_image(figures: list[Figure]) -> None:
     assert large == pytest.approx(3000 * middle / 300, rel=0.2)
 
 
-def test_a_name_too_long_for_the_image_keeps_its_score(figures: list[Figure]) -> None:
+def test_a_name_too_long_for_the_image_keeps_its_score(figures):
     names = ["a rather\nlong $name"]
     for width in (100, 400, 5):
         image, box = np.zeros((60, width, 3), np.uint8), np.array([[20.0, 0, 40, 5]])
@@ -166,8 +160,8 @@ def test_a_name_too_long_for_the_image_keeps_its_score(figures: list[Figure]) ->
 
 
 def test_the_truth_is_thinner_than_detections_and_named_only_if_missed(
-    tmp_path: Any, figures: list[Figure]
-) -> None:
+    tmp_path, figures
+):
     image = np.full((600, 900, 3), 128, np.uint8)
     none = np.zeros((0, 4)), np.zeros(0, int), np.zeros(0)
     box = np.array([[150.0, 150.0, 450.0, 600.0]])
@@ -205,9 +199,7 @@ def test_the_truth_is_thinner_than_detections_and_named_only_if_missed(
 @pytest.mark.parametrize(
     ("count", "columns", "lines"), [(1, 1, 1), (3, 2, 2), (7, 3, 3), (17, 4, 5)]
 )
-def test_a_grid_holds_every_image_in_its_order(
-    tmp_path: Any, count: int, columns: int, lines: int
-) -> None:
+def test_a_grid_holds_every_image_in_its_order(tmp_path, count, columns, lines):
     none = np.zeros((0, 4)), np.zeros(0, int), np.zeros(0)
     shown = [
         Shown(np.full((30 + 60 * (k % 2), 40, 3), 10 * k, np.uint8), *none)
@@ -225,16 +217,14 @@ def test_a_grid_holds_every_image_in_its_order(
 
 
 @pytest.mark.filterwarnings("ignore:Glyph")
-def test_a_grid_of_any_images_is_drawn(tmp_path: Any) -> None:
+def test_a_grid_of_any_images_is_drawn(tmp_path):
     sizes = [(60, 100), (100, 60), (9, 900), (2500, 9), (1, 1), (40, 40)]
     page = drawn_truth(tmp_path, *(some_detections(*size, count=5) for size in sizes))
     assert page.shape[1] <= 1800
 
 
 @pytest.mark.parametrize("scale", [1, 100])
-def test_a_grid_scales_boxes_with_their_image(
-    tmp_path: Any, scale: int, figures: list[Figure]
-) -> None:
+def test_a_grid_scales_boxes_with_their_image(tmp_path, scale, figures):
     image = np.full((30 * scale, 40 * scale, 3), 128, np.uint8)
     box = np.array([[10.0, 12.0, 20.0, 36.0]]) * scale
     page = drawn_truth(tmp_path, Shown(image, box, np.array([0]), np.array([0.5])))
@@ -251,7 +241,7 @@ def test_a_grid_scales_boxes_with_their_image(
 
 
 @pytest.mark.parametrize("suffix", [".png", ".jpg", ".JPEG"])
-def test_a_picture_is_saved_at_its_own_size(tmp_path: Any, suffix: str) -> None:
+def test_a_picture_is_saved_at_its_own_size(tmp_path, suffix):
     image = picture(37, 53)
     path = save_image(image, tmp_path / "new" / f"drawn{suffix}")
     saved = cv2.imread(str(path))[..., ::-1].astype(int)
@@ -261,7 +251,7 @@ def test_a_picture_is_saved_at_its_own_size(tmp_path: Any, suffix: str) -> None:
 
 @pytest.mark.filterwarnings("ignore:Glyph")
 @pytest.mark.parametrize(("classes", "size"), [(1, 900), (6, 900), (7, 1320)])
-def test_precision_is_drawn_over_recall(tmp_path: Any, classes: int, size: int) -> None:
+def test_precision_is_drawn_over_recall(tmp_path, classes, size):
     recall = np.linspace(0, 0.7, 30)
     curves = [
         Curve(NAMES[k % 4], recall, 1 - recall * k / 9, 0.1 * k) for k in range(classes)
@@ -274,8 +264,8 @@ def test_precision_is_drawn_over_recall(tmp_path: Any, classes: int, size: int) 
 
 @pytest.mark.parametrize("others", [0, 8])
 def test_the_eleven_points_are_the_highest_precision_from_there_on(
-    tmp_path: Any, others: int, figures: list[Figure]
-) -> None:
+    tmp_path, others, figures
+):
     curve = Curve("cat", np.array([0.2, 0.2, 0.4]), np.array([1, 0.5, 0.6]), 0.4)
     plot_precision_recall([curve] * (1 + others), tmp_path / "curves.png")
     line, points = (line.get_xydata() for line in figures[0].axes[0].lines)
@@ -285,9 +275,7 @@ def test_the_eleven_points_are_the_highest_precision_from_there_on(
 
 
 @pytest.mark.parametrize("slowest", [1.0, 14.37])
-def test_a_bar_ends_at_the_sum_of_its_parts(
-    tmp_path: Any, figures: list[Figure], slowest: float
-) -> None:
+def test_a_bar_ends_at_the_sum_of_its_parts(tmp_path, figures, slowest):
     rows = {
         "one $scale_": {"convolution": 0.053, "fc": 0.089, "nothing": 0.0},
         "R-CNN": {"warping": 0.2, "convolution": slowest},
@@ -302,7 +290,7 @@ def test_a_bar_ends_at_the_sum_of_its_parts(
     assert texts[:2] == ["0.142 s", "convolution 0.053, fc 0.089, nothing 0"]
 
 
-def test_arguments_that_do_not_fit_are_errors(tmp_path: Any) -> None:
+def test_arguments_that_do_not_fit_are_errors(tmp_path):
     image, path = picture(20, 30), tmp_path / "drawn.png"
     box, label, score = np.ones((1, 4)), np.array([0]), np.array([0.5])
     with pytest.raises(ValueError, match=r"uint8 \[h, w, 3\], got float64"):

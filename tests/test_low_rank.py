@@ -1,7 +1,6 @@
 """Truncated fully connected layers against the exact SVD and the network itself."""
 
 import logging
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,13 +13,13 @@ from sppnet_jax.detection.low_rank import (
     spectrum_kept,
     truncate_fc,
 )
-from sppnet_jax.network.model import SPPNet, create_model
+from sppnet_jax.network.model import create_model
 
 POOLED = 96
 
 
 @pytest.fixture(scope="module")
-def network() -> tuple[SPPNet, dict[str, Any]]:
+def network():
     """A narrow network's fc layers, with biases that are not zero."""
     model = create_model("zf5", num_classes=7, width=0.01, weight_init="he")
     init = jax.jit(model.init, static_argnames="method")
@@ -32,11 +31,11 @@ def network() -> tuple[SPPNet, dict[str, Any]]:
     return model, params
 
 
-def pooled_windows(count: int = 5) -> np.ndarray:
+def pooled_windows(count=5):
     return np.random.default_rng(1).random((count, POOLED), np.float32)
 
 
-def kernel(name: str, rows: int, columns: int) -> np.ndarray:
+def kernel(name, rows, columns):
     """A kernel whose singular values fall in a certain way."""
     rng = np.random.default_rng(2)
     rank = min(rows, columns)
@@ -53,7 +52,7 @@ def kernel(name: str, rows: int, columns: int) -> np.ndarray:
     return ((u * values) @ v.T).astype(np.float32)
 
 
-def test_truncated_layers_compute_with_the_approximated_kernels(network: Any) -> None:
+def test_truncated_layers_compute_with_the_approximated_kernels(network):
     model, params = network
     ranks = {"fc6": 9, "fc7": 11}
     truncated = truncate_fc(params, ranks)
@@ -72,9 +71,7 @@ def test_truncated_layers_compute_with_the_approximated_kernels(network: Any) ->
 
 
 @pytest.mark.parametrize("ranks", [{}, {"fc6": 9, "fc7": 11}])
-def test_a_head_computes_no_layer_above_its_own(
-    network: Any, ranks: dict[str, int]
-) -> None:
+def test_a_head_computes_no_layer_above_its_own(network, ranks):
     model, params = network
     truncated, used = truncate_fc(params, ranks), 0
     for layer in ("fc6", "fc7"):
@@ -86,7 +83,7 @@ def test_a_head_computes_no_layer_above_its_own(
         assert 2 * used <= flops < 2 * used + 400
 
 
-def test_a_head_takes_layers_of_other_classes_than_the_network_s(network: Any) -> None:
+def test_a_head_takes_layers_of_other_classes_than_the_network_s(network):
     model, params = network
     pooled = jnp.asarray(pooled_windows())
     expected, fcs = model.apply({"params": params}, pooled, method="classify")
@@ -100,9 +97,7 @@ def test_a_head_takes_layers_of_other_classes_than_the_network_s(network: Any) -
 
 @pytest.mark.parametrize("shape", [(60, 40), (40, 60), (50, 50)])
 @pytest.mark.parametrize("name", ["noise", "slow", "steep", "tiny", "low rank"])
-def test_no_approximation_of_that_rank_comes_closer(
-    name: str, shape: tuple[int, int]
-) -> None:
+def test_no_approximation_of_that_rank_comes_closer(name, shape):
     weights, rank = kernel(name, *shape), 12
     layer = {"kernel": weights, "bias": np.zeros(shape[1], np.float32)}
     truncated = truncate_fc({"fc6": layer}, {"fc6": rank})
@@ -121,7 +116,7 @@ def test_no_approximation_of_that_rank_comes_closer(
     assert kept == {"fc6": pytest.approx(expected, rel=1e-5)}
 
 
-def test_layers_without_a_lower_rank_stay_as_they_are(network: Any) -> None:
+def test_layers_without_a_lower_rank_stay_as_they_are(network):
     _, params = network
     least = min(params["fc6"]["kernel"].shape)
     truncated = truncate_fc(params, {"fc6": least, "fc7": 0})
@@ -131,14 +126,14 @@ def test_layers_without_a_lower_rank_stay_as_they_are(network: Any) -> None:
     assert "kernel" in params["fc7"]
 
 
-def test_a_kernel_of_zeros_has_nothing_to_lose() -> None:
+def test_a_kernel_of_zeros_has_nothing_to_lose():
     layers = {"fc6": {"kernel": np.zeros((6, 5), np.float32), "bias": np.zeros(5)}}
     truncated = truncate_fc(layers, {"fc6": 2})
     np.testing.assert_array_equal(truncated["fc6"]["down"], np.zeros((6, 2)))
     assert spectrum_kept(layers, truncated) == {"fc6": 1.0}
 
 
-def test_multiplications_are_those_of_the_matrices(network: Any) -> None:
+def test_multiplications_are_those_of_the_matrices(network):
     _, params = network
     units = params["fc7"]["kernel"].shape[0]
     assert multiplications(params) == {
@@ -151,7 +146,7 @@ def test_multiplications_are_those_of_the_matrices(network: Any) -> None:
     assert truncated["fc7"] == units * units
 
 
-def test_a_rank_that_saves_nothing_is_said(network: Any, caplog: Any) -> None:
+def test_a_rank_that_saves_nothing_is_said(network, caplog):
     _, params = network
     units = params["fc7"]["kernel"].shape[0]
     with caplog.at_level(logging.WARNING):
@@ -170,9 +165,7 @@ def test_a_rank_that_saves_nothing_is_said(network: Any, caplog: Any) -> None:
         ({"broken": 1}, "broken has weights that are not finite"),
     ],
 )
-def test_layers_that_cannot_be_truncated_are_errors(
-    network: Any, ranks: dict[str, int], message: str
-) -> None:
+def test_layers_that_cannot_be_truncated_are_errors(network, ranks, message):
     params = {
         **network[1],
         "short": {"down": np.ones((4, 2)), "up": np.ones((2, 4)), "bias": np.ones(4)},

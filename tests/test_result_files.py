@@ -1,13 +1,12 @@
 """Detections are written so that other programs read what was found."""
 
 import json
-from pathlib import Path
-from typing import Any, NamedTuple
 from urllib.parse import unquote
 
 import numpy as np
 import pytest
 
+from sppnet_jax.data.sources import Objects
 from sppnet_jax.detection.average_precision import evaluate_detections
 from sppnet_jax.detection.detection_table import DetectionTable
 from sppnet_jax.detection.result_files import (
@@ -20,13 +19,7 @@ IDS = ["000005", "000007", "photo 3"]
 NAMES = ["aeroplane", "cat"]
 
 
-class Truth(NamedTuple):
-    boxes: np.ndarray
-    labels: np.ndarray
-    difficult: np.ndarray
-
-
-def few() -> DetectionTable:
+def few():
     return DetectionTable(
         np.array([1, 0, 2]),
         np.array([1, 1, 0]),
@@ -35,7 +28,7 @@ def few() -> DetectionTable:
     )
 
 
-def many(rng: np.random.Generator, rows: int = 300) -> DetectionTable:
+def many(rng, rows=300):
     """Float32 scores with ties, neighbours and tiny numbers; boxes of all kinds."""
     scores = rng.normal(size=rows).astype(np.float32)
     scores[::5] = np.nextafter(scores[1::5], np.float32(9))
@@ -49,17 +42,17 @@ def many(rng: np.random.Generator, rows: int = 300) -> DetectionTable:
     )
 
 
-def objects(rng: np.random.Generator) -> list[Truth]:
+def objects(rng):
     truth = []
     for count in (4, 0, 6):
         starts = rng.integers(0, 40, (count, 2))
         stops = starts + rng.integers(10, 30, (count, 2))
         boxes = np.concatenate([starts, stops], axis=1).astype(np.float64)
-        truth.append(Truth(boxes, np.arange(count) % 2, rng.random(count) < 0.2))
+        truth.append(Objects(boxes, np.arange(count) % 2, rng.random(count) < 0.2))
     return truth
 
 
-def read_lines(path: Path, ids: list[str]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def read_lines(path, ids):
     """Images, scores and 0-based boxes of a results file, line by line."""
     rows = [line.split() for line in path.read_text().splitlines()]
     images = np.array([ids.index(unquote(row[0])) for row in rows], int)
@@ -68,7 +61,7 @@ def read_lines(path: Path, ids: list[str]) -> tuple[np.ndarray, np.ndarray, np.n
     return images, scores, pixels[:, [1, 0, 3, 2]] - [1, 1, 0, 0]
 
 
-def test_the_lines_are_vocs(tmp_path: Path) -> None:
+def test_the_lines_are_vocs(tmp_path):
     paths = write_voc_results(tmp_path / "results", few(), IDS, NAMES, split="val")
     assert [path.name for path in paths] == [
         "comp4_det_val_aeroplane.txt",
@@ -80,7 +73,7 @@ def test_the_lines_are_vocs(tmp_path: Path) -> None:
     assert sorted(tmp_path.glob("*/*")) == paths
 
 
-def test_what_was_written_is_read_again(tmp_path: Path) -> None:
+def test_what_was_written_is_read_again(tmp_path):
     rng = np.random.default_rng(0)
     table, truth = many(rng), objects(rng)
     # Every object is found several times.
@@ -108,13 +101,13 @@ def test_what_was_written_is_read_again(tmp_path: Path) -> None:
         np.testing.assert_array_equal(result.precision, wanted.precision)
 
 
-def test_a_class_without_detections_has_an_empty_file(tmp_path: Path) -> None:
+def test_a_class_without_detections_has_an_empty_file(tmp_path):
     nothing = DetectionTable(*(column[:0] for column in few()))
     paths = write_voc_results(tmp_path, nothing, IDS, NAMES)
     assert [path.read_text() for path in paths] == ["", ""]
 
 
-def test_names_that_no_file_can_hold_are_written_as_in_urls(tmp_path: Path) -> None:
+def test_names_that_no_file_can_hold_are_written_as_in_urls(tmp_path):
     ids = ["a b", "a%20b", "line\nbreak", "völlig normal", "5/6"]
     names = ["cat/dog", "traffic light", "50%", "\\", "hæst"]
     rows = np.arange(5)
@@ -145,22 +138,18 @@ def test_names_that_no_file_can_hold_are_written_as_in_urls(tmp_path: Path) -> N
         (IDS, NAMES[:1], "detections' labels must be from 0 to 0"),
     ],
 )
-def test_names_that_tell_nothing_apart_are_errors(
-    tmp_path: Path, ids: Any, names: Any, message: str
-) -> None:
+def test_names_that_tell_nothing_apart_are_errors(tmp_path, ids, names, message):
     with pytest.raises(ValueError, match=message):
         write_voc_results(tmp_path, few(), ids, names)
     assert not list(tmp_path.iterdir())
 
 
-def test_a_write_that_fails_leaves_the_old_file(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_write_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
     path = tmp_path / "results.json"
     write_coco_results(path, few())
     before = path.read_text()
 
-    def fail(value: Any) -> str:
+    def fail(value):
         raise OSError("no space left on device")
 
     monkeypatch.setattr(json, "dumps", fail)
@@ -169,7 +158,7 @@ def test_a_write_that_fails_leaves_the_old_file(
     assert path.read_text() == before
 
 
-def test_cocos_results_hold_every_detection(tmp_path: Path) -> None:
+def test_cocos_results_hold_every_detection(tmp_path):
     path = tmp_path / "new" / "results.json"
     write_coco_results(path, few())
     records = json.loads(path.read_text())
@@ -190,7 +179,7 @@ def test_cocos_results_hold_every_detection(tmp_path: Path) -> None:
         write_coco_results(path, few()._replace(labels=np.array([0, -1, 1])))
 
 
-def test_cocos_ground_truth_holds_every_object(tmp_path: Path) -> None:
+def test_cocos_ground_truth_holds_every_object(tmp_path):
     truth = objects(np.random.default_rng(0))
     truth[0].difficult[:2] = [True, False]
     path = tmp_path / "truth.json"

@@ -21,14 +21,13 @@ from sppnet_jax.data.images import (
     resize_shorter_side,
     resize_whole,
 )
-from sppnet_jax.data.sources import Source
 from sppnet_jax.network.model import create_model, init_params
 from sppnet_jax.network.preprocess import Preprocessing, normalize
 from sppnet_jax.network.trained import as_network
 from sppnet_jax.network.trunks import backbone_geometry
 from sppnet_jax.pyramid.geometry import boxes_to_windows
 from sppnet_jax.pyramid.pooling import spatial_pyramid_pool
-from tests.data_helpers import encode, picture
+from tests.data_helpers import make_source
 
 SIDE, LEVELS = 61, (3, 2, 1)
 MEAN_IMAGE = Preprocessing(
@@ -37,15 +36,6 @@ MEAN_IMAGE = Preprocessing(
     np.zeros((3, 3), np.float32),
 )
 SIZES = [(70, 80), (64, 64), (160, 70), (61, 200), (1, 3000)]
-
-
-def make_source(broken=()):
-    records = []
-    for number, size in enumerate(SIZES):
-        image = encode(picture(*size, seed=number))
-        image = image[:60] if number in broken else image
-        records.append({"image": image, "label": number % 3, "name": f"{number}.png"})
-    return Source(records, ("a", "b", "c"), "pictures", "test")
 
 
 @functools.cache
@@ -67,7 +57,7 @@ def scored_on_maps(protocol, source=None):
     return score_maps(
         as_network(*network(), MEAN_IMAGE),
         protocol,
-        source or make_source(),
+        source or make_source(SIZES),
         batch_size=8,
         max_buckets=2,
         threads=2,
@@ -117,7 +107,7 @@ def views_one_by_one(image, protocol):
 )
 def test_views_on_maps_equal_a_loop_over_images_scales_and_windows(protocol):
     found, tables = scored_on_maps(protocol)
-    for index, record in enumerate(make_source().records):
+    for index, record in enumerate(make_source(SIZES).records):
         alone = views_one_by_one(decode_image(record["image"]), protocol)
         assert found.views[index] == len(alone)
         np.testing.assert_allclose(
@@ -127,26 +117,12 @@ def test_views_on_maps_equal_a_loop_over_images_scales_and_windows(protocol):
     assert all(table.programs <= 2 for table in tables)
 
 
-def test_hundreds_of_sizes_need_no_more_programs_than_buckets():
-    rng = np.random.default_rng(0)
-    records = [
-        {"image": encode(picture(*size)), "label": 0, "name": str(size)}
-        for size in rng.integers(56, 190, (200, 2)).tolist()
-    ]
-    source = Source(records, ("a", "b", "c"), "many", "test")
-    protocol = named_protocol("full_image", view=SIDE, resize_side=64, flip=False)
-    found, (table,) = scored_on_maps(protocol, source)
-    assert found.valid.all()
-    assert table.programs <= 2
-    assert sum(row.images for row in table.rows()) == 200
-
-
 @pytest.mark.parametrize("levels", [LEVELS, None])
 @pytest.mark.parametrize("flip", [False, True])
 def test_ten_views_of_crops_equal_a_loop_over_crops(levels, flip):
     model, params = network(levels)
     protocol = Protocol(False, (64,), CENTER_AND_CORNERS, flip)
-    source = make_source(broken=(2,))
+    source = make_source(SIZES, broken=(2,))
     batches = eval_batches(
         source,
         batch_size=4,
@@ -178,7 +154,7 @@ def test_ten_views_of_crops_equal_a_loop_over_crops(levels, flip):
 def test_a_broken_image_is_left_out_and_its_neighbours_keep_their_scores():
     protocol = named_protocol("full_image", view=SIDE, resize_side=64, flip=False)
     whole, _ = scored_on_maps(protocol)
-    found, _ = scored_on_maps(protocol, make_source(broken=(0, 3)))
+    found, _ = scored_on_maps(protocol, make_source(SIZES, broken=(0, 3)))
     assert found.valid.tolist() == [False, True, True, False, True]
     assert summarize(found)["count"] == 3
     assert summarize(found)["broken"] == 2
@@ -195,7 +171,7 @@ def test_a_network_without_spp_is_refused_and_told_what_it_can_do():
         score_maps(
             as_network(model, params, MEAN_IMAGE),
             protocol,
-            make_source(),
+            make_source(SIZES),
             batch_size=8,
             max_buckets=2,
             threads=1,

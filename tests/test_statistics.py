@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from data_helpers import encode, picture
+from data_helpers import encode, picture, write_class_folders
 
 from sppnet_jax.data import statistics
 from sppnet_jax.data.images import crop, decode_image, resize_shorter_side
@@ -16,12 +16,7 @@ SIZES = {"image_size": 16, "resize_side": 18}
 
 @pytest.fixture
 def folder(tmp_path):
-    for kind in ("a", "b"):
-        (tmp_path / "images" / kind).mkdir(parents=True)
-        for number in range(10):
-            image = picture(20 + number, 24, seed=number)
-            path = tmp_path / "images" / kind / f"{number}.png"
-            path.write_bytes(encode(image))
+    write_class_folders(tmp_path / "images", 10, "a b")
     return tmp_path / "images"
 
 
@@ -42,7 +37,9 @@ def test_they_are_the_mean_image_and_the_covariance_of_all_pixels(folder):
     np.testing.assert_allclose(found.covariance, expected, rtol=1e-4, atol=1e-2)
 
 
-def count_computations(monkeypatch):
+@pytest.fixture
+def computed(monkeypatch):
+    """The settings of each computation from here on."""
     computed = []
 
     def counted(source, **settings):
@@ -54,9 +51,8 @@ def count_computations(monkeypatch):
 
 
 def test_they_are_computed_once_for_the_same_images_and_sizes(
-    folder, tmp_path, monkeypatch
+    folder, tmp_path, computed
 ):
-    computed = count_computations(monkeypatch)
     source = opened(folder)
     kept = tmp_path / "kept"
     first = kept_statistics(source, kept, **SIZES)
@@ -69,8 +65,7 @@ def test_they_are_computed_once_for_the_same_images_and_sizes(
     assert len(computed) == 3
 
 
-def test_images_that_were_changed_are_read_anew(folder, tmp_path, monkeypatch):
-    computed = count_computations(monkeypatch)
+def test_images_that_were_changed_are_read_anew(folder, tmp_path, computed):
     kept = tmp_path / "kept"
     before = kept_statistics(opened(folder), kept, **SIZES)
     for path in folder.rglob("*.png"):
@@ -81,9 +76,8 @@ def test_images_that_were_changed_are_read_anew(folder, tmp_path, monkeypatch):
 
 
 def test_a_damaged_file_is_made_again_and_an_unwritable_folder_is_a_warning(
-    folder, tmp_path, monkeypatch, caplog
+    folder, tmp_path, computed, caplog
 ):
-    computed = count_computations(monkeypatch)
     source = opened(folder)
     kept = tmp_path / "kept"
     kept_statistics(source, kept, **SIZES)

@@ -1,7 +1,5 @@
 """PyTorch's network and step compute what ours do, else no ratio means anything."""
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -26,7 +24,7 @@ from sppnet_jax.benchmarks import torch_twin  # noqa: E402
 CLASSES = 7
 
 
-def random_params(model: Any, side: int, seed: int = 0) -> Any:
+def random_params(model, side, seed=0):
     """Parameters with biases that are not all alike."""
     params = jax.jit(model.init)(jax.random.key(seed), jnp.zeros((1, side, side, 3)))
     rng = np.random.default_rng(seed)
@@ -36,7 +34,7 @@ def random_params(model: Any, side: int, seed: int = 0) -> Any:
     )
 
 
-def assert_trees_agree(found: Any, expected: Any, tolerance: float = 1e-4) -> None:
+def assert_trees_agree(found, expected, tolerance=0.0001):
     """Each array to within a tolerance relative to its largest value."""
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(
@@ -49,11 +47,9 @@ def assert_trees_agree(found: Any, expected: Any, tolerance: float = 1e-4) -> No
 
 @pytest.mark.parametrize("levels", [(6, 3, 2, 1), None])
 @pytest.mark.parametrize("name", BACKBONES)
-def test_logits_and_gradients_are_ours(
-    name: str, levels: tuple[int, ...] | None
-) -> None:
+def test_logits_and_gradients_are_ours(name, levels):
     side = 64
-    arguments: dict[str, Any] = {"width": 1 / 24, "image_size": side, "dropout": 0.0}
+    arguments = {"width": 1 / 24, "image_size": side, "dropout": 0.0}
     model = create_model(name, levels, CLASSES, weight_init="he", **arguments)
     params = random_params(model, side)
     rng = np.random.default_rng(1)
@@ -61,8 +57,8 @@ def test_logits_and_gradients_are_ours(
     labels = np.array([0, 3, 6])
 
     @jax.jit
-    def ours(params: Any, images: Any) -> Any:
-        def loss(params: Any) -> Any:
+    def ours(params, images):
+        def loss(params):
             logits, _ = model.apply({"params": params}, images, train=True)
             losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
             return losses.mean(), logits
@@ -80,7 +76,7 @@ def test_logits_and_gradients_are_ours(
 
 
 @pytest.mark.parametrize("layout", ["contiguous_format", "channels_last"])
-def test_three_steps_give_our_losses_and_parameters(layout: str) -> None:
+def test_three_steps_give_our_losses_and_parameters(layout):
     side, rate, mean = 64, 0.01, 128.0
     optimizer = Optimizer(momentum=0.9, weight_decay=0.05)
     model = create_model(
@@ -120,7 +116,7 @@ def test_three_steps_give_our_losses_and_parameters(layout: str) -> None:
     assert_trees_agree(torch_twin.flax_arrays(twin), params, tolerance=1e-4)
 
 
-def test_dropout_is_on_in_a_step_and_off_for_logits() -> None:
+def test_dropout_is_on_in_a_step_and_off_for_logits():
     twin = torch_twin.create_twin("zf5", (1,), 3, width=1 / 24, dropout=0.5)
     images = torch.full((2, 3, 64, 64), 90, dtype=torch.uint8)
     first, second = (torch_twin.twin_logits(twin, images, 128.0) for _ in range(2))
@@ -132,7 +128,7 @@ def test_dropout_is_on_in_a_step_and_off_for_logits() -> None:
     assert len(losses) > 1
 
 
-def test_parameters_of_another_network_are_refused() -> None:
+def test_parameters_of_another_network_are_refused():
     model = create_model("zf5", (2, 1), 3, width=1 / 24, image_size=64)
     params = random_params(model, 64)
     with pytest.raises(ValueError, match="the kernel of fc6"):

@@ -40,13 +40,13 @@ MODEL = create_model(
 class Squares:
     """Records whose class is the brightest colour channel, as PNG bytes."""
 
-    def __init__(self, count: int) -> None:
+    def __init__(self, count):
         self._count = count
 
-    def __len__(self) -> int:
+    def __len__(self):
         return self._count
 
-    def __getitem__(self, index: int) -> dict:
+    def __getitem__(self, index):
         import cv2
 
         image = np.random.default_rng(index).integers(0, 100, (40, 36, 3), np.uint8)
@@ -351,32 +351,6 @@ def test_every_example_counts_once_whatever_the_batch(test_step):
         results.append(count_correct(test_step, params, batches, records=40))
     assert [result["count"] for result in results] == [40, 40, 40]
     assert len({result["top1"] for result in results}) == 1
-
-
-def test_a_batch_that_does_not_split_over_the_devices_is_refused():
-    with pytest.raises(ValueError, match="multiple of the number of devices, 4; got 6"):
-        parallel.check_batch_size(6)
-
-
-def test_broken_images_are_named_once_and_counted(caplog):
-    from sppnet_jax.data.broken import BrokenImages
-
-    class Broken(Squares):
-        def __getitem__(self, index):
-            record = super().__getitem__(index)
-            return record | {"image": record["image"][:-40]} if index == 2 else record
-
-    source = SOURCE._replace(records=Broken(5))
-    broken = BrokenImages(source)
-    batch = {"index": np.array([0, 2, -1]), "mask": np.array([True, False, False])}
-    with caplog.at_level(logging.WARNING, logger="sppnet_jax"):
-        broken.report(batch)
-        broken.report(batch)
-        broken.summarize()
-    assert len(broken) == 1
-    named, total = caplog.messages
-    assert "2.png: truncated" in named
-    assert "skipped 1 broken images of the 5" in total
 
 
 def traces(workdir):

@@ -5,7 +5,6 @@ import logging
 import os
 import re
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -23,9 +22,8 @@ from data_helpers import (
 from sppnet_jax.data import voc_folder
 from sppnet_jax.data.images import decode_image
 from sppnet_jax.data.sources import available_splits, open_detection_source, open_source
-from sppnet_jax.data.voc_annotations import AnnotatedImage, read_image
+from sppnet_jax.data.voc_annotations import read_image
 from sppnet_jax.data.voc_folder import (
-    FolderAnnotations,
     read_annotations,
     scan_folder,
 )
@@ -35,15 +33,13 @@ BOX = (2.0, 4.0, 9.0, 14.0)
 GOOD = voc_xml(voc_object())
 
 
-def read_folder(root: Path) -> FolderAnnotations:
+def read_folder(root):
     scan = scan_folder(root)
     annotations = read_annotations(scan)
     return annotations._replace(notes=scan.notes + annotations.notes)
 
 
-def read_one(
-    root: Path, xml: str | bytes, **options: tuple[int, int]
-) -> tuple[AnnotatedImage | None, str]:
+def read_one(root, xml, **options):
     """The image of an annotation, None if it is left out, and all notes on it."""
     ids = "".join(f"{key}\n" for key in ("odd", "good", "fine"))
     annotations = {"odd": xml, "good": GOOD, "fine": GOOD}
@@ -52,11 +48,10 @@ def read_one(
     return found.images.get("JPEGImages/odd.png"), "\n".join(found.notes)
 
 
-def test_a_box_becomes_half_open(tmp_path: Path) -> None:
+def test_a_box_becomes_half_open(tmp_path):
     """VOC's pixels count from 1 and include both ends: 1 to 32 are all 32 columns."""
     whole = voc_object((1, 1, 32, 24), "dog")
     image, notes = read_one(tmp_path, voc_xml(voc_object(), whole))
-    assert image is not None
     assert image.size == (24, 32)
     assert [(one.name, one.box) for one in image.objects] == [
         ("cat", BOX),
@@ -88,14 +83,8 @@ def test_a_box_becomes_half_open(tmp_path: Path) -> None:
         ((5, 3, "1e300", 9), (2, 4, 9, 32), "1 boxes reached past .* border: clamped"),
     ],
 )
-def test_an_odd_box_is_put_right_or_dropped_and_counted(
-    tmp_path: Path,
-    box: tuple[object, ...],
-    expected: tuple[float, ...] | None,
-    note: str,
-) -> None:
+def test_an_odd_box_is_put_right_or_dropped_and_counted(tmp_path, box, expected, note):
     image, notes = read_one(tmp_path, voc_xml(voc_object(box)))
-    assert image is not None
     assert [one.box for one in image.objects] == ([expected] if expected else [])
     # An image that is left without objects is kept, and counted once more.
     assert len(notes.splitlines()) == bool(note) + (expected is None)
@@ -103,7 +92,7 @@ def test_an_odd_box_is_put_right_or_dropped_and_counted(
         assert re.search(rf"{note}.*\(such as Annotations/odd.xml\)", notes)
 
 
-def test_an_object_may_say_little_of_itself(tmp_path: Path) -> None:
+def test_an_object_may_say_little_of_itself(tmp_path):
     bare = voc_object(pose=None, truncated=None, difficult=None)
     unnamed = voc_object(name="")
     blank = voc_object(name="  ")
@@ -111,7 +100,6 @@ def test_an_object_may_say_little_of_itself(tmp_path: Path) -> None:
     image, notes = read_one(
         tmp_path, voc_xml(bare, unnamed, blank, no_box, voc_object(pose="Upside"))
     )
-    assert image is not None
     assert [one._replace(box=()) for one in image.objects] == [
         ("cat", (), "unspecified", False, False),
         ("cat", (), "unspecified", True, False),
@@ -136,30 +124,25 @@ def test_an_object_may_say_little_of_itself(tmp_path: Path) -> None:
         ("Unspecified", False, False),
     ],
 )
-def test_difficult_is_told_in_many_words(
-    tmp_path: Path, text: str, difficult: bool, told: bool
-) -> None:
+def test_difficult_is_told_in_many_words(tmp_path, text, difficult, told):
     image, notes = read_one(tmp_path, voc_xml(voc_object(difficult=text)))
-    assert image is not None
     assert image.objects[0].is_difficult is difficult
     assert ("difficult" in notes) is not told
 
 
-def test_parts_of_an_object_are_no_objects(tmp_path: Path) -> None:
+def test_parts_of_an_object_are_no_objects(tmp_path):
     part = "<part><name>head</name><bndbox><xmin>1</xmin></bndbox></part>"
     backwards = (
         f"<object>{part}<bndbox><ymax>9</ymax><xmax>14</xmax><ymin>3</ymin>"
         "<xmin>5</xmin></bndbox><difficult>0</difficult><name>cat</name></object>"
     )
     image, notes = read_one(tmp_path, voc_xml(backwards))
-    assert image is not None
     assert [(one.name, one.box) for one in image.objects] == [("cat", BOX)]
     assert not notes
 
 
-def test_an_image_without_objects_is_kept_as_background(tmp_path: Path) -> None:
+def test_an_image_without_objects_is_kept_as_background(tmp_path):
     image, notes = read_one(tmp_path, voc_xml())
-    assert image is not None
     assert image.objects == ()
     assert "1 images have no object left: kept, all of it background" in notes
 
@@ -183,16 +166,14 @@ NAMED = voc_xml(voc_object(name=NAME))
         .encode(),
     ],
 )
-def test_xml_may_be_written_in_many_ways(tmp_path: Path, xml: bytes) -> None:
+def test_xml_may_be_written_in_many_ways(tmp_path, xml):
     image, notes = read_one(tmp_path, xml)
-    assert image is not None
     assert [(one.name, one.box) for one in image.objects] == [(NAME, BOX)]
     assert not notes
 
 
-def test_bytes_that_are_no_text_do_not_cost_an_image(tmp_path: Path) -> None:
+def test_bytes_that_are_no_text_do_not_cost_an_image(tmp_path):
     image, notes = read_one(tmp_path, GOOD.encode().replace(b"x.jpg", b"\xc4\xff.jpg"))
-    assert image is not None
     assert [one.box for one in image.objects] == [BOX]
     assert "1 annotations held bytes that are no text" in notes
 
@@ -216,9 +197,7 @@ LAUGHS = "".join(
         f"<!DOCTYPE a [{LAUGHS}]>" + GOOD.replace(">cat<", ">&l19;<"),
     ],
 )
-def test_an_annotation_that_cannot_be_parsed_leaves_its_image_out(
-    tmp_path: Path, xml: str
-) -> None:
+def test_an_annotation_that_cannot_be_parsed_leaves_its_image_out(tmp_path, xml):
     started = time.monotonic()
     image, notes = read_one(tmp_path, xml)
     assert image is None
@@ -228,7 +207,7 @@ def test_an_annotation_that_cannot_be_parsed_leaves_its_image_out(
 
 
 @pytest.mark.parametrize("end", [0, 20, -30])
-def test_an_image_that_cannot_be_opened_is_left_out(tmp_path: Path, end: int) -> None:
+def test_an_image_that_cannot_be_opened_is_left_out(tmp_path, end):
     read_one(tmp_path, GOOD)
     path = tmp_path / "JPEGImages/odd.png"
     path.write_bytes(path.read_bytes()[:end])
@@ -253,31 +232,24 @@ def test_an_image_that_cannot_be_opened_is_left_out(tmp_path: Path, end: int) ->
     ],
 )
 def test_a_size_that_is_not_the_images_scales_boxes_only_at_its_aspect(
-    tmp_path: Path,
-    told: tuple[object, object] | None,
-    box: tuple[float, ...],
-    note: str,
-) -> None:
+    tmp_path, told, box, note
+):
     image, notes = read_one(tmp_path, voc_xml(voc_object(), size=told))
-    assert image is not None
     assert image.size == (24, 32)
     np.testing.assert_allclose(image.objects[0].box, box, rtol=1e-12)
     assert len(notes.splitlines()) == bool(note)
     assert note in notes
 
 
-def test_a_size_rounded_otherwise_is_no_other_scale(tmp_path: Path) -> None:
+def test_a_size_rounded_otherwise_is_no_other_scale(tmp_path):
     xml = voc_xml(voc_object(), size=(239, 318))
     image, notes = read_one(tmp_path, xml, size=(240, 320))
-    assert image is not None
     assert image.objects[0].box == BOX
     assert "gave a size that isn't the image's: their boxes were kept" in notes
 
 
 @pytest.mark.parametrize("orientation", [5, 6, 7, 8])
-def test_boxes_on_an_image_before_its_rotation_turn_with_it(
-    tmp_path: Path, orientation: int
-) -> None:
+def test_boxes_on_an_image_before_its_rotation_turn_with_it(tmp_path, orientation):
     """A bright rectangle is where the decoder shows it, and so must its box be."""
     read_one(tmp_path, voc_xml(voc_object((9, 17, 24, 24), "light"), size=(48, 64)))
     pixels = np.zeros((48, 64, 3), np.uint8)
@@ -297,7 +269,7 @@ def test_boxes_on_an_image_before_its_rotation_turn_with_it(
     assert any("1 annotations gave the image's size before" in n for n in found.notes)
 
 
-def ids_of(root: Path) -> dict[str, list[str]]:
+def ids_of(root):
     return {
         split: [Path(files.image).stem for files in listed]
         for split, listed in scan_folder(root).splits.items()
@@ -317,13 +289,13 @@ def ids_of(root: Path) -> dict[str, list[str]]:
         "a\nb\n".encode("utf-16"),
     ],
 )
-def test_a_list_may_be_written_in_many_ways(tmp_path: Path, text: str | bytes) -> None:
+def test_a_list_may_be_written_in_many_ways(tmp_path, text):
     write_voc_folder(tmp_path, {"a": GOOD, "b": GOOD}, {"train.txt": text})
     assert ids_of(tmp_path) == {"train": ["a", "b"]}
     assert not scan_folder(tmp_path).notes
 
 
-def test_every_list_of_images_is_a_split_of_its_name(tmp_path: Path) -> None:
+def test_every_list_of_images_is_a_split_of_its_name(tmp_path):
     lists = {"trainval.txt": "a\nb", "Test.TXT": "c", "fold-1.txt": "a\nc"}
     lists |= {"all.txt": "b", "v1.0 new.txt": "c", "notes.md": "a"}
     write_voc_folder(tmp_path, dict.fromkeys("abc", GOOD), lists)
@@ -338,7 +310,7 @@ def test_every_list_of_images_is_a_split_of_its_name(tmp_path: Path) -> None:
         assert sorted(r["name"] for r in source.records) == [f"{i}.png" for i in ids]
 
 
-def test_lists_of_one_class_are_no_splits(tmp_path: Path) -> None:
+def test_lists_of_one_class_are_no_splits(tmp_path):
     lists = {"train.txt": "a\nb 1\n", "cat_train.txt": "a\nb 1\n", "empty.txt": "\n"}
     # VOC's own have flags, of -1, 0 and 1; "b 1" is an image.
     lists |= {"dog_train.txt": "a  1\nb 1 -1\n", "x.txt": "a 0\na -1\n"}
@@ -354,7 +326,7 @@ def test_lists_of_one_class_are_no_splits(tmp_path: Path) -> None:
     assert "1 lists in ImageSets are empty" in notes
 
 
-def test_an_id_listed_twice_counts_once(tmp_path: Path) -> None:
+def test_an_id_listed_twice_counts_once(tmp_path):
     text = "a\nb\na\nb.png\n"
     write_voc_folder(tmp_path, {"a": GOOD, "b": GOOD}, {"train.txt": text})
     assert ids_of(tmp_path) == {"train": ["a", "b"]}
@@ -362,7 +334,7 @@ def test_an_id_listed_twice_counts_once(tmp_path: Path) -> None:
     assert "2 images are in train.txt more than once: taken once" in note
 
 
-def test_absent_files_are_left_out_and_counted(tmp_path: Path) -> None:
+def test_absent_files_are_left_out_and_counted(tmp_path):
     annotations = {"a": GOOD, "b": GOOD, "c": None, "unlisted": GOOD}
     write_voc_folder(tmp_path, annotations, {"train.txt": "a\nb\nc\ngone\n"})
     assert ids_of(tmp_path) == {"train": ["a", "b"]}
@@ -374,7 +346,7 @@ def test_absent_files_are_left_out_and_counted(tmp_path: Path) -> None:
     assert "2 of 4 images in JPEGImages are in no split" in notes
 
 
-def test_a_list_of_which_most_is_absent_is_an_error(tmp_path: Path) -> None:
+def test_a_list_of_which_most_is_absent_is_an_error(tmp_path):
     lists = {"train.txt": "a\nx\ny\n"}
     write_voc_folder(tmp_path, {"a": GOOD}, lists)
     with pytest.raises(
@@ -383,7 +355,7 @@ def test_a_list_of_which_most_is_absent_is_an_error(tmp_path: Path) -> None:
         scan_folder(tmp_path)
 
 
-def test_a_list_of_which_all_is_absent_is_no_split(tmp_path: Path) -> None:
+def test_a_list_of_which_all_is_absent_is_no_split(tmp_path):
     """So are the test lists of those who downloaded VOC's training images only."""
     lists = {"train.txt": "a\n", "test.txt": "x\ny\n"}
     write_voc_folder(tmp_path, {"a": GOOD}, lists)
@@ -396,20 +368,20 @@ def test_a_list_of_which_all_is_absent_is_no_split(tmp_path: Path) -> None:
         scan_folder(tmp_path)
 
 
-def test_most_annotations_broken_is_an_error(tmp_path: Path) -> None:
+def test_most_annotations_broken_is_an_error(tmp_path):
     annotations = {"a": GOOD, "b": "", "c": "<"}
     write_voc_folder(tmp_path, annotations, {"train.txt": "a\nb\nc\n"})
     with pytest.raises(ValueError, match=r"only 1 of the 3 .*2 annotations could not"):
         read_folder(tmp_path)
 
 
-def test_a_folder_without_objects_is_an_error(tmp_path: Path) -> None:
+def test_a_folder_without_objects_is_an_error(tmp_path):
     write_voc_folder(tmp_path, {"a": voc_xml()}, {"train.txt": "a"})
     with pytest.raises(ValueError, match=r"1 annotations .* hold no object"):
         read_folder(tmp_path)
 
 
-def test_an_image_to_train_and_to_test_on_is_told(tmp_path: Path) -> None:
+def test_an_image_to_train_and_to_test_on_is_told(tmp_path):
     lists = {"trainval.txt": "a\nb\n", "test.txt": "b\nc\n"}
     write_voc_folder(tmp_path, dict.fromkeys("abc", GOOD), lists)
     (note,) = scan_folder(tmp_path).notes
@@ -417,9 +389,7 @@ def test_an_image_to_train_and_to_test_on_is_told(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("lists", [None, {"cat_train.txt": "00 1\n01 -1\n"}])
-def test_without_lists_every_fifth_image_is_held_out(
-    tmp_path: Path, lists: dict[str, str] | None
-) -> None:
+def test_without_lists_every_fifth_image_is_held_out(tmp_path, lists):
     annotations = {f"{number:02d}": GOOD for number in range(11)} | {"alone": None}
     write_voc_folder(tmp_path, annotations, lists)
     (tmp_path / "Annotations/ghost.xml").write_text(GOOD)
@@ -436,7 +406,7 @@ def test_without_lists_every_fifth_image_is_held_out(
     assert "1 annotations have no image in JPEGImages" in notes
 
 
-def test_images_of_any_suffix_are_found_by_their_id(tmp_path: Path) -> None:
+def test_images_of_any_suffix_are_found_by_their_id(tmp_path):
     for key, suffix in {"a": ".JPG", "b.v2": ".png", "sub/c": ".webp"}.items():
         (tmp_path / f"JPEGImages/{key}").parent.mkdir(parents=True, exist_ok=True)
         write_voc_folder(tmp_path, {key.replace("/", "_"): GOOD}, suffix=suffix.lower())
@@ -456,7 +426,7 @@ def test_images_of_any_suffix_are_found_by_their_id(tmp_path: Path) -> None:
     assert "1 files in JPEGImages have the id of another: ignored" in notes
 
 
-def test_classes_are_sorted_and_keep_their_case(tmp_path: Path) -> None:
+def test_classes_are_sorted_and_keep_their_case(tmp_path):
     names = ["tvmonitor", "aeroplane", "person", "Cat", "cat"]
     annotations = {
         str(number): voc_xml(voc_object(name=f" {name}\n"))
@@ -468,7 +438,7 @@ def test_classes_are_sorted_and_keep_their_case(tmp_path: Path) -> None:
     assert any("['Cat', 'cat'] differ only by case" in note for note in found.notes)
 
 
-def test_the_one_folder_in_voc_layout_below_the_root_is_found(tmp_path: Path) -> None:
+def test_the_one_folder_in_voc_layout_below_the_root_is_found(tmp_path):
     devkit = tmp_path / "x/VOCdevkit"
     write_voc_folder(devkit / "VOC2007", {"a": GOOD}, {"train.txt": "a"})
     (devkit / "results").mkdir()
@@ -480,7 +450,7 @@ def test_the_one_folder_in_voc_layout_below_the_root_is_found(tmp_path: Path) ->
         scan_folder(devkit)
 
 
-def test_a_folder_that_is_not_in_voc_layout_is_an_error(tmp_path: Path) -> None:
+def test_a_folder_that_is_not_in_voc_layout_is_an_error(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no VOC folder .*nowhere.*Expected"):
         scan_folder(tmp_path / "nowhere")
     (tmp_path / "voc.tar").write_bytes(b"")
@@ -496,9 +466,7 @@ def test_a_folder_that_is_not_in_voc_layout_is_an_error(tmp_path: Path) -> None:
         scan_folder(tmp_path / "bare")
 
 
-def test_records_hold_the_files_own_bytes(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_records_hold_the_files_own_bytes(tmp_path, caplog):
     certain = voc_object((5.5, 3.25, 14.75, 9), "dog")
     hidden = voc_object((1, 1, 32, 24), "cat", difficult="1")
     empty = voc_object((5, 5, 5, 5))
@@ -529,9 +497,7 @@ def test_records_hold_the_files_own_bytes(
     assert labels == {"a.png": [0, 1], "ü.png": [-1, -1]}
 
 
-def test_annotations_are_read_once_in_a_process(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_annotations_are_read_once_in_a_process(tmp_path, monkeypatch, caplog):
     reads = []
     monkeypatch.setattr(
         voc_folder,
@@ -555,7 +521,7 @@ def test_annotations_are_read_once_in_a_process(
 DOG = GOOD.replace("cat", "dog")
 
 
-def digest_of(root: Path, split: str = "train") -> str:
+def digest_of(root, split="train"):
     digest = open_detection_source("voc_folder", split, root=str(root)).digest
     same = open_source("voc_folder", split, root=str(root), multi_label=True)
     assert same.digest == digest
@@ -574,9 +540,7 @@ def digest_of(root: Path, split: str = "train") -> str:
     ],
     ids=["image", "size of XML", "class", "exchanged images", "exchanged XML", "list"],
 )
-def test_other_images_or_annotations_are_other_data(
-    tmp_path: Path, change: Callable[[Path], object]
-) -> None:
+def test_other_images_or_annotations_are_other_data(tmp_path, change):
     other = voc_xml(voc_object((1, 1, 9, 9)))
     annotations = {"a": GOOD, "b": other, "c": GOOD}
     write_voc_folder(tmp_path, annotations, {"train.txt": "a\nb"})
@@ -585,7 +549,7 @@ def test_other_images_or_annotations_are_other_data(
     assert digest_of(tmp_path) != first
 
 
-def test_the_same_files_elsewhere_and_touched_are_the_same_data(tmp_path: Path) -> None:
+def test_the_same_files_elsewhere_and_touched_are_the_same_data(tmp_path):
     write_voc_folder(tmp_path / "a/VOC2007", {"a": GOOD}, {"train.txt": "a"})
     first = digest_of(tmp_path / "a")
     assert digest_of(tmp_path / "a/VOC2007") == first
