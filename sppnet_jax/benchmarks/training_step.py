@@ -271,16 +271,11 @@ def _torch_step(
         before = torch.cuda.memory_allocated()
     if peer.compiled:
         torch.compiler.reset()  # it gives up on a function after eight networks
-    twin = twins.create_twin(
-        name,
-        LEVELS,
-        size.num_classes,
-        width=size.width,
-        image_size=size.image_size,
-    )
+    sizes = {"width": size.width, "image_size": size.image_size}
+    twin = twins.Twin(name, LEVELS, size.num_classes, **sizes)
     twins.load_params(twin, params)
-    state = twins.create_twin_state(twin.to(device), Optimizer())
-    train_step = twins.make_twin_step(state, MEAN, **peer._asdict())
+    twin.to(device)
+    train_step = twins.make_twin_step(twin, Optimizer(), MEAN, **peer._asdict())
     form = getattr(torch, peer.layout)
     images, labels = _batch(size)
     pixels = torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(memory_format=form)
