@@ -59,7 +59,7 @@ from experiments.runs import (
     open_test_split,
 )
 from experiments.setting import PAPER_SCALES, paper_scales, run_detection
-from sppnet_jax.benchmarks.random_networks import random_network
+from sppnet_jax.benchmarks.samples import random_network
 from sppnet_jax.data.images import decode_image
 from sppnet_jax.detection.detector import layer_head
 from sppnet_jax.detection.detector_settings import DetectorSettings

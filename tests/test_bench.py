@@ -16,7 +16,7 @@ from sppnet_jax.bench import SUITES
 from sppnet_jax.benchmarks import peers, report, timing
 from sppnet_jax.benchmarks import pyramid_speed as pyramid
 from sppnet_jax.benchmarks import window_speed as windows
-from sppnet_jax.benchmarks.flops import count_flops
+from sppnet_jax.benchmarks.peak import count_flops
 from sppnet_jax.benchmarks.report import Timing
 
 QUICK = ["--quick", "--rounds", "2"]
@@ -227,4 +227,10 @@ def test_roi_pool_is_given_our_windows():
     found = {"torch": torch, "torchvision": types.SimpleNamespace(ops=ops)}
     theirs = windows._roi_pool(found, features, boxes, case.levels)()
     ours = windows.window_pyramid_pool(features, boxes, case.levels)
-    np.testing.assert_array_equal(windows._as_numpy(theirs), ours)
+    np.testing.assert_array_equal(peers.as_numpy(theirs), ours)
+
+
+def test_peers_are_modules_by_name():
+    found, notes = peers.find_peers("json", "no_such_peer")
+    assert list(found) == ["json"]
+    assert "no_such_peer can't be imported" in notes[0]

@@ -9,9 +9,9 @@ from jax.experimental.compilation_cache import compilation_cache
 
 from sppnet_jax.benchmarks import bucket_costs as suite
 from sppnet_jax.benchmarks import peak
-from sppnet_jax.benchmarks.cold import no_persistent_cache
 from sppnet_jax.benchmarks.report import Timing, table
-from sppnet_jax.benchmarks.sample_images import sample_image, sample_sizes
+from sppnet_jax.benchmarks.samples import sample_image, sample_sizes
+from sppnet_jax.benchmarks.timing import no_persistent_cache
 
 
 @pytest.fixture(scope="module")

@@ -327,7 +327,10 @@ def test_a_backend_without_cost_analysis_leaves_blanks():
             return self.costs
 
     for costs in (None, [], {}, [{"flops": 3.0}]):
-        flops, read = buckets_module._costs(Silent(costs), "flops", "bytes accessed")
+        flops, read = (
+            buckets_module._cost(Silent(costs), name)
+            for name in ("flops", "bytes accessed")
+        )
         assert (flops, read) == (3.0 if costs and costs[0] else None, None)
 
 

@@ -6,7 +6,6 @@ forward + backward is a forward pass too.
 """
 
 import functools
-from collections import defaultdict
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -15,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from matplotlib.figure import Figure
 
-from sppnet_jax.benchmarks.peers import find_torch, torch_device, wait_for
+from sppnet_jax.benchmarks.peers import as_numpy, find_torch, torch_device, wait_for
 from sppnet_jax.benchmarks.report import Measurements, Report, Timing, draw_bars
 from sppnet_jax.benchmarks.timing import milliseconds, time_in_turn, times_as_fast
 from sppnet_jax.pyramid.pooling import spatial_pyramid_pool
@@ -49,9 +48,8 @@ def run(timing: Timing) -> Report:
     for case in QUICK if timing.quick else PAPER:
         for dtype in ("float32", "bfloat16"):
             rows += _rows(case, dtype, torch, timing)
-    return Report(
-        "pyramid", "Spatial pyramid pooling of a batch of maps", rows, plot, notes
-    )
+    title = "Spatial pyramid pooling of a batch of maps"
+    return Report("pyramid", title, rows, plot, notes)
 
 
 def _rows(case: _Case, dtype: str, torch: Any, timing: Timing) -> list[Measurements]:
@@ -60,23 +58,23 @@ def _rows(case: _Case, dtype: str, torch: Any, timing: Timing) -> list[Measureme
     alternatives = {OURS: passes}
     if torch is not None:
         for name, form in ((FIRST, "contiguous_format"), (LAST, "channels_last")):
-            alternatives[name] = _torch_passes(
-                torch, maps, weights, case.levels, dtype, getattr(torch, form)
-            )
+            layout = getattr(torch, form)
+            alternatives[name] = _torchs(torch, maps, weights, case, dtype, layout)
     differ = {name: _difference(other, passes) for name, other in alternatives.items()}
     rows: list[Measurements] = []
+    batch, side, channels, levels = case
     for number, pass_name in enumerate(PASSES):
         seconds = time_in_turn(
             {name: calls[number] for name, calls in alternatives.items()},
             rounds=timing.rounds,
-            label=f"{case.side}×{case.side}×{case.channels} {dtype} {pass_name}",
+            label=f"{side}×{side}×{channels} {dtype} {pass_name}",
         )
         for name, times in seconds.items():
             ratio = times_as_fast(seconds[OURS], times)
             rows.append(
                 {
-                    "maps": f"{case.batch}×{case.side}×{case.side}×{case.channels}",
-                    "levels": ",".join(map(str, case.levels)),
+                    "maps": f"{batch}×{side}×{side}×{channels}",
+                    "levels": ",".join(map(str, levels)),
                     "dtype": dtype,
                     "pass": pass_name,
                     "what": name,
@@ -120,24 +118,18 @@ def _ours(
     return [lambda: (forward(x),), lambda: both(x, w)]
 
 
-def _torch_passes(
-    torch: Any,
-    maps: np.ndarray,
-    weights: np.ndarray,
-    levels: Sequence[int],
-    dtype: str,
-    layout: Any,
+def _torchs(
+    torch: Any, maps: Any, weights: Any, case: _Case, dtype: str, layout: Any
 ) -> list[Callable[[], Any]]:
-    """The same of PyTorch: results in our layout, but for [batch, channels, bins]."""
-    device = torch_device()
-    kind = getattr(torch, dtype)
+    """The same of PyTorch: results have channels before bins, or before the cells."""
+    device, kind = torch_device(), getattr(torch, dtype)
     x = torch.from_numpy(maps).permute(0, 3, 1, 2).to(device, kind)
     x = x.contiguous(memory_format=layout)
     w = torch.from_numpy(weights).permute(0, 2, 1).contiguous().to(device, kind)
     needs = x.detach().clone(memory_format=torch.preserve_format).requires_grad_()
 
     def pool(x: Any) -> Any:
-        pooled = [torch.nn.functional.adaptive_max_pool2d(x, n) for n in levels]
+        pooled = [torch.nn.functional.adaptive_max_pool2d(x, n) for n in case.levels]
         return torch.cat([level.flatten(2) for level in pooled], dim=2)
 
     def forward() -> Any:
@@ -162,17 +154,10 @@ def _difference(theirs: Sequence[Callable], ours: Sequence[Callable]) -> list[fl
     for call, own in zip(theirs, ours, strict=True):
         worst = 0.0
         for other, mine in zip(call(), own(), strict=True):
-            a, b = _as_numpy(other), _as_numpy(mine)
+            a, b = as_numpy(other), as_numpy(mine)
             worst = max(worst, float(np.abs(a - b).max() / np.abs(b).max()))
         found.append(worst)
     return found
-
-
-def _as_numpy(value: Any) -> np.ndarray:
-    """A result as float32, channels last."""
-    if isinstance(value, jax.Array):
-        return np.asarray(value, np.float32)
-    return value.float().cpu().movedim(1, -1).numpy()
 
 
 def plot(rows: Sequence[Measurements]) -> Figure:
@@ -182,11 +167,9 @@ def plot(rows: Sequence[Measurements]) -> Figure:
     for axes, case in zip(
         figure.subplots(1, len(cases), squeeze=False)[0], cases, strict=True
     ):
-        values: dict[str, dict[str, float]] = defaultdict(dict)
-        for r in rows:
-            if (r["maps"], r["levels"]) == case:
-                values[r["what"]][f"{r['dtype']}\n{r['pass']}"] = r["ms"]
-        draw_bars(axes, values)
+        own = [r for r in rows if (r["maps"], r["levels"]) == case]
+        bars = [(r["what"], f"{r['dtype']}\n{r['pass']}", r["ms"]) for r in own]
+        draw_bars(axes, bars)
         axes.tick_params(axis="y", labelsize=8)
         axes.set_xlabel("ms")
         axes.set_title(f"{case[0]}, {{{case[1]}}}", fontsize=10)

@@ -4,7 +4,8 @@ import argparse
 import datetime
 import os
 import platform
-from collections.abc import Callable, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -165,14 +166,21 @@ def cell(value: Any) -> str:
 
 
 def draw_bars(
-    axes: Any, values: Mapping[str, Mapping[str, Any]], *, upright: bool = False
+    axes: Any,
+    bars: Iterable[tuple[str, str, float | None]],
+    *,
+    upright: bool = False,
 ) -> list[Any]:
     """Bars of each group beside each other, a colour for each name; None has no bar.
 
-    `values`: by name, by group. `upright`: they stand, else they lie, the first on top.
+    `bars`: (name, group, length). `upright`: they stand, else they lie, the first on
+    top.
 
     Returns: matplotlib's containers of bars, one for each name.
     """
+    values: dict[str, dict[str, float | None]] = defaultdict(dict)
+    for name, group, length in bars:
+        values[name][group] = length
     groups = list(dict.fromkeys(group for own in values.values() for group in own))
     width, drawn = 0.8 / len(values), []
     draw = axes.bar if upright else axes.barh

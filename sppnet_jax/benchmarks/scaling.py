@@ -19,7 +19,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any, NamedTuple
@@ -42,7 +41,7 @@ from sppnet_jax.training.steps import (
 
 STEPS = 5  # a measurement times so many steps: the pipe to the workers costs nothing
 TIMEOUT = 300.0  # seconds without an answer: a worker hangs
-PACKAGE = Path(__file__).parent.parent.parent
+REPOSITORY = Path(__file__).resolve().parents[2]
 LEVELS = (3, 2, 1)
 
 
@@ -82,11 +81,8 @@ def run(timing: Timing) -> Report:
             layout: stack.enter_context(workers(layout, case, on_gpu=on_gpu))
             for layout in layouts
         }
-        rows = [
-            row
-            for kind in ("strong", "weak")
-            for row in _rows(kind, groups, case, timing)
-        ]
+        rows = _rows("strong", groups, case, timing)
+        rows += _rows("weak", groups, case, timing)
     notes = [
         f"rate: images/s beside those of one device. {_perfect(on_gpu)}",
         "differs by: the loss of the first steps from that of the first layout with "
@@ -186,19 +182,19 @@ class Workers(NamedTuple):
                 process.stdin.flush()
         deadline = time.monotonic() + self.timeout
         answers: dict[int, float] = {}
-        while len(answers) < len(self.processes):
-            for number, process in enumerate(self.processes):
-                if number in answers:
-                    continue
-                assert process.stdout is not None
-                if select.select([process.stdout], [], [], 0.005)[0]:
-                    line = process.stdout.readline()
-                    if not line:
-                        self._fail(number, f"ended with {process.wait(self.timeout)}")
-                    answers[number] = float(line)
-            if time.monotonic() > deadline:
-                silent = next(n for n in range(len(self.processes)) if n not in answers)
+        waiting: dict[Any, int] = {p.stdout: n for n, p in enumerate(self.processes)}
+        while waiting:
+            left = max(0.0, deadline - time.monotonic())
+            ready = select.select(list(waiting), [], [], left)[0]
+            if not ready:
+                silent = min(waiting.values())
                 self._fail(silent, f"has not answered for {self.timeout:.0f} s")
+            for pipe in ready:
+                number, line = waiting.pop(pipe), pipe.readline()
+                if not line:
+                    ended = self.processes[number].wait(self.timeout)
+                    self._fail(number, f"ended with {ended}")
+                answers[number] = float(line)
         return [answers[number] for number in sorted(answers)]
 
     def _fail(self, number: int, what: str) -> None:
@@ -225,48 +221,44 @@ def workers(
     with contextlib.ExitStack() as stack:
         logs = [stack.enter_context(tempfile.TemporaryFile()) for _ in range(layout[0])]
         started: list[subprocess.Popen] = []
-        try:
-            for index in range(layout.processes):
-                job = {
-                    "index": index,
-                    "processes": layout.processes,
-                    "coordinator": f"localhost:{port}" if layout.processes > 1 else "",
-                    "case": case._asdict(),
-                }
-                started.append(
-                    subprocess.Popen(
-                        [sys.executable, "-m", __spec__.name, json.dumps(job)],
-                        env=_environment(layout, index, on_gpu),
-                        stdin=subprocess.PIPE,
-                        stdout=subprocess.PIPE,
-                        stderr=logs[index],
-                        bufsize=0,
-                    )
-                )
-            yield Workers(layout, started, logs, timeout)
-        finally:
-            for process in started:
-                process.kill()
-                process.communicate()
+        for index, log in enumerate(logs):
+            job = {
+                "index": index,
+                "processes": layout.processes,
+                "coordinator": f"localhost:{port}" if layout.processes > 1 else "",
+                "case": case._asdict(),
+            }
+            process = subprocess.Popen(
+                [sys.executable, "-m", __spec__.name, json.dumps(job)],
+                cwd=REPOSITORY,  # where it finds this package
+                env=_environment(layout, index, on_gpu),
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                bufsize=0,
+            )
+            started.append(stack.enter_context(process))
+            stack.callback(process.kill)
+        yield Workers(layout, started, logs, timeout)
 
 
 def _environment(layout: Layout, index: int, on_gpu: bool) -> dict[str, str]:
     """What gives a worker its own devices."""
     own = layout.devices // layout.processes
-    paths = [str(PACKAGE), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
     if on_gpu:
         visible = os.environ.get("CUDA_VISIBLE_DEVICES")
         numbers = visible.split(",") if visible else list(map(str, range(1024)))
         chosen = numbers[index * own : (index + 1) * own]
-        environment["CUDA_VISIBLE_DEVICES"] = ",".join(chosen)
-        # Several workers, and the process that asks, share a GPU.
-        environment["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
-        return environment
+        return {
+            **os.environ,
+            "CUDA_VISIBLE_DEVICES": ",".join(chosen),
+            # Several workers, and the process that asks, share a GPU.
+            "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
+        }
     flags = os.environ.get("XLA_FLAGS", "").split()
     flags = [f for f in flags if "xla_force_host_platform_device_count" not in f]
     flags.append(f"--xla_force_host_platform_device_count={own}")
-    return {**environment, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": " ".join(flags)}
+    return {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": " ".join(flags)}
 
 
 def _work(job: dict[str, Any], questions: IO[str], answers: IO[str]) -> None:
@@ -288,9 +280,8 @@ def _work(job: dict[str, Any], questions: IO[str], answers: IO[str]) -> None:
     step = make_train_step(model, optimizer, preprocessing)
     for question in questions:
         what, kind = question.split()
-        batch = shard_batch(
-            _own_batch(_global_batch(kind, case, jax.device_count()), case, job)
-        )
+        size = _global_batch(kind, case, jax.device_count())
+        batch = shard_batch(_own_batch(size, case, job))
         if what == "loss":
             state, total = create_state(model, optimizer, seed=0), 0.0
         for _ in range(STEPS):
@@ -318,10 +309,11 @@ def plot(rows: Sequence[Measurements]) -> Figure:
     """Milliseconds of a step and images/s beside one device, by layout."""
     figure = Figure(figsize=(9, 4), layout="constrained")
     for axes, column in zip(figure.subplots(1, 2), ("ms", "rate"), strict=True):
-        values: dict[str, dict[str, float]] = defaultdict(dict)
-        for r in rows:
-            values[f"{r['scaling']} scaling"][r["processes × devices"]] = r[column]
-        draw_bars(axes, values, upright=True)
+        bars = [
+            (f"{r['scaling']} scaling", r["processes × devices"], r[column])
+            for r in rows
+        ]
+        draw_bars(axes, bars, upright=True)
         axes.set_xlabel("processes × devices of each")
         axes.grid(axis="y", alpha=0.3)
     figure.axes[0].set_ylabel("ms of a step")

@@ -4,13 +4,15 @@ In every round each alternative runs once. What slows the machine for a while sl
 of a round, so a ratio is taken round by round, and its median is reported.
 """
 
+import contextlib
 import functools
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple, TypeVar
 
 import jax
 import numpy as np
+from jax.experimental.compilation_cache import compilation_cache
 from tqdm import tqdm
 
 Alternative = Callable[[], Any]
@@ -71,6 +73,19 @@ def in_turn(
         for name in names[shift:] + names[:shift]:
             found[name].append(work[name]())
     return found
+
+
+@contextlib.contextmanager
+def no_persistent_cache() -> Iterator[None]:
+    """Within this context nothing compiled comes from, or goes to, a folder."""
+    before = jax.config.values["jax_enable_compilation_cache"]
+    jax.config.update("jax_enable_compilation_cache", False)
+    compilation_cache.reset_cache()  # JAX asks the setting once, at its first program
+    try:
+        yield
+    finally:
+        jax.config.update("jax_enable_compilation_cache", before)
+        compilation_cache.reset_cache()
 
 
 def spread(values: np.ndarray) -> Spread:

@@ -9,7 +9,6 @@ import contextlib
 import ctypes
 import importlib
 import multiprocessing
-from collections import defaultdict
 from collections.abc import Callable, Sequence
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
 from pathlib import Path
@@ -20,8 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from matplotlib.figure import Figure
 
-from sppnet_jax.benchmarks.flops import count_flops
-from sppnet_jax.benchmarks.peak import measured_peak
+from sppnet_jax.benchmarks.peak import count_flops, measured_peak
 from sppnet_jax.benchmarks.peers import find_peers, find_torch, torch_device, wait_for
 from sppnet_jax.benchmarks.report import Measurements, Report, Timing, draw_bars
 from sppnet_jax.benchmarks.timing import milliseconds, time_in_turn, times_as_fast
@@ -158,7 +156,7 @@ def _rows(
         peaks = _resident_peaks(name, dtype, size, [None, *peers.values()])
     rows: list[Measurements] = []
     for what, times in seconds.items():
-        took = milliseconds(times)
+        took, peak_bytes = milliseconds(times), peaks.get(what)
         ratio = times_as_fast(seconds[OURS], times)
         rows.append(
             {
@@ -168,7 +166,7 @@ def _rows(
                 "images/s": size.batch / took["ms"] * 1e3,
                 **took,
                 "ours is × as fast": None if what == OURS else ratio.median,
-                "peak MB": _megabytes(peaks.get(what)),
+                "peak MB": None if peak_bytes is None else peak_bytes / 2**20,
                 "GFLOP": flops / 1e9,
                 "share of peak": flops / (took["ms"] / 1e3) / peak,
                 "differs by": differ.get(what),
@@ -179,14 +177,10 @@ def _rows(
 
 def _peers(dtype: str) -> list[Peer]:
     """PyTorch's layouts; on a GPU also what `torch.compile` makes of the faster."""
-    bfloat16 = dtype == "bfloat16"
-    peers = [
-        Peer("contiguous_format", bfloat16, False),
-        Peer("channels_last", bfloat16, False),
-    ]
+    ways = [("contiguous_format", False), ("channels_last", False)]
     if jax.devices()[0].platform == "gpu":
-        peers.append(Peer("channels_last", bfloat16, True))
-    return peers
+        ways.append(("channels_last", True))
+    return [Peer(layout, dtype == "bfloat16", compiled) for layout, compiled in ways]
 
 
 def _model(name: str, dtype: str, size: Size) -> SPPNet:
@@ -231,17 +225,13 @@ def _flops(name: str, dtype: str, size: Size, params: Any) -> float:
 def _our_step(name: str, dtype: str, size: Size, params: Any) -> Step:
     """Our step on the first device."""
     preprocessing = Preprocessing(np.array(MEAN), 1.0, np.zeros((3, 3), np.float32))
-    optimizer = Optimizer()
+    optimizer, rate = Optimizer(), np.float32(LEARNING_RATE)
     train_step = make_train_step(_model(name, dtype, size), optimizer, preprocessing)
     images, labels = _batch(size)
     mask = np.ones(size.batch, bool)
-    rate = np.float32(LEARNING_RATE)
-    fresh = TrainState(
-        jnp.zeros((), jnp.int32),
-        params,
-        optimizer.transform().init(params),
-        jax.random.PRNGKey(1),
-    )
+    momentum = optimizer.transform().init(params)
+    zero, rng = jnp.zeros((), jnp.int32), jax.random.PRNGKey(1)
+    fresh = TrainState(zero, params, momentum, rng)
     # A leading axis of one takes the first device, however many there are.
     copy = jax.pmap(lambda _, tree: tree, in_axes=(0, None))
     held = [copy(np.arange(1), fresh)]
@@ -281,16 +271,11 @@ def _torch_step(
         before = torch.cuda.memory_allocated()
     if peer.compiled:
         torch.compiler.reset()  # it gives up on a function after eight networks
-    twin = twins.create_twin(
-        name,
-        LEVELS,
-        size.num_classes,
-        width=size.width,
-        image_size=size.image_size,
-    )
+    sizes = {"width": size.width, "image_size": size.image_size}
+    twin = twins.Twin(name, LEVELS, size.num_classes, **sizes)
     twins.load_params(twin, params)
-    state = twins.create_twin_state(twin.to(device), Optimizer())
-    train_step = twins.make_twin_step(state, MEAN, **peer._asdict())
+    twin.to(device)
+    train_step = twins.make_twin_step(twin, Optimizer(), MEAN, **peer._asdict())
     form = getattr(torch, peer.layout)
     images, labels = _batch(size)
     pixels = torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(memory_format=form)
@@ -302,8 +287,8 @@ def _torch_step(
         wait_for(torch)
         return results
 
-    peak_bytes = None
     step()
+    peak_bytes = None
     if on_gpu:
         torch.cuda.reset_peak_memory_stats()
         step()
@@ -349,10 +334,6 @@ def _resident_peak(name: str, dtype: str, size: Size, peer: Peer | None) -> int:
     return _memory_status("VmHWM") - before
 
 
-def _megabytes(size: int | None) -> float | None:
-    return None if size is None else size / 2**20
-
-
 def _memory_status(field: str) -> int:
     """Bytes of a field of Linux's account of this process."""
     lines = Path("/proc/self/status").read_text().splitlines()
@@ -364,14 +345,11 @@ def plot(rows: Sequence[Measurements]) -> Figure:
     figure = Figure(figsize=(10, 4.6), layout="constrained")
     left, right = figure.subplots(1, 2)
     for axes, column in ((left, "images/s"), (right, "peak MB")):
-        values: dict[str, dict[str, float]] = defaultdict(dict)
-        for r in rows:
-            values[f"{r['what']}, {r['dtype']}"][r["network"]] = r[column]
-        draw_bars(axes, values, upright=True)
+        bars = [(f"{r['what']}, {r['dtype']}", r["network"], r[column]) for r in rows]
+        draw_bars(axes, bars, upright=True)
         axes.grid(axis="y", alpha=0.3)
     left.set_ylabel("images/s")
     right.set_ylabel("peak memory, MB")
-    figure.legend(
-        *left.get_legend_handles_labels(), loc="outside lower center", ncols=3
-    )
+    labels = left.get_legend_handles_labels()
+    figure.legend(*labels, loc="outside lower center", ncols=3)
     return figure

@@ -24,11 +24,14 @@ import numpy as np
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
-from sppnet_jax.benchmarks.cold import no_persistent_cache
-from sppnet_jax.benchmarks.random_networks import random_network, scorer
 from sppnet_jax.benchmarks.report import Measurements, Report, Timing
-from sppnet_jax.benchmarks.sample_images import sample_image, sample_sizes
-from sppnet_jax.benchmarks.timing import spread, time_in_turn
+from sppnet_jax.benchmarks.samples import (
+    random_network,
+    sample_image,
+    sample_sizes,
+    scorer,
+)
+from sppnet_jax.benchmarks.timing import no_persistent_cache, spread, time_in_turn
 from sppnet_jax.buckets import BucketTable, choose_buckets, padding_waste
 from sppnet_jax.network.model import SPPNet
 
@@ -102,9 +105,8 @@ def run(timing: Timing) -> Report:
         f"be padded {free['padded share']:.1%} by {case.buckets} buckets: resize to "
         "one shorter side first, as the paper does",
     ]
-    return Report(
-        "variable_sizes", "Images of distinct sizes", rows, plot, notes, results
-    )
+    title = "Images of distinct sizes"
+    return Report("variable_sizes", title, rows, plot, notes, results)
 
 
 def _from_cold(
@@ -115,13 +117,8 @@ def _from_cold(
     shapes: list[Pass] = []
     latest: dict[str, Pass] = {}
     seconds: dict[str, list[float]] = {BUCKETS: [], SHAPES: [], WARPED: []}
-    bar = tqdm(
-        total=len(images),
-        desc="one jit per shape",
-        unit="shape",
-        leave=False,
-        mininterval=0.5 if sys.stderr.isatty() else 20,
-    )
+    bar = tqdm(total=len(images), desc=SHAPES, unit="shape", leave=False)
+    bar.mininterval = 0.5 if sys.stderr.isatty() else 20
     jax.block_until_ready(jax.jit(lambda x: x + 1)(np.ones(3)))  # start the compiler
     with no_persistent_cache(), bar:
         for part in parts:
@@ -197,23 +194,20 @@ def _warped(
 ) -> Pass:
     from PIL import Image
 
-    side = case.side
-    shape = (case.batch, side, side, 3)
+    size = case.side, case.side
+    shape = (case.batch, *size, 3)
     started = time.perf_counter()
     blank = jax.ShapeDtypeStruct(shape, np.uint8)
     program = jax.jit(scorer(model)).lower(params, blank).compile()
     compiled = time.perf_counter() - started
-
-    def warp(image: np.ndarray) -> np.ndarray:
-        resized = Image.fromarray(image).resize((side, side), Image.Resampling.BILINEAR)
-        return np.asarray(resized)
 
     def serve() -> np.ndarray:
         logits = []
         for first in range(0, len(images), case.batch):
             inputs = np.zeros(shape, np.uint8)
             for row, image in enumerate(images[first : first + case.batch]):
-                inputs[row] = warp(image)
+                whole = Image.fromarray(image)
+                inputs[row] = np.asarray(whole.resize(size, Image.Resampling.BILINEAR))
             # Not waited for: the next batch is warped while the device works.
             logits.append(program(params, inputs))
         return np.concatenate(jax.device_get(logits))[: len(images)]
@@ -229,10 +223,10 @@ def _rows(
     reference = runs[SHAPES].again()
     rows: list[Measurements] = []
     for name in (BUCKETS, SHAPES, WARPED, ALONE):
-        found = runs[SHAPES if name == ALONE else name]
+        way = SHAPES if name == ALONE else name
+        found, again = runs[way], spread(warm[way])
         logits = reference if name == ALONE else found.logits
         start = spread(cold[name]) if name in cold else None
-        again = spread(warm[SHAPES if name == ALONE else name])
         equal = logits.argmax(axis=1) == reference.argmax(axis=1)
         worst = np.abs(logits - reference).max() / np.abs(reference).max()
         rows.append(
@@ -291,13 +285,8 @@ def plot(rows: Sequence[Measurements]) -> Figure:
         last.plot(max(difference, least), place, "o", color=f"C{place}")
         shown = f"{difference:.1g}" if difference else "equal"
         text = f"  {shown}, top-1 equal {row['top-1 equal']:.0%}"
-        last.annotate(
-            text,
-            (max(difference, least), place),
-            va="center",
-            fontsize=8,
-            ha="right" if difference > 1e-4 else "left",
-        )
+        where, side = max(difference, least), "right" if difference > 1e-4 else "left"
+        last.annotate(text, (where, place), va="center", ha=side, fontsize=8)
     _name(last, rows)
     last.set(xscale="log", xlim=(least / 3, 10), title="agreement with a batch of one")
     last.set_xlabel("worst difference of logits, of the largest")

@@ -13,7 +13,6 @@ the operating system hands out one by one: "writing alone" is a program that doe
 more than fill the results.
 """
 
-from collections import defaultdict
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -23,7 +22,13 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from sppnet_jax.benchmarks.peak import measured_bandwidth
-from sppnet_jax.benchmarks.peers import find_peers, find_torch, torch_device, wait_for
+from sppnet_jax.benchmarks.peers import (
+    as_numpy,
+    find_peers,
+    find_torch,
+    torch_device,
+    wait_for,
+)
 from sppnet_jax.benchmarks.report import Measurements, Report, Timing, cell, draw_bars
 from sppnet_jax.benchmarks.timing import milliseconds, time_in_turn, times_as_fast
 from sppnet_jax.pyramid.pooling import adaptive_span, num_bins
@@ -32,6 +37,8 @@ from sppnet_jax.pyramid.windows import block_counts, window_pyramid_pool
 OURS, MASKS, WRITING = "sppnet_jax", "masks", "writing alone"
 MAX_ROI_POOL, ROI_POOL = "ONNX Runtime MaxRoiPool", "torchvision roi_pool"
 MASKED_ROUNDS = 3  # they take seconds
+
+Peers = dict[str, Any]  # modules by name
 
 
 class _Case(NamedTuple):
@@ -88,7 +95,7 @@ def run(timing: Timing) -> Report:
 
 
 def _rows(
-    case: _Case, peers: dict[str, Any], bandwidth: float, on_gpu: bool, timing: Timing
+    case: _Case, peers: Peers, bandwidth: float, on_gpu: bool, timing: Timing
 ) -> list[Measurements]:
     features, windows = inputs(case)
     x, w = jnp.asarray(features, case.dtype), jnp.asarray(windows)
@@ -105,9 +112,9 @@ def _rows(
     alternatives = dict(fast)
     if case.masked:
         alternatives[MASKS] = lambda: masks(x, w)
-    expected = _as_numpy(ours(x, w))
+    expected = as_numpy(ours(x, w))
     differ = {
-        name: float(np.abs(_as_numpy(call()) - expected).max())
+        name: float(np.abs(as_numpy(call()) - expected).max())
         for name, call in alternatives.items()
     }
     label = f"{case.windows} windows of {case.shape}"
@@ -121,22 +128,20 @@ def _rows(
         seconds[MASKS] = slow[MASKS]
         ratio[MASKS] = times_as_fast(slow[OURS], slow[MASKS])
     bound = least_bytes(case) / bandwidth
-    rows: list[Measurements] = []
-    for name, times in seconds.items():
-        rows.append(
-            {
-                "map": "×".join(map(str, case.shape)),
-                "windows": case.windows,
-                "levels": ",".join(map(str, case.levels)),
-                "dtype": case.dtype,
-                "what": name,
-                **milliseconds(times),
-                "bound, ms": bound * 1e3 if name == OURS else None,
-                "ours is × as fast": None if name == OURS else ratio[name].median,
-                "differs by": differ.get(name),
-            }
-        )
-    return rows
+    return [
+        {
+            "map": "×".join(map(str, case.shape)),
+            "windows": case.windows,
+            "levels": ",".join(map(str, case.levels)),
+            "dtype": case.dtype,
+            "what": name,
+            **milliseconds(times),
+            "bound, ms": bound * 1e3 if name == OURS else None,
+            "ours is × as fast": None if name == OURS else ratio[name].median,
+            "differs by": differ.get(name),
+        }
+        for name, times in seconds.items()
+    ]
 
 
 def inputs(case: _Case) -> tuple[np.ndarray, np.ndarray]:
@@ -189,37 +194,30 @@ def _inside(start: jax.Array, stop: jax.Array, size: int) -> jax.Array:
 
 
 def max_roi_pool(
-    peers: dict[str, Any],
-    features: np.ndarray,
-    windows: np.ndarray,
-    levels: Sequence[int],
+    peers: Peers, features: np.ndarray, windows: np.ndarray, levels: Sequence[int]
 ) -> Callable[[], np.ndarray]:
     """One `MaxRoiPool` for each level; its results are [windows, channels, bins]."""
     onnx, runtime = peers["onnx"], peers["onnxruntime"]
     make, kinds = onnx.helper, onnx.TensorProto
     channels = features.shape[2]
-    nodes, shapes = [], []
+    both, nodes, shapes = ["maps", "rois"], [], []
     for n in levels:
-        nodes.append(
-            make.make_node(
-                "MaxRoiPool", ["maps", "rois"], [f"p{n}"], pooled_shape=[n, n]
-            )
+        pooled, shape, flat = f"p{n}", f"shape{n}", f"flat{n}"
+        nodes.append(make.make_node("MaxRoiPool", both, [pooled], pooled_shape=[n, n]))
+        nodes.append(make.make_node("Reshape", [pooled, shape], [flat]))
+        sides = [0, channels, n * n]
+        shapes.append(make.make_tensor(shape, kinds.INT64, [3], sides))
+    flats = [f"flat{n}" for n in levels]
+    nodes.append(make.make_node("Concat", flats, ["bins"], axis=2))
+    maps, rois, bins = (
+        make.make_tensor_value_info(name, kinds.FLOAT, shape)
+        for name, shape in (
+            ("maps", [1, channels, None, None]),
+            ("rois", [None, 5]),
+            ("bins", None),
         )
-        nodes.append(make.make_node("Reshape", [f"p{n}", f"shape{n}"], [f"flat{n}"]))
-        shape = [0, channels, n * n]
-        shapes.append(make.make_tensor(f"shape{n}", kinds.INT64, [3], shape))
-    flat = [f"flat{n}" for n in levels]
-    nodes.append(make.make_node("Concat", flat, ["bins"], axis=2))
-    graph = make.make_graph(
-        nodes,
-        "pyramid",
-        [
-            make.make_tensor_value_info("maps", kinds.FLOAT, [1, channels, None, None]),
-            make.make_tensor_value_info("rois", kinds.FLOAT, [None, 5]),
-        ],
-        [make.make_tensor_value_info("bins", kinds.FLOAT, None)],
-        shapes,
     )
+    graph = make.make_graph(nodes, "pyramid", [maps, rois], [bins], shapes)
     model = make.make_model(graph, opset_imports=[make.make_opsetid("", 17)])
     model.ir_version = 10
     options = runtime.SessionOptions()
@@ -236,10 +234,7 @@ def max_roi_pool(
 
 
 def _roi_pool(
-    peers: dict[str, Any],
-    features: np.ndarray,
-    windows: np.ndarray,
-    levels: Sequence[int],
+    peers: Peers, features: np.ndarray, windows: np.ndarray, levels: Sequence[int]
 ) -> Callable[[], Any]:
     """One `roi_pool` for each level, in float32: it has no bfloat16."""
     torch, roi_pool = peers["torch"], peers["torchvision"].ops.roi_pool
@@ -263,24 +258,12 @@ def _rois(windows: np.ndarray) -> np.ndarray:
     return np.stack([image, left, top, right - 1, bottom - 1], 1).astype(np.float32)
 
 
-def _as_numpy(value: Any) -> np.ndarray:
-    """A result as float32 [windows, bins, channels]."""
-    if isinstance(value, jax.Array):
-        return np.asarray(value, np.float32)
-    if not isinstance(value, np.ndarray):
-        value = value.float().cpu().numpy()
-    return value.transpose(0, 2, 1)
-
-
 def plot(rows: Sequence[Measurements]) -> Figure:
     """Milliseconds by case on a logarithmic axis, one bar for each alternative."""
-    values: dict[str, dict[str, float]] = defaultdict(dict)
-    for row in rows:
-        values[row["what"]][_name(row)] = row["ms"]
-    cases = len(values[OURS])
+    cases = sum(row["what"] == OURS for row in rows)
     figure = Figure(figsize=(9, 0.7 * cases + 1.5), layout="constrained")
     axes = figure.subplots()
-    for bars in draw_bars(axes, values):
+    for bars in draw_bars(axes, [(r["what"], _name(r), r["ms"]) for r in rows]):
         labels = [cell(ms) if ms else "" for ms in bars.datavalues]
         axes.bar_label(bars, labels, padding=3, fontsize=7)
     axes.tick_params(axis="y", labelsize=8)
