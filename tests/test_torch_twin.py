@@ -34,7 +34,7 @@ def random_params(model, side, seed=0):
     )
 
 
-def flax_arrays(twin: Any, *, gradients: bool = False) -> dict[str, Any]:
+def flax_arrays(twin, *, gradients=False):
     """The twin's parameters, or their gradients, named and ordered as in Flax."""
     found = {}
     for name, layer in twin.named_layers().items():
@@ -50,7 +50,7 @@ def flax_arrays(twin: Any, *, gradients: bool = False) -> dict[str, Any]:
     return found
 
 
-def assert_trees_agree(found: Any, expected: Any, tolerance: float = 1e-4) -> None:
+def assert_trees_agree(found, expected, tolerance=1e-4):
     """Each array to within a tolerance relative to its largest value."""
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(
@@ -130,7 +130,7 @@ def test_three_steps_give_our_losses_and_parameters(layout):
     assert_trees_agree(flax_arrays(twin), params, tolerance=1e-4)
 
 
-def test_dropout_is_on_in_a_step_and_off_for_logits() -> None:
+def test_dropout_is_on_in_a_step_and_off_for_logits():
     twin = torch_twin.Twin("zf5", (1,), 3, width=1 / 24, dropout=0.5)
     images = torch.full((2, 3, 64, 64), 90, dtype=torch.uint8)
     first, second = (torch_twin.twin_logits(twin, images, 128.0) for _ in range(2))
