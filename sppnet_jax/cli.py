@@ -6,7 +6,7 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import absl.logging
 from absl import app, flags
@@ -75,6 +75,8 @@ def run(
 
     given = _given_flags(sys.argv)
     try:
+        if saved and not {"config", "workdir", "help", "helpfull"} & set(given):
+            raise ValueError("give the folder of the run: --workdir=runs/NAME")
         if saved and "config" not in given and "workdir" in given:
             workdir = Path(given["workdir"].split(",")[0]).expanduser()
             config = ConfigDict(plain(saved(workdir)))
@@ -84,8 +86,8 @@ def run(
             if path and not Path(path).is_file():
                 raise FileNotFoundError(f"there is no config file {path!r}")
             config_flags.DEFINE_config_file("config", None, _CONFIG_HELP)
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+    except Exception as error:  # a config file may raise any
+        _refuse(error, kind)
     shown = (WORKDIR, _COORDINATOR, _PROCESS_INDEX, _PROCESS_COUNT, _TRACEBACK)
     for name in ("config", *(flag.name for flag in shown)):
         # By --help, although the main module doesn't define them.
@@ -131,7 +133,10 @@ def given_workdir() -> Path:
     """The folder of the run."""
     if not WORKDIR.value:
         raise ValueError("give the folder of the run: --workdir=runs/NAME")
-    return Path(WORKDIR.value).expanduser()
+    workdir = Path(WORKDIR.value).expanduser()
+    if workdir.is_file():
+        raise ValueError(f"--workdir={workdir} is a file: give the folder of a run")
+    return workdir
 
 
 def given_workdirs() -> list[Path]:
@@ -173,19 +178,23 @@ def _given_flags(argv: Sequence[str]) -> dict[str, str]:
 def _parse_flags(argv: list[str], kind: Any) -> list[str]:
     try:
         return flags.FLAGS(argv)
-    except flags.Error as error:
-        sys.exit(f"error: {_reason(error)}")
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        paths = [
-            name.removeprefix("config.")
-            for name in _given_flags(argv)
-            if name.startswith("config.")
-        ]
-        for path in paths:
-            fault = unknown_field(kind, path)
-            if fault:
-                sys.exit(f"error: {fault}")
-        sys.exit(f"error: {_reason(error)}")
+    except Exception as error:  # a config file may raise any
+        _refuse(error, kind)
+
+
+def _refuse(error: Exception, kind: Any) -> NoReturn:
+    """Exits with what is wrong with the flags or with the config file."""
+    given = _given_flags(sys.argv)
+    if "traceback" in given:
+        traceback.print_exception(error)
+    names = [name for name in given if name.startswith("config.")]
+    faults = [unknown_field(kind, name.removeprefix("config.")) for name in names]
+    found = next(filter(None, faults), "")
+    if not found and not isinstance(error, flags.Error | ValueError | OSError):
+        path = given.get("config", "").partition(":")[0]
+        found = f"can't read the config {path}: {type(error).__name__}: "
+        found += _reason(error)
+    sys.exit(f"error: {found or _reason(error)}")
 
 
 def _check_kind(kind: Any, values: dict[str, Any]) -> None:
@@ -203,6 +212,11 @@ def _check_kind(kind: Any, values: dict[str, Any]) -> None:
 
 
 def _why_unreadable(config: Any) -> str:
+    if not type(config).__module__.startswith("ml_collections"):
+        return (
+            "the config file's get_config() must return an ml_collections.ConfigDict, "
+            f"got {type(config).__name__}"
+        )
     try:
         config.batch_size  # noqa: B018  the config flag raises its reason on use
     except Exception as error:
@@ -211,7 +225,7 @@ def _why_unreadable(config: Any) -> str:
             if name in MOVED:
                 reason += f"; config.{name} is now config.{MOVED[name]}"
         return f"can't read the config file: {reason}"
-    return "the config file's get_config() must return an ml_collections.ConfigDict"
+    return "can't read the config file"
 
 
 def _reason(error: Exception) -> str:

@@ -8,7 +8,8 @@ import sys
 import pytest
 
 from sppnet_jax.run import stages
-from sppnet_jax.run.stages import digest_of, is_done, locked, run_stage
+from sppnet_jax.run.run_folder import locked
+from sppnet_jax.run.stages import digest_of, is_done, run_stage
 from tests.conftest import REPOSITORY
 
 
@@ -119,7 +120,7 @@ def test_a_killed_process_locks_its_folder_no_longer(tmp_path):
     script = (
         "import sys, time\n"
         "from pathlib import Path\n"
-        "from sppnet_jax.run.stages import locked\n"
+        "from sppnet_jax.run.run_folder import locked\n"
         "with locked(Path(sys.argv[1])):\n"
         "    print('locked', flush=True)\n"
         "    time.sleep(300)\n"

@@ -1,5 +1,6 @@
 """A trained network as one value: what it holds, what it says of images and data."""
 
+import json
 import re
 import shutil
 
@@ -15,6 +16,7 @@ from sppnet_jax.data import photographs
 from sppnet_jax.data.datasets import ImageData
 from sppnet_jax.data.images import crop, resize_whole
 from sppnet_jax.data.photographs import read_images
+from sppnet_jax.detection.detector_settings import DetectorSettings
 from sppnet_jax.network.model import Architecture
 from sppnet_jax.network.preprocess import Inputs, make_preprocessing, normalize
 from sppnet_jax.network.trained import as_network, load_network
@@ -218,3 +220,42 @@ def test_a_test_refuses_a_folder_that_was_changed_since_the_training(
     exchange(pictures_of(root)[0], next((root / "test").rglob("*.png")))
     with pytest.raises(ValueError, match="the data has changed since the training"):
         evaluate_networks([workdir], "single")
+
+
+def test_a_network_is_not_trained_into_a_detector_s_folder(flowers, tmp_path):
+    detector = plain(DetectorSettings(network="runs/network"))
+    run_folder.save_config(tmp_path, detector)
+    with pytest.raises(ValueError, match="holds a detector, no network"):
+        train_network(settings_for(flowers), tmp_path)
+    with pytest.raises(ValueError, match=r"its network is in .*network"):
+        load_network(tmp_path)
+    assert run_folder.load_config(tmp_path) == json.loads(json.dumps(detector))
+
+
+def test_two_trainings_do_not_share_a_folder(flowers, tmp_path):
+    with run_folder.locked(tmp_path), pytest.raises(ValueError, match="another proc"):
+        train_network(settings_for(flowers), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("config.json", '{"seed": 1, "da', "config.json is damaged"),
+        ("config.json", "{}", "config.json holds no settings of a run"),
+        ("data.json", "{}", "data.json doesn't tell what was trained on"),
+        ("statistics.npz", "PK", "statistics.npz is damaged"),
+    ],
+)
+def test_damaged_files_of_a_run_are_named(run, tmp_path, name, content, message):
+    shutil.copytree(run, tmp_path / "run")
+    (tmp_path / "run" / name).write_text(content)
+    with pytest.raises(ValueError, match=message):
+        load_network(tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    "image", [np.zeros((20, 30), np.uint8), np.zeros((0, 5, 3), np.uint8), [[1]]]
+)
+def test_arrays_that_are_no_images_are_refused(network, image):
+    with pytest.raises(ValueError, match=r"image must be uint8|has no pixels"):
+        sn.score_images(network, [image])

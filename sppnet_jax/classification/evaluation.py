@@ -78,6 +78,7 @@ def evaluate_networks(
             log.info("shorter side %d\n%s", scale, table)
     broken.summarize()
     combined = mean_scores(scores)
+    counts = summarize(combined)  # raises where every image is broken
     report = {
         "data": source.name,
         "split": source.split,
@@ -88,7 +89,7 @@ def evaluate_networks(
         "positions": [protocol.positions for protocol in protocols],
         "flip": [protocol.flip for protocol in protocols],
         "views": float(combined.views[combined.valid].mean()),
-        **summarize(combined),
+        **counts,
     }
     if parallel.is_first_process():
         changed = bool(scales or positions or flip is not None)

@@ -92,7 +92,7 @@ def extract_features(
     "full" is that of the image alone, whatever bucket it was computed in.
     `batch_size`: of images of the training size; larger ones come in smaller batches.
     `max_buckets`: programs for whole images. `workers`, `threads`, `strict`: see
-    `data.pipeline.eval_batches`.
+    `data.batches.eval_batches`.
 
     Returns: the features; broken images are left out and counted.
     Raises: ValueError for a layer or a side that the network or the mode doesn't have,

@@ -21,7 +21,7 @@ from sppnet_jax.buckets.whole_images import (
 )
 from sppnet_jax.classification.views import Protocol, view_windows
 from sppnet_jax.data.batches import Batches, Example, eval_batches
-from sppnet_jax.data.images import crop, resize_whole
+from sppnet_jax.data.images import check_image, crop, resize_whole
 from sppnet_jax.data.sources import Source
 from sppnet_jax.network.preprocess import normalize
 from sppnet_jax.network.trained import Network
@@ -114,7 +114,12 @@ def score_images(
     `max_buckets`: programs that are compiled, at most.
 
     Returns: float32 [images, classes].
+    Raises: ValueError for an array that is no such image.
     """
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    for image in images:
+        check_image(image)
     side, model = network.resize_side, network.model
     resized = [resize_whole(image, side, MAX_ASPECT) for image in images]
     if not resized:

@@ -103,6 +103,18 @@ def resize_whole(image: np.ndarray, side: int, max_aspect: float) -> np.ndarray:
     return _resize(image, *whole_size(height, width, side, max_aspect))
 
 
+def check_image(image: np.ndarray) -> None:
+    """Raises ValueError for an array that is no image, uint8 [height, width, 3]."""
+    shape = list(np.shape(image))
+    if getattr(image, "dtype", None) != np.uint8 or len(shape) != 3 or shape[2] != 3:
+        kind = getattr(image, "dtype", type(image).__name__)
+        raise ValueError(
+            f"image must be uint8 [height, width, 3], RGB, got {kind} {shape}"
+        )
+    if 0 in shape:
+        raise ValueError(f"the image has no pixels: shape {shape}")
+
+
 def warp(image: np.ndarray, side: int) -> np.ndarray:
     """Resizes a whole image to a square, uint8 [side, side, 3], whatever its aspect."""
     return _resize(image, side, side)

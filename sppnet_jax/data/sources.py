@@ -287,7 +287,7 @@ def _folder_module(dataset: str, root: str) -> ModuleType:
             f"the data set {dataset!r} needs its folder: set root (on the command "
             "line, --config.data.root=FOLDER)"
         )
-    return image_folder if dataset == "image_folder" else voc_folder
+    return {"image_folder": image_folder, "voc_folder": voc_folder}[dataset]
 
 
 def _resolve(

@@ -48,7 +48,7 @@ def train_detector(settings: DetectorSettings, workdir: Path) -> None:
     settings = settings.with_absolute_paths()
     network = _origin(settings, workdir)
     check_network(settings, network)
-    with stages.locked(workdir):
+    with run_folder.locked(workdir):
         split = open_split_of(settings, "train", workdir)
         # From here on stages may be of other settings than the config's.
         (workdir / DETECTOR_FILE).unlink(missing_ok=True)

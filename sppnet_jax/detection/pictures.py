@@ -18,8 +18,8 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import MultipleLocator, PercentFormatter
 
+from sppnet_jax.data.images import check_image
 from sppnet_jax.detection.boxes import iou
-from sppnet_jax.detection.warp import check_image
 from sppnet_jax.run.figures import (
     DARK,
     DPI,

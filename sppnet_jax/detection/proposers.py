@@ -16,6 +16,8 @@ from pathlib import Path
 import cv2
 import numpy as np
 
+from sppnet_jax.data.images import check_image
+
 log = logging.getLogger(__name__)
 
 # The release's fast mode: graph segmentations with these k, merged no smaller than k.
@@ -56,7 +58,7 @@ def selective_search(
     where there is no window (section 4.1 of the paper).
     Raises: ValueError for arguments that do not fit.
     """
-    _check_image(image)
+    check_image(image)
     if width < 0 or min_side < 1 or max_windows < 1:
         raise ValueError(
             f"width {width} must be at least 0, min_side {min_side} and max_windows "
@@ -86,7 +88,7 @@ def edge_boxes(
     Raises: FileNotFoundError if there is no model, ValueError for a file that is none
     and for an array that is no image.
     """
-    _check_image(image)
+    check_image(image)
     detector = load_edge_model(model_path)
     if min(image.shape[:2]) < _EDGE_PATCH:
         return _whole_image(image)
@@ -211,13 +213,3 @@ def _to_boxes(
 
 def _whole_image(image: np.ndarray) -> np.ndarray:
     return np.array([[0, 0, *image.shape[:2]]], np.float32)
-
-
-def _check_image(image: np.ndarray) -> None:
-    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
-        raise ValueError(
-            "image must be uint8 [height, width, 3], RGB, got "
-            f"{image.dtype} {list(image.shape)}"
-        )
-    if 0 in image.shape:
-        raise ValueError(f"the image is empty: shape {list(image.shape)}")

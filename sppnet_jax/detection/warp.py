@@ -18,6 +18,8 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import PIL.Image
 
+from sppnet_jax.data.images import check_image
+
 # Edges are rounded to this part of a pixel, which Pillow's float32 holds exactly, so
 # that a window depends on its own box alone.
 GRID = 1 / 256
@@ -129,13 +131,3 @@ def _check(
             f"fill must be one number from 0 to 255, or three, got {fill!r}"
         )
     return np.broadcast_to(np.round(color).astype(np.uint8), 3)
-
-
-def check_image(image: np.ndarray) -> None:
-    """Raises ValueError for an array that is no image, uint8 [h, w, 3], with pixels."""
-    if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
-        raise ValueError(
-            f"image must be uint8 [h, w, 3], got {image.dtype} {image.shape}"
-        )
-    if 0 in image.shape:
-        raise ValueError(f"the image has no pixels: shape {image.shape}")

@@ -72,6 +72,10 @@ def load_network(
     """
     workdir = Path(workdir).expanduser()
     settings = settings or run_folder.load_config(workdir)
+    if "proposals" in settings:
+        raise ValueError(
+            f"{workdir} holds a detector: its network is in {workdir / 'network'}"
+        )
     if not run_folder.has_checkpoint(workdir):
         raise FileNotFoundError(f"{workdir} has no checkpoint yet: train first")
     trained_on = run_folder.load_training_data(workdir)

@@ -4,6 +4,8 @@ import contextlib
 import json
 import os
 import uuid
+import zipfile
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
@@ -51,9 +53,12 @@ def write_arrays(path: Path, **arrays: Any) -> None:
 
 
 def read_arrays(path: Path) -> dict[str, np.ndarray]:
-    """The arrays of an .npz file, by name."""
-    with np.load(path) as arrays:
-        return dict(arrays)
+    """The arrays of an .npz file, by name; ValueError for a damaged one."""
+    try:
+        with np.load(path) as arrays:
+            return dict(arrays)
+    except (EOFError, ValueError, zipfile.BadZipFile, zlib.error) as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
 
 
 def absolute(path: str) -> str:

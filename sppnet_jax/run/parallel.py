@@ -24,6 +24,11 @@ def join_processes(coordinator: str, process_index: int, process_count: int) -> 
     """
     if coordinator == "auto":
         jax.distributed.initialize()
+    elif process_count > 1 and not coordinator:
+        raise ValueError(
+            f"--process_count={process_count} processes must find each other: give "
+            "--coordinator=HOST:PORT of the first"
+        )
     elif coordinator:
         jax.distributed.initialize(coordinator, process_count, process_index)
 

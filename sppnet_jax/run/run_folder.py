@@ -1,6 +1,9 @@
 """The files of a run's folder that describe it: config, training data, statistics."""
 
+import contextlib
+import fcntl
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -53,6 +56,26 @@ class TrainingData(NamedTuple):
         )
 
 
+@contextlib.contextmanager
+def locked(workdir: Path) -> Iterator[None]:
+    """Keeps other processes from training in the same folder.
+
+    Raises: ValueError if one does.
+    """
+    if workdir.exists() and not workdir.is_dir():
+        raise ValueError(f"{workdir} is a file, no folder: give another --workdir")
+    workdir.mkdir(parents=True, exist_ok=True)
+    with (workdir / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise ValueError(
+                f"another process is training in {workdir}: wait for it, or use "
+                "another --workdir"
+            ) from error
+        yield  # released by the system if we are killed
+
+
 def newest_step(workdir: Path) -> int | None:
     """The step of a run's newest checkpoint; None before the first."""
     folder = workdir / CHECKPOINTS
@@ -72,7 +95,10 @@ def save_config(workdir: Path, config: dict[str, Any]) -> None:
 
 def load_config(workdir: Path) -> dict[str, Any]:
     """The settings that a run was trained with; FileNotFoundError if there are none."""
-    return at_new_names(read_json(workdir / CONFIG_FILE))
+    values = read_json(workdir / CONFIG_FILE)
+    if not isinstance(values, dict) or not {"data", "seed"} <= set(values):
+        raise ValueError(f"{workdir / CONFIG_FILE} holds no settings of a run")
+    return at_new_names(values)
 
 
 def save_training_data(workdir: Path, data: TrainingData) -> None:
@@ -83,7 +109,12 @@ def save_training_data(workdir: Path, data: TrainingData) -> None:
 def load_training_data(workdir: Path) -> TrainingData:
     """What a run was trained on; FileNotFoundError if there is none."""
     stored = read_json(workdir / DATA_FILE)
-    return TrainingData(**{**stored, "class_names": tuple(stored["class_names"])})
+    try:
+        return TrainingData(**{**stored, "class_names": tuple(stored["class_names"])})
+    except (KeyError, TypeError) as error:
+        raise ValueError(
+            f"{workdir / DATA_FILE} doesn't tell what was trained on ({error!r})"
+        ) from error
 
 
 def save_statistics(workdir: Path, arrays: dict[str, np.ndarray]) -> None:
@@ -101,7 +132,10 @@ def read_json(path: Path) -> Any:
     """The value of a file in a run's folder; FileNotFoundError if it isn't there."""
     if not path.exists():
         raise FileNotFoundError(
-            f"{path.parent} holds no trained run ({path.name} is missing): train with "
-            "python -m sppnet_jax.train, or check --workdir"
+            f"{path.parent} holds no trained run ({path.name} is missing): train one "
+            "first, or check --workdir"
         )
-    return json.loads(path.read_text())
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: {error}") from error

@@ -56,7 +56,11 @@ class Valid(NamedTuple):
             ("at least" if self.low_in else "more than", self.low),
             ("at most" if self.high_in else "less than", self.high),
         ]
-        return " and ".join(f"{w} {b:,g}" for w, b in words if math.isfinite(b))
+        return " and ".join(f"{w} {_number(b)}" for w, b in words if math.isfinite(b))
+
+
+def _number(value: float) -> str:
+    return f"{int(value):,}" if value == int(value) else f"{value:g}"
 
 
 def at_least(low: float) -> Valid:
@@ -102,8 +106,10 @@ def read(kind: type[Kind], values: Mapping[str, Any], where: str = "config") -> 
     Raises: ValueError for an unknown field, naming the known ones, and for a value of
     another type, that isn't finite, or that is out of its range.
     """
+    if not isinstance(values, Mapping):
+        raise ValueError(f"{where} must be settings by name, got {values!r:.80}")
     hints = kind.__annotations__
-    for name in values:
+    for name in map(str, values):
         if name not in hints:
             raise ValueError(unknown_field(kind, name, where))
     make: Any = kind
@@ -187,7 +193,7 @@ def _read_value(hint: Any, value: Any, where: str) -> Any:
     if isinstance(value, np.generic):
         value = value.item()
     if float in kinds and type(value) is int:
-        value = float(value)
+        value = float(value) if abs(value) < 1e300 else math.inf
     if type(value) not in kinds:
         wanted = " or ".join(_NAMES[kind] for kind in kinds)
         raise ValueError(f"{where} must be {wanted}, got {value!r}")

@@ -8,14 +8,12 @@ empty folder, and the log says what has changed. A folder that no stage has made
 never removed.
 """
 
-import contextlib
-import fcntl
 import hashlib
 import json
 import logging
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -71,24 +69,6 @@ def done_digest(workdir: Path, name: str) -> str | None:
     """The digest of a finished stage's inputs; None if it isn't finished."""
     known = _read(workdir / name / STAGE_FILE)
     return digest_of(known["inputs"]) if known and known["done"] else None
-
-
-@contextlib.contextmanager
-def locked(workdir: Path) -> Iterator[None]:
-    """Keeps other processes from running stages in the same folder.
-
-    Raises: ValueError if one does.
-    """
-    workdir.mkdir(parents=True, exist_ok=True)
-    with (workdir / ".lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise ValueError(
-                f"another process is training in {workdir}: wait for it, or use "
-                "another --workdir"
-            ) from error
-        yield  # released by the system if we are killed
 
 
 def is_done(workdir: Path, name: str) -> bool:

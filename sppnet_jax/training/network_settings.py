@@ -80,6 +80,6 @@ def network_settings(workdir: Path) -> NetworkSettings:
     saved: Mapping[str, Any] = load_config(workdir)
     if "proposals" in saved:
         raise ValueError(
-            f"{workdir} holds a detector, no network: give the workdir of a network"
+            f"{workdir} holds a detector, no network: give a network's own --workdir"
         )
     return read(NetworkSettings, saved)

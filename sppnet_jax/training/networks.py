@@ -1,5 +1,6 @@
 """Training a network, from its settings to the test after the last epoch."""
 
+import contextlib
 import logging
 from pathlib import Path
 from typing import Any
@@ -7,7 +8,12 @@ from typing import Any
 import jax
 import numpy as np
 
-from sppnet_jax.data.batches import eval_batches, steps_per_epoch, train_batches
+from sppnet_jax.data.batches import (
+    Batches,
+    eval_batches,
+    steps_per_epoch,
+    train_batches,
+)
 from sppnet_jax.data.broken import BrokenImages
 from sppnet_jax.data.datasets import ImageData, open_split
 from sppnet_jax.data.sources import Source
@@ -18,7 +24,7 @@ from sppnet_jax.run import caches, parallel, run_folder
 from sppnet_jax.run.checkpoints import Checkpoints
 from sppnet_jax.run.settings import plain
 from sppnet_jax.training.loop import train
-from sppnet_jax.training.network_settings import NetworkSettings
+from sppnet_jax.training.network_settings import NetworkSettings, network_settings
 from sppnet_jax.training.sizes import epoch_size
 from sppnet_jax.training.step_log import Pace
 from sppnet_jax.training.steps import (
@@ -47,10 +53,6 @@ def train_network(settings: NetworkSettings, workdir: Path) -> dict[str, float]:
         raise ValueError(
             f"the splits {source.split!r} and {held_out.split!r} have other classes"
         )
-    processes = {
-        "process_index": jax.process_index(),
-        "process_count": jax.process_count(),
-    }
     batches = train_batches(
         source,
         batch_size=settings.batch_size,
@@ -58,9 +60,23 @@ def train_network(settings: NetworkSettings, workdir: Path) -> dict[str, float]:
         epochs=settings.epochs,
         **data.augmentation,
         **data.loading,
-        **processes,
+        **_this_process(),
     )
     check_can_resume(settings, source, workdir)
+    first = parallel.is_first_process()
+    with run_folder.locked(workdir) if first else contextlib.nullcontext():
+        return _train(settings, workdir, source, held_out, batches)
+
+
+def _train(
+    settings: NetworkSettings,
+    workdir: Path,
+    source: Source,
+    held_out: Source,
+    batches: Batches,
+) -> dict[str, float]:
+    """Trains in a folder that no other process uses."""
+    data = settings.data
     if parallel.is_first_process():
         run_folder.save_config(workdir, plain(settings))
         run_folder.save_training_data(workdir, training_data(data, source))
@@ -87,7 +103,7 @@ def train_network(settings: NetworkSettings, workdir: Path) -> dict[str, float]:
             image_size=data.image_size,
             resize_side=data.resize_side,
             **data.loading,
-            **processes,
+            **_this_process(),
         )
         return count_correct(test_step, params, tests, records=len(held_out.records))
 
@@ -134,6 +150,13 @@ def train_network(settings: NetworkSettings, workdir: Path) -> dict[str, float]:
     return memory["validation"]
 
 
+def _this_process() -> dict[str, Any]:
+    return {
+        "process_index": jax.process_index(),
+        "process_count": jax.process_count(),
+    }
+
+
 def training_data(data: ImageData, source: Source) -> run_folder.TrainingData:
     """What identifies the data that a run is trained on."""
     return run_folder.TrainingData(
@@ -151,6 +174,8 @@ def check_can_resume(settings: NetworkSettings, source: Source, workdir: Path) -
 
     Passes where there is no checkpoint yet.
     """
+    if (workdir / run_folder.CONFIG_FILE).exists():
+        network_settings(workdir)  # refuses a detector's folder
     if not run_folder.has_checkpoint(workdir):
         return
     with Checkpoints(workdir / run_folder.CHECKPOINTS) as checkpoints:
