@@ -19,10 +19,16 @@ import pytest
 from configs import folder as classifier_config
 from sppnet_jax import detect
 from sppnet_jax.cli import detector_base_config
-from sppnet_jax.data import datasets
+from sppnet_jax.data import datasets, photographs
 from sppnet_jax.data.datasets import BoxData
 from sppnet_jax.data.sources import open_detection_source, read_objects
-from sppnet_jax.detection import detector_evaluation, learn, maps, split_features
+from sppnet_jax.detection import (
+    detector_evaluation,
+    detector_training,
+    learn,
+    maps,
+    split_features,
+)
 from sppnet_jax.detection.average_precision import evaluate_detections
 from sppnet_jax.detection.box_split import open_split_of
 from sppnet_jax.detection.detection_table import DetectionTable
@@ -41,6 +47,7 @@ from sppnet_jax.detection.trained_detector import (
     load_detectors,
 )
 from sppnet_jax.detection.window_features import make_program
+from sppnet_jax.network import trained as trained_network
 from sppnet_jax.network.trained import load_network
 from sppnet_jax.run import run_folder
 from sppnet_jax.run.files import read_arrays
@@ -95,9 +102,10 @@ def write_scenes(root):
     return root
 
 
-def write_classifier(workdir):
+def write_classifier(workdir, levels=(6, 3, 2, 1)):
     """A classifier of 64 pixels."""
     config = classifier_config.get_config()
+    config.model.levels = levels
     config.model.width = 1 / 16
     config.data.image_size, config.data.resize_side = 64, 70
     return write_network(workdir, config)
@@ -731,15 +739,34 @@ def test_what_the_network_cannot_do_is_told_before_proposals_are_made(
     changes, levels, message, base, tmp_path
 ):
     network = tmp_path / "network"
-    shutil.copytree(base / "classifier", network)
-    stored = run_folder.load_config(network)
-    stored["model"]["levels"] = levels
-    run_folder.save_config(network, stored)
+    write_classifier(network, levels)
     given = {"network": str(network), "cache": str(tmp_path / "cache")}
     with pytest.raises(ValueError, match=message):
         train(base, tmp_path / "run", **given, **changes)
     assert not (tmp_path / "cache").exists()
     assert not (tmp_path / "run").exists()
+
+
+def test_a_new_detector_reads_and_hashes_its_network_once(base, tmp_path, monkeypatch):
+    read, hashed = [], []
+    load, digest = detector_training.load_network, trained_network.digest_arrays
+
+    def counted_load(workdir):
+        read.append(workdir)
+        return load(workdir)
+
+    def counted_digest(arrays):
+        arrays = list(arrays)
+        hashed.append(sum(array.nbytes for array in arrays))
+        return digest(arrays)
+
+    monkeypatch.setattr(detector_training, "load_network", counted_load)
+    monkeypatch.setattr(trained_network, "digest_arrays", counted_digest)
+    train(base, tmp_path / "run", **{"finetune.steps": 0})
+    assert read == [base / "classifier"]
+    params = load(base / "classifier").params
+    weights = sum(array.nbytes for array in jax.tree.leaves(params))
+    assert hashed.count(weights) == 1
 
 
 def test_what_the_network_can_just_do_is_not_refused(base, tmp_path):
@@ -780,8 +807,12 @@ def test_proposals_may_come_from_a_file(base, trained, tmp_path, report):
 
 
 def test_photographs_are_looked_at_and_unreadable_ones_named(
-    base, trained, tmp_path, capsys
+    base, trained, tmp_path, capsys, monkeypatch
 ):
+    decoded, decode = [], photographs.decode_image
+    monkeypatch.setattr(
+        photographs, "decode_image", lambda data: decode(decoded.append(data) or data)
+    )
     photos = []
     for number, folder in enumerate(("one", "two")):
         (tmp_path / folder).mkdir()
@@ -793,6 +824,7 @@ def test_photographs_are_looked_at_and_unreadable_ones_named(
     pictures = tmp_path / "pictures"
     given = (small_config(base), [trained], paths)
     assert detect.detect_in_files(*given, score=-1.0, pictures=pictures) == 2
+    assert len(decoded) == 3  # once each, but the one that is absent
     told = capsys.readouterr().out
     assert f"{torn}: can't be read: truncated" in told
     assert "absent.png: can't be read: " in told
