@@ -6,6 +6,7 @@ from typing import Annotated, Any, NamedTuple
 
 from sppnet_jax.data.images import CROPS
 from sppnet_jax.data.sources import (
+    FOLDERS,
     Source,
     available_splits,
     open_detection_source,
@@ -54,7 +55,7 @@ class ImageData(NamedTuple):
                 f"config.data.resize_side, {self.resize_side}, must be at least "
                 f"config.data.image_size, {self.image_size}"
             )
-        if self.name == "image_folder" and not self.root:
+        if self.name in FOLDERS and not self.root:
             raise ValueError("give the folder of images: --config.data.root=FOLDER")
 
     def with_absolute_paths(self) -> "ImageData":
@@ -97,7 +98,7 @@ class BoxData(NamedTuple):
 
     def check(self) -> None:
         """Raises ValueError for settings that don't fit together."""
-        if self.name == "voc_folder" and not self.root:
+        if self.name in FOLDERS and not self.root:
             raise ValueError("give the folder in VOC layout: --config.data.root=FOLDER")
 
     def with_absolute_paths(self) -> "BoxData":

@@ -11,6 +11,7 @@ folder where they lie, or from ArrayRecord files that TFDS prepared. TFDS is imp
 for its own data sets and for slices of splits.
 """
 
+import importlib
 import re
 from collections.abc import Mapping, Sequence
 from types import ModuleType
@@ -20,7 +21,8 @@ import numpy as np
 
 from sppnet_jax.run.progress import map_in_threads
 
-_FOLDERS = ("image_folder", "voc_folder")
+# Data sets that are folders, read by the module of the same name.
+FOLDERS = ("image_folder", "voc_folder")
 _INSTEAD = {
     "digit_scenes/classification": "'digit_scenes/detection' has",
     "image_folder": "a folder with boxes, in Pascal VOC layout, is a 'voc_folder'",
@@ -170,7 +172,7 @@ def available_splits(
     dataset: str, *, root: str = "", data_dir: str = ""
 ) -> tuple[str, ...]:
     """The names of a data set's splits; arguments as for `open_source`."""
-    if dataset in _FOLDERS:
+    if dataset in FOLDERS:
         return tuple(_folder_module(dataset, root).scan_folder(root).splits)
     from sppnet_jax.data.tfds_records import open_builder
 
@@ -185,7 +187,7 @@ def _open(
     multi_label: bool,
     with_boxes: bool,
 ) -> Source:
-    if dataset in _FOLDERS:
+    if dataset in FOLDERS:
         folder = _folder_module(dataset, root)
         return folder.open_folder(root, split, multi_label, with_boxes)
     from sppnet_jax.data.tfds_records import open_prepared
@@ -280,14 +282,12 @@ def check_label(source: Source, record: Record) -> None:
 
 
 def _folder_module(dataset: str, root: str) -> ModuleType:
-    from sppnet_jax.data import image_folder, voc_folder
-
     if not root:
         raise ValueError(
             f"the data set {dataset!r} needs its folder: set root (on the command "
             "line, --config.data.root=FOLDER)"
         )
-    return {"image_folder": image_folder, "voc_folder": voc_folder}[dataset]
+    return importlib.import_module(f"sppnet_jax.data.{dataset}")
 
 
 def _resolve(

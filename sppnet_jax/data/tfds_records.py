@@ -25,6 +25,7 @@ from tensorflow_datasets.core.features.bounding_boxes_utils import BBoxFormat
 from sppnet_jax.data import digit_scenes
 from sppnet_jax.data.images import image_size
 from sppnet_jax.data.sources import (
+    FOLDERS,
     HOW_TO_OPEN_SEVERAL,
     Objects,
     Record,
@@ -260,7 +261,7 @@ def _name_and_arguments(dataset: str) -> tuple[str, dict[str, Any]]:
 
 
 def _check_known(dataset: str) -> None:
-    known = ["digit_scenes", "image_folder", "voc_folder"]
+    known = ["digit_scenes", *FOLDERS]
     known += tfds.list_builders(with_community_datasets=False)
     name = _name_and_arguments(dataset)[0]
     if name not in known:
