@@ -80,7 +80,7 @@ def test_splits_slices_and_sums_are_those_of_tfds(tmp_path):
     root = tmp_path / "pets"
     write_class_folders(root / "train", 40)
     write_class_folders(root / "test", 7)
-    os.rename(root / "train/cat/00.png", os.fsencode(root / "train/cat/") + b"\xff.png")
+    os.rename(root / "train/cat/00.png", os.fsencode(root / "train/cat") + b"/\xff.png")
     Prepared.splits = {
         split: [printable(path) for _, path in files]
         for split, files in scan_folder(root).splits.items()

@@ -103,7 +103,7 @@ def digest(root: Path, files: Iterable[tuple[str, str]]) -> str:
 @functools.cache
 def warn_once(note: str) -> None:
     """Logs a note on a folder, unless this process did; commands open one often."""
-    log.warning("%s", note)
+    log.warning("%s", printable(note))
 
 
 def hold_out(paths: Iterable[str]) -> set[str]:
