@@ -132,7 +132,7 @@ def test_a_long_image_is_shrunk_until_it_can_be_searched():
     [
         (np.zeros((9, 9), np.uint8), {}, r"uint8 \[height, width, 3\], RGB, got uint8"),
         (np.zeros((9, 9, 3)), {}, "got float64"),
-        (np.zeros((0, 9, 3), np.uint8), {}, r"empty: shape \[0, 9, 3\]"),
+        (np.zeros((0, 9, 3), np.uint8), {}, r"no pixels: shape \[0, 9, 3\]"),
         (np.zeros((9, 9, 3), np.uint8), {"width": -1}, "width -1 must"),
         (np.zeros((9, 9, 3), np.uint8), {"max_windows": 0}, "max_windows 0"),
     ],
