@@ -120,7 +120,7 @@ def test_windows_do_not_depend_on_their_company_or_on_threads():
     ("changes", "message"),
     [
         ({"image": np.zeros((9, 9, 3))}, r"uint8 .* got float64 \[9, 9, 3\]"),
-        ({"image": np.zeros((0, 9, 3), np.uint8)}, r"no pixels: shape \(0, 9, 3\)"),
+        ({"image": np.zeros((0, 9, 3), np.uint8)}, r"no pixels: shape \[0, 9, 3\]"),
         ({"boxes": np.zeros(4)}, r"got shape \(4,\)"),
         ({"boxes": [[0, 0, 5, 5], [0, 0, np.nan, 5]]}, "box 1 is not finite"),
         ({"boxes": [[5, 0, 5, 5]]}, "box 0 is empty"),
