@@ -10,11 +10,11 @@ It trains on the first 300 of 1,500 scenes and tests on 200 of 400. Measured: mA
 
 from ml_collections import ConfigDict
 
-from sppnet_jax.detection_config import detection_base_config
+from sppnet_jax.cli import detector_base_config
 
 
 def get_config() -> ConfigDict:
-    config = detection_base_config()
+    config = detector_base_config()
     config.network = "runs/digits"
     config.data.name = "digit_scenes/detection"
     config.data.train_split = "train[:300]"

@@ -14,11 +14,11 @@ Measured with one of 1/6 width, two CPU cores: on 143 photographs of raccoons 1 
 
 from ml_collections import ConfigDict
 
-from sppnet_jax.detection_config import detection_base_config
+from sppnet_jax.cli import detector_base_config
 
 
 def get_config() -> ConfigDict:
-    config = detection_base_config()
+    config = detector_base_config()
     config.network = "runs/folder"
     config.data.name = "voc_folder"
     config.scales = (206, 247, 295, 370, 514)  # the paper's five for 96 pixels

@@ -11,7 +11,7 @@ devkit's folder as it is. Not run yet: see the README's results.
 
 from ml_collections import ConfigDict
 
-from sppnet_jax.detection_config import detection_base_config
+from sppnet_jax.cli import detector_base_config
 
 SCALES = {"1": (688,), "5": (480, 576, 688, 864, 1200)}
 
@@ -21,7 +21,7 @@ def get_config(scales: str = "1") -> ConfigDict:
         raise ValueError(
             f"configs/detect_voc.py:{scales} has no such scales: choose 1 or 5"
         )
-    config = detection_base_config()
+    config = detector_base_config()
     config.network = "runs/zf5_spp"
     config.scales = SCALES[scales]
     return config

@@ -9,7 +9,7 @@ Measured: 93.7 % top-1 of 1,077 test scenes; 8 minutes of training on one busy C
 
 from ml_collections import ConfigDict
 
-from sppnet_jax.config import base_config
+from sppnet_jax.cli import base_config
 
 
 def get_config() -> ConfigDict:
@@ -25,10 +25,10 @@ def get_config() -> ConfigDict:
     config.data.crop = "random_resized"
     config.data.min_area = 0.6  # smaller crops would cut the digit
     config.data.flip = False  # a mirrored digit is no digit
-    config.scale = 64.0
-    config.schedule = "cosine"
-    config.warmup_epochs = 0.5
-    config.learning_rate = 0.03
-    config.nesterov = True
+    config.inputs.scale = 64.0
+    config.schedule.kind = "cosine"
+    config.schedule.warmup_epochs = 0.5
+    config.schedule.learning_rate = 0.03
+    config.optimizer.nesterov = True
     config.log_steps = 10
     return config

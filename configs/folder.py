@@ -15,7 +15,7 @@ and a GPU, go back towards the paper: `--config.model.width=1.0
 
 from ml_collections import ConfigDict
 
-from sppnet_jax.config import base_config
+from sppnet_jax.cli import base_config
 
 
 def get_config() -> ConfigDict:
@@ -28,11 +28,11 @@ def get_config() -> ConfigDict:
     config.data.image_size = 96
     config.data.resize_side = 104
     config.data.crop = "random_resized"
-    config.scale = 64.0
-    config.learning_rate = 0.02
-    config.nesterov = True
-    config.schedule = "cosine"
-    config.warmup_epochs = 2.0
-    config.label_smoothing = 0.1
+    config.inputs.scale = 64.0
+    config.schedule.learning_rate = 0.02
+    config.optimizer.nesterov = True
+    config.schedule.kind = "cosine"
+    config.schedule.warmup_epochs = 2.0
+    config.optimizer.label_smoothing = 0.1
     config.log_steps = 10
     return config

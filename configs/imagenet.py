@@ -12,7 +12,7 @@ see its results table.
 
 from ml_collections import ConfigDict
 
-from sppnet_jax.config import base_config
+from sppnet_jax.cli import base_config
 from sppnet_jax.network.trunks import get_backbone
 
 # Levels, and sizes of the training images.
@@ -41,7 +41,7 @@ def get_config(arguments: str = "zf5,spp") -> ConfigDict:
     config.data.name = "imagenet2012"
     config.data.validation_split = "validation"
     config.data.test_split = "validation"
-    config.mean = 0.0  # the mean image
+    config.inputs.mean = 0.0  # the mean image
     config.data.workers = 8
     config.checkpoint_steps = 2000
     return config

@@ -5,7 +5,7 @@
         --network=WORKDIR --scales 1 5 --rcnn
 
 Trains a detector for each row, with one scale and with five, on the same network and
-proposals, and tests it. Fine-tuning is done once a column; see detectors.py.
+proposals, and tests it. Fine-tuning is done once a column; see runs.py.
 """
 
 import argparse
@@ -13,17 +13,18 @@ from collections import defaultdict
 from pathlib import Path
 from typing import NamedTuple
 
-from experiments.detection_presets import DetectionSetting, paper_scales, run
-from experiments.detection_report import (
+from experiments.report import (
     TEXT,
+    Cited,
+    Claim,
     Column,
-    Figure,
     Row,
-    plot_precisions,
-    write_results,
+    differences,
+    plot_shares,
+    write_report,
 )
-from experiments.detectors import Detector, tested
-from experiments.report import Claim
+from experiments.runs import DetectionSetting, DetectorRecipe, detector_test
+from experiments.setting import paper_scales, run_detection
 
 NAME = "detection_layers"
 ONE, FIVE, RCNN = "SPP, 1 scale", "SPP, 5 scales", "R-CNN"
@@ -46,15 +47,15 @@ FC7_TUNED = Kind("fc7, fine-tuned", "fc7", True, False)
 FC7_BOXES = Kind("fc7, fine-tuned, box regression", "fc7", True, True)
 
 # VOC 2007; R-CNN with AlexNet.
-PAPER: dict[Kind, dict[str, Figure]] = {
-    POOL5: {ONE: Figure(0.430), FIVE: Figure(0.449, TEXT), RCNN: Figure(0.442, TEXT)},
-    FC6: {ONE: Figure(0.425), FIVE: Figure(0.448), RCNN: Figure(0.462)},
-    FC6_TUNED: {ONE: Figure(0.523), FIVE: Figure(0.537), RCNN: Figure(0.531)},
-    FC7_TUNED: {ONE: Figure(0.545), FIVE: Figure(0.552, TEXT), RCNN: Figure(0.542)},
+PAPER: dict[Kind, dict[str, Cited]] = {
+    POOL5: {ONE: Cited(0.430), FIVE: Cited(0.449, TEXT), RCNN: Cited(0.442, TEXT)},
+    FC6: {ONE: Cited(0.425), FIVE: Cited(0.448), RCNN: Cited(0.462)},
+    FC6_TUNED: {ONE: Cited(0.523), FIVE: Cited(0.537), RCNN: Cited(0.531)},
+    FC7_TUNED: {ONE: Cited(0.545), FIVE: Cited(0.552, TEXT), RCNN: Cited(0.542)},
     FC7_BOXES: {
-        ONE: Figure(0.580, TEXT),
-        FIVE: Figure(0.592, TEXT),
-        RCNN: Figure(0.585, TEXT),
+        ONE: Cited(0.580, TEXT),
+        FIVE: Cited(0.592, TEXT),
+        RCNN: Cited(0.585, TEXT),
     },
 }
 # What the paper finds better, than what.
@@ -72,14 +73,14 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rcnn", action="store_true", help="R-CNN's column too")
 
 
-def main(given: DetectionSetting, options: argparse.Namespace) -> None:
+def main(given: DetectionSetting, options: argparse.Namespace) -> Path:
     columns = {
-        name: Detector(paper_scales(given, count))
+        name: DetectorRecipe(paper_scales(given, count))
         for name, count in ((ONE, 1), (FIVE, 5))
         if count in options.scales
     }
     if options.rcnn:
-        columns[RCNN] = Detector(system="rcnn")
+        columns[RCNN] = DetectorRecipe(system="rcnn")
     precisions: Precisions = defaultdict(dict)
     for seed in given.seeds:
         for column, detector in columns.items():
@@ -89,10 +90,10 @@ def main(given: DetectionSetting, options: argparse.Namespace) -> None:
                     finetuned=kind.finetuned,
                     regression=kind.regression,
                 )
-                report = tested(given, own, seed)
+                report = detector_test(given, own, seed)
                 precisions[kind, column][seed] = report["map_11_point"]
                 folder = _report(given, list(columns), precisions, report)
-    print(f"\n{(folder / 'table.md').read_text()}\nin {folder}: table.md, plot.png")
+    return folder
 
 
 def _report(
@@ -101,7 +102,6 @@ def _report(
     precisions: Precisions,
     report: dict[str, object],
 ) -> Path:
-    folder = given.folder / NAME
     columns = [Column(name) for name in names]
     rows = [
         Row(
@@ -123,16 +123,16 @@ def _report(
         "R-CNN's figures of the paper are AlexNet's; on the ZF-5 of its SPP-nets it "
         "has 55.1 without and 59.2 with box regression (text).",
     ]
-    write_results(
-        folder,
+    folder = write_report(
+        given,
+        NAME,
         title=TITLE,
-        about={"preset": given.preset_name, "seeds": list(given.seeds)},
         columns=columns,
         rows=rows,
         claims=claims,
         notes=notes,
     )
-    plot_precisions(folder / "plot.png", TITLE, names, rows)
+    plot_shares(folder, TITLE, {"mAP": names}, rows)
     return folder
 
 
@@ -141,12 +141,13 @@ def _gains(
 ) -> list[float]:
     """How much higher one row is, for each column and seed that has both."""
     return [
-        high - precisions[worse, name][seed]
+        gain
         for name in names
-        for seed, high in precisions.get((better, name), {}).items()
-        if seed in precisions.get((worse, name), {})
+        for gain in differences(
+            precisions[better, name], precisions[worse, name], float
+        )
     ]
 
 
 if __name__ == "__main__":
-    run(main, __doc__, add_options=add_options)
+    run_detection(main, __doc__, add_options=add_options)

@@ -20,12 +20,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from sppnet_jax.benchmarks.timing import time_in_turn
 from sppnet_jax.buckets.choice import choose_buckets
 from sppnet_jax.buckets.table import pad_to_bucket, smallest_bucket
 from sppnet_jax.buckets.whole_images import MAX_ASPECT
 from sppnet_jax.data.images import resize_whole, whole_size
 from sppnet_jax.detection.box_regression import regress_boxes
-from sppnet_jax.detection.detector import Detections, Scored, suppress
+from sppnet_jax.detection.detector import Detections, Scored, Suppression, suppress
 from sppnet_jax.detection.maps import map_function
 from sppnet_jax.detection.rcnn import fill_color
 from sppnet_jax.detection.scales import (
@@ -38,14 +39,14 @@ from sppnet_jax.detection.scales import (
 )
 from sppnet_jax.detection.warp import warp_windows
 from sppnet_jax.detection.window_features import (
-    CHUNK,
     Head,
     atlas_inputs,
     in_chunks,
+    padded_count,
     pool_atlas,
 )
 from sppnet_jax.network.model import SPPNet
-from sppnet_jax.network.preprocess import Preprocessing, normalize
+from sppnet_jax.network.preprocess import Preprocessing
 from sppnet_jax.network.trunks import layers_geometry
 from sppnet_jax.run.progress import progress_bar
 
@@ -155,7 +156,7 @@ def spp_parts(
     atlases = choose_buckets([_atlas(own, geometry) for own in sizes], max_buckets)
     convolve_one = jax.jit(map_function(model, preprocessing))
     pool = jax.jit(functools.partial(pool_atlas, levels=levels))
-    padded_count = most_windows(photos)
+    most = most_windows(photos)
 
     def resize(photo: Photo, _: Any) -> Any:
         resized = [resize_whole(photo.image, s, MAX_ASPECT) for s in windows.sides]
@@ -184,7 +185,7 @@ def spp_parts(
         if shared:
             arrays, count, which = atlas_inputs(atlas, found)
             return pool(*arrays), count, which
-        padded = np.tile(np.array([[0, 0, 1, 1]], np.int32), (padded_count, 1))
+        padded = np.tile(np.array([[0, 0, 1, 1]], np.int32), (most, 1))
         padded[: len(found)] = found
         return pool(atlas, padded), len(found), np.arange(len(found))
 
@@ -200,8 +201,8 @@ def rcnn_parts(
     """
     model, params, preprocessing = network
     fill = fill_color(preprocessing)
-    convolve_batch = _window_convolutions(model, preprocessing)
-    padded_count = most_windows(photos)
+    convolve_batch = jax.jit(map_function(model, preprocessing))
+    most = most_windows(photos)
 
     @jax.jit
     def pool_batch(maps: jax.Array) -> Any:
@@ -209,8 +210,8 @@ def rcnn_parts(
 
     @jax.jit
     def join(parts: list[jax.Array]) -> jax.Array:
-        rows = jnp.concatenate(parts)[:padded_count]
-        return jnp.pad(rows, ((0, padded_count - len(rows)), (0, 0)))
+        rows = jnp.concatenate(parts)[:most]
+        return jnp.pad(rows, ((0, most - len(rows)), (0, 0)))
 
     def warp(photo: Photo, _: Any) -> np.ndarray:
         return warp_windows(
@@ -222,7 +223,7 @@ def rcnn_parts(
         for start in range(0, len(warped), batch_size):
             part = warped[start : start + batch_size]
             missing = ((0, batch_size - len(part)), *((0, 0),) * 3)
-            found.append(convolve_batch(params, np.pad(part, missing)))
+            found.append(convolve_batch(params, np.pad(part, missing), None))
         return found
 
     def pool(photo: Photo, maps: Any) -> Any:
@@ -240,17 +241,18 @@ def fastest_batch(
     Returns: it, and the estimated seconds for all windows by batch size.
     """
     model, params, preprocessing = network
-    convolve = _window_convolutions(model, preprocessing)
-    seconds = {}
-    for batch_size in candidates:
-        shape = (batch_size, model.image_size, model.image_size, 3)
-        images = np.random.default_rng(0).integers(0, 256, shape).astype(np.uint8)
-        times = []
-        for _ in range(3):  # the first compiles
-            started = time.perf_counter()
-            jax.block_until_ready(convolve(params, images))
-            times.append(time.perf_counter() - started)
-        seconds[batch_size] = min(times[1:]) * -(-count // batch_size)
+    convolve = jax.jit(map_function(model, preprocessing))
+    side = model.image_size
+
+    def convolving(batch_size: int) -> Callable[[], jax.Array]:
+        shape = (batch_size, side, side, 3)
+        images = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
+        return lambda: convolve(params, images, None)
+
+    found = time_in_turn({str(size): convolving(size) for size in candidates}, rounds=2)
+    seconds = {
+        size: float(found[str(size)].min()) * -(-count // size) for size in candidates
+    }
     return min(seconds, key=lambda size: seconds[size]), seconds
 
 
@@ -275,7 +277,7 @@ def fc_part(program: Callable[..., Any], weights: Any) -> Part:
     return part
 
 
-def suppression_part(*, threshold: float, max_per_class: int) -> Part:
+def suppression_part(rules: Suppression) -> Part:
     """From scores and deltas to detections; see detector.py."""
 
     def part(photo: Photo, found: Any) -> Detections:
@@ -287,7 +289,7 @@ def suppression_part(*, threshold: float, max_per_class: int) -> Part:
             height, width = photo.image.shape[:2]
             moved = np.asarray(regress_boxes(boxes, deltas, height, width))
         scored = [Scored(moved, scores)]
-        return suppress(scored, threshold=threshold, max_per_class=max_per_class)
+        return suppress(scored, rules)
 
     return part
 
@@ -321,14 +323,8 @@ def distinct_share(
 
 
 def most_windows(photos: Sequence[Photo]) -> int:
-    """As many rows as fit the windows of any image, padded as window_features.py does.
-
-    So one fc program serves all images.
-    """
-    most = max(len(photo.boxes) for photo in photos)
-    if most > CHUNK:
-        return -(-most // CHUNK) * CHUNK
-    return max(16, 1 << (most - 1).bit_length())
+    """As many rows as fit the windows of any image: one fc program serves them all."""
+    return padded_count(max(len(photo.boxes) for photo in photos))
 
 
 def _run(system: System, photo: Photo) -> tuple[dict[str, float], Any]:
@@ -342,17 +338,3 @@ def _run(system: System, photo: Photo) -> tuple[dict[str, float], Any]:
 
 def _atlas(sizes: Sequence[Size], geometry: Any) -> Size:
     return atlas_size([map_size_of(size, geometry) for size in sizes])
-
-
-def _window_convolutions(
-    model: SPPNet, preprocessing: Preprocessing
-) -> Callable[..., Any]:
-    """(params, windows uint8 [batch, side, side, 3]) → their maps, float32."""
-
-    @jax.jit
-    def convolve(params: Any, images: jax.Array) -> jax.Array:
-        inputs = normalize(images, preprocessing)
-        maps, _ = model.apply({"params": params}, inputs, method="features")
-        return maps.astype(jnp.float32)
-
-    return convolve

@@ -17,30 +17,15 @@ sizes, one photograph and 2,000 windows; fc6 and fc7 are computed, nothing after
 import argparse
 from collections import defaultdict
 from collections.abc import Sequence
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import sklearn.datasets
 
 from experiments import detection_timing as timing
-from experiments.detection_presets import (
-    PAPER_SCALES,
-    PAPER_SIDE,
-    DetectionSetting,
-    paper_scales,
-    run,
-)
-from experiments.detection_report import (
-    TEXT,
-    Column,
-    Figure,
-    Ratio,
-    Row,
-    write_results,
-)
 from experiments.detection_timing import (
     CONVOLUTION,
     FC,
@@ -54,11 +39,30 @@ from experiments.detection_timing import (
     System,
     Windows,
 )
-from experiments.detectors import Detector, detector_config, tested, workdir_of
-from experiments.report import Claim
-from sppnet_jax import from_detection_config, saved_config
+from experiments.report import (
+    TEXT,
+    Cited,
+    Claim,
+    Column,
+    Ratio,
+    Row,
+    differences,
+    write_report,
+)
+from experiments.runs import (
+    PAPER_SIDE,
+    DetectionSetting,
+    DetectorRecipe,
+    detector_settings_of,
+    detector_test,
+    load_detector,
+    open_test_split,
+)
+from experiments.setting import PAPER_SCALES, paper_scales, run_detection
+from sppnet_jax.benchmarks.samples import random_network
 from sppnet_jax.data.images import decode_image
 from sppnet_jax.detection.detector import layer_head
+from sppnet_jax.detection.detector_settings import DetectorSettings
 from sppnet_jax.detection.low_rank import (
     FC_LAYERS,
     multiplications,
@@ -66,10 +70,12 @@ from sppnet_jax.detection.low_rank import (
     truncate_fc,
 )
 from sppnet_jax.detection.pictures import plot_times
-from sppnet_jax.detection.proposers import edge_boxes, selective_search
+from sppnet_jax.detection.proposals import ProposalSettings, find_boxes
+from sppnet_jax.detection.proposers import selective_search
 from sppnet_jax.detection.rcnn import PAPER_CONTEXT
-from sppnet_jax.network.model import create_model
+from sppnet_jax.detection.split_features import feature_settings
 from sppnet_jax.network.preprocess import Preprocessing
+from sppnet_jax.training.network_settings import network_settings
 
 NAME = "detection_vs_rcnn"
 TITLE = "SPP-net and R-CNN"
@@ -91,29 +97,34 @@ ROUNDS = 5  # of SPP-net for one of R-CNN
 PAPER_RANKS = ((1024, 256), (512, 256))
 
 # VOC 2007; all three with the same ZF-5, fc7 fine-tuned, box regression.
-PAPER: dict[str, dict[str, Figure]] = {
+PAPER: dict[str, dict[str, Cited]] = {
     ONE: {
-        ELEVEN: Figure(0.580, TEXT),
-        CONVOLUTION: Figure(0.053),
-        FC: Figure(0.089),
+        ELEVEN: Cited(0.580, TEXT),
+        CONVOLUTION: Cited(0.053),
+        FC: Cited(0.089),
     },
     FIVE: {
-        ELEVEN: Figure(0.592, TEXT),
-        CONVOLUTION: Figure(0.293),
-        FC: Figure(0.089),
+        ELEVEN: Cited(0.592, TEXT),
+        CONVOLUTION: Cited(0.293),
+        FC: Cited(0.089),
     },
     RCNN: {
-        ELEVEN: Figure(0.592, TEXT),
-        CONVOLUTION: Figure(14.37, TEXT),
-        FC: Figure(0.089, TEXT),
+        ELEVEN: Cited(0.592, TEXT),
+        CONVOLUTION: Cited(14.37, TEXT),
+        FC: Cited(0.089, TEXT),
     },
 }
 # How many times faster than R-CNN; the paper's windows go through fc one by one.
 PAPER_RATIOS = {
-    (ONE, CONVOLUTION): Figure(270, TEXT),
-    (FIVE, CONVOLUTION): Figure(49, TEXT),
-    (ONE + EVERY, FEATURES): Figure(102, TEXT),
-    (FIVE + EVERY, FEATURES): Figure(38, TEXT),
+    (ONE, CONVOLUTION): Cited(270, TEXT),
+    (FIVE, CONVOLUTION): Cited(49, TEXT),
+    (ONE + EVERY, FEATURES): Cited(102, TEXT),
+    (FIVE + EVERY, FEATURES): Cited(38, TEXT),
+}
+COMPARISONS = {
+    f"{ONE} is better than {RCNN}": (ONE, RCNN),
+    f"{FIVE} is better than {RCNN}": (FIVE, RCNN),
+    f"SVD lowers mAP ({ONE}, the same SVMs)": (ONE, ONE + SVD),
 }
 
 Times = dict[str, Seconds]  # by system, by part
@@ -134,33 +145,34 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def main(given: DetectionSetting, options: argparse.Namespace) -> None:
+def main(given: DetectionSetting, options: argparse.Namespace) -> Path:
     _check(options)
     ranks = _ranks(given, options)
     detectors = {
-        ONE: Detector(paper_scales(given, 1)),
-        FIVE: Detector(paper_scales(given, 5)),
-        RCNN: Detector(system="rcnn"),
-        ONE + SVD: Detector(paper_scales(given, 1), ranks=ranks),
+        ONE: DetectorRecipe(paper_scales(given, 1)),
+        FIVE: DetectorRecipe(paper_scales(given, 5)),
+        RCNN: DetectorRecipe(system="rcnn"),
+        ONE + SVD: DetectorRecipe(paper_scales(given, 1), ranks=ranks),
     }
     reports: dict[str, dict[int, Any]] = defaultdict(dict)
     for seed in given.seeds:
         for name, detector in detectors.items():
-            reports[name][seed] = tested(given, detector, seed)
-            folder = _report(given, reports, {}, [])
+            reports[name][seed] = detector_test(given, detector, seed)
+            _report(given, reports, {}, [])
     times, notes = _time(given, options, detectors)
-    folder = _report(given, reports, times, notes)
-    print(f"\n{(folder / 'table.md').read_text()}\nin {folder}: table.md, plot.png")
+    return _report(given, reports, times, notes)
 
 
-def on_paper(folder: Path, options: argparse.Namespace) -> None:
+def on_paper(folder: Path, options: argparse.Namespace) -> Path:
     """Measures the times at the paper's sizes; no detector is trained."""
     _check(options)
-    network = _random_network(options.width)
+    model, params = random_network(options.width, PAPER_SIDE, "float32")
+    inputs = Preprocessing(np.array(128, np.float32), 1.0, np.zeros((3, 3), np.float32))
+    network = Convolutions(model, params, inputs)
     photo, proposal_seconds, note = _paper_photo(options)
     batch, batch_note = _batch(network, [photo], options.batch)
     fc = {name: network.params[name] for name in FC_LAYERS}
-    program = timing.fc_program(layer_head("fc7", jnp.float32))
+    program = timing.fc_program(layer_head(network.model, "fc7"))
     notes = [note, batch_note]
     wanted = [tuple(options.fc_rank)] if options.fc_rank else PAPER_RANKS
     truncated = {}
@@ -188,40 +200,40 @@ def on_paper(folder: Path, options: argparse.Namespace) -> None:
         seconds[PROPOSALS] = [proposal_seconds] if proposal_seconds else []
     rows = [_row(system.name, {}, times) for system in systems]
     measured = [c for c in PARTS if any(row.measured.get(c.name) for row in rows)]
-    folder = folder / NAME
-    write_results(
-        folder,
+    given = DetectionSetting("paper", DetectorSettings(), PAPER_SIDE, folder, ())
+    made = write_report(
+        given,
+        NAME,
         title=f"{TITLE}: seconds at the paper's sizes",
-        about={"preset": "paper", "width": options.width, "batch": batch},
+        about={"width": options.width, "batch": batch},
         columns=measured,
         rows=rows,
         ratios=_ratios(times),
         notes=notes,
     )
     # Proposals are the same for all, and would hide what differs.
-    _plot(folder, times, PARTS[1:])
-    print(f"\n{(folder / 'table.md').read_text()}\nin {folder}: table.md, plot.png")
+    _plot(made, times, PARTS[1:])
+    return made
 
 
 def _time(
     given: DetectionSetting,
     options: argparse.Namespace,
-    detectors: dict[str, Detector],
+    detectors: dict[str, DetectorRecipe],
 ) -> tuple[Times, list[str]]:
     """The times of the first seed's detectors on some test images, and notes."""
     seed = given.seeds[0]
-    configs = {n: detector_config(given, d, seed) for n, d in detectors.items()}
-    loaded = {
-        name: from_detection_config.load_detector(
-            configs[name], workdir_of(given, detector, seed)
-        )
+    all_settings = {
+        name: detector_settings_of(given, detector, seed)
         for name, detector in detectors.items()
     }
-    config, one = configs[ONE], loaded[ONE]
+    loaded = {
+        name: load_detector(given, detector, seed)
+        for name, detector in detectors.items()
+    }
+    settings, one = all_settings[ONE], loaded[ONE]
     photos = _photos(
-        from_detection_config.open_split(
-            config, "test", workdir_of(given, detectors[ONE], seed)
-        ),
+        open_test_split(given, detectors[ONE], seed),
         options.timed_images,
     )
     own = one.network
@@ -229,9 +241,7 @@ def _time(
     batch, batch_note = _batch(network, photos, options.batch)
     # One program for the fc part of all: their heads differ in their weights alone.
     program = timing.fc_program(one.head)
-    last = timing.suppression_part(
-        threshold=config.test.nms, max_per_class=config.test.max_per_class
-    )
+    last = timing.suppression_part(settings.test)
     count = np.mean([len(photo.boxes) for photo in photos])
     notes = [
         f"Times on {len(photos)} test images, {count:.0f} windows each on average, by "
@@ -243,21 +253,21 @@ def _time(
     kinds = {ONE: True, ONE + EVERY: False, ONE + SVD: True, FIVE: True}
     for name, shared in {**kinds, FIVE + EVERY: False}.items():
         trained = name.replace(EVERY, "")
-        windows = Windows(tuple(configs[trained].scales), area, config.rule)
+        windows = Windows(all_settings[trained].scales, area, settings.rule)
         parts = timing.spp_parts(network, windows, photos, shared=shared)
         parts[FC] = timing.fc_part(program, loaded[trained].weights)
         parts[SUPPRESSION] = last
         systems.append(System(name, parts, ROUNDS * options.repeats))
         if name in (ONE, FIVE):
             notes.append(_distinct(name, network, windows, photos))
-    settings = from_detection_config.feature_settings(configs[RCNN], own)
+    rcnn = feature_settings(all_settings[RCNN], own)
     parts = timing.rcnn_parts(
-        network, photos, context=settings["context"], batch_size=batch
+        network, photos, context=rcnn["context"], batch_size=batch
     )
     parts[FC] = timing.fc_part(program, loaded[RCNN].weights)
     parts[SUPPRESSION] = last
     systems.append(System(RCNN, parts, options.repeats, warm_boxes=batch))
-    proposing = _proposer(config)
+    proposing = _proposer(settings.proposals)
     if proposing:
         systems.append(System(PROPOSALS, {PROPOSALS: proposing}))
     times, _ = timing.measure(systems, photos)
@@ -284,23 +294,13 @@ def _photos(split: Any, count: int) -> list[Photo]:
     ]
 
 
-def _proposer(config: Any) -> Part | None:
+def _proposer(settings: ProposalSettings) -> Part | None:
     """What finds a photo's proposals; None where they come from a file."""
-    settings = config.proposals
     if settings.method == "file":
         return None
 
     def propose(photo: Photo, _: Any) -> np.ndarray:
-        if settings.method == "edge_boxes":
-            return edge_boxes(
-                photo.image, settings.model, max_windows=settings.max_windows
-            )
-        return selective_search(
-            photo.image,
-            width=settings.width,
-            min_side=settings.min_side,
-            max_windows=settings.max_windows,
-        )
+        return find_boxes(photo.image, settings)
 
     return propose
 
@@ -309,7 +309,7 @@ def _ranks(given: DetectionSetting, options: argparse.Namespace) -> tuple[int, i
     """The ranks that were given, or the paper preset's first, in proportion."""
     if options.fc_rank:
         return options.fc_rank[0], options.fc_rank[1]
-    width = saved_config.get_config(given.config.network).model.width
+    width = network_settings(Path(given.settings.network)).model.width
     first, second = (max(1, round(rank * width)) for rank in PAPER_RANKS[0])
     return first, second
 
@@ -355,14 +355,6 @@ def _saved(name: str, whole: Any, low: Any, *, kept: bool = False) -> str:
     return text + "."
 
 
-def _random_network(width: float) -> Convolutions:
-    model = create_model("zf5", width=width, image_size=PAPER_SIDE)
-    image = jnp.zeros((1, PAPER_SIDE, PAPER_SIDE, 3))
-    params = jax.jit(model.init)(jax.random.key(0), image)["params"]
-    inputs = Preprocessing(np.array(128, np.float32), 1.0, np.zeros((3, 3), np.float32))
-    return Convolutions(model, params, inputs)
-
-
 def _paper_photo(options: argparse.Namespace) -> tuple[Photo, float, str]:
     """A photograph with 2,000 windows, the seconds that finding them took, and a note.
 
@@ -376,10 +368,13 @@ def _paper_photo(options: argparse.Namespace) -> tuple[Photo, float, str]:
         whole = sklearn.datasets.load_sample_images().images[0]  # 427×640
         image = np.ascontiguousarray(whole[26:401, 70:570])  # as large as VOC's
     wanted = options.max_windows or 2000
-    part = _proposer_of_paper(wanted)
+
+    def propose(photo: Photo, _: Any) -> np.ndarray:
+        return selective_search(photo.image, max_windows=wanted)
+
     photo = Photo(image, np.zeros((0, 4), np.float32))
     times, found = timing.measure(
-        [System(PROPOSALS, {PROPOSALS: part}, ROUNDS)], [photo]
+        [System(PROPOSALS, {PROPOSALS: propose}, ROUNDS)], [photo]
     )
     boxes = found[PROPOSALS]
     missing = wanted - len(boxes)
@@ -394,13 +389,6 @@ def _paper_photo(options: argparse.Namespace) -> tuple[Photo, float, str]:
         + " Random weights: times only. fc: fc6 and fc7, without SVMs."
     )
     return photo, times[PROPOSALS][PROPOSALS][0], note
-
-
-def _proposer_of_paper(count: int) -> Part:
-    def propose(photo: Photo, _: Any) -> np.ndarray:
-        return selective_search(photo.image, max_windows=count)
-
-    return propose
 
 
 def _random_boxes(count: int, height: int, width: int) -> np.ndarray:
@@ -418,7 +406,6 @@ def _report(
     times: Times,
     notes: Sequence[str],
 ) -> Path:
-    folder = given.folder / NAME
     names = (ONE, FIVE, RCNN, ONE + SVD, ONE + EVERY, FIVE + EVERY)
     rows = [_row(name, reports.get(name, {}), times) for name in names]
     columns = [c for c in PARTS if any(row.measured.get(c.name) for row in rows)]
@@ -434,23 +421,20 @@ def _report(
         "Windows by themselves give the scores that shared ones do: mAP is that of the "
         "row without."
     )
-    write_results(
-        folder,
+    folder = write_report(
+        given,
+        NAME,
         title=TITLE,
-        about={"preset": given.preset_name, "seeds": list(given.seeds)},
         columns=[*PRECISIONS, *columns],
         rows=rows,
         claims=[
             Claim(
-                f"{ONE} is better than {RCNN}, 11 points", _gains(reports, ONE, RCNN)
-            ),
-            Claim(
-                f"{FIVE} is better than {RCNN}, 11 points", _gains(reports, FIVE, RCNN)
-            ),
-            Claim(
-                f"SVD lowers mAP ({ONE}, the same SVMs), 11 points",
-                _gains(reports, ONE, ONE + SVD),
-            ),
+                f"{text}, 11 points",
+                differences(
+                    reports[better], reports[worse], itemgetter("map_11_point")
+                ),
+            )
+            for text, (better, worse) in COMPARISONS.items()
         ],
         ratios=_ratios(times),
         notes=[about_data, *notes, *([same] if times else [])],
@@ -493,15 +477,6 @@ def _ratios(times: Times) -> list[Ratio]:
     return found
 
 
-def _gains(reports: dict[str, dict[int, Any]], better: str, worse: str) -> list[float]:
-    highs, lows = reports.get(better, {}), reports.get(worse, {})
-    return [
-        highs[seed]["map_11_point"] - lows[seed]["map_11_point"]
-        for seed in highs
-        if seed in lows
-    ]
-
-
 def _plot(folder: Path, times: Times, columns: Sequence[Column]) -> None:
     rows = {
         name: {
@@ -527,4 +502,4 @@ def _check(options: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    run(main, __doc__, add_options=add_options, on_paper=on_paper)
+    run_detection(main, __doc__, add_options=add_options, on_paper=on_paper)

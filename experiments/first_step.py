@@ -23,8 +23,11 @@ def main() -> None:
     started, result_path = float(sys.argv[1]), Path(sys.argv[2])
     sys.argv[1:3] = []
     from sppnet_jax import cli, train
+    from sppnet_jax.training.network_settings import NetworkSettings
 
-    run_to_the_first_step(started, result_path, lambda: cli.run(train.main))
+    run_to_the_first_step(
+        started, result_path, lambda: cli.run(train.main, NetworkSettings)
+    )
 
 
 def run_to_the_first_step(
@@ -37,8 +40,7 @@ def run_to_the_first_step(
     """
     import jax
 
-    from sppnet_jax import from_config
-    from sppnet_jax.training import loop
+    from sppnet_jax.training import networks
 
     ends = {"imports": time.time()}
 
@@ -52,9 +54,9 @@ def run_to_the_first_step(
 
         setattr(module, name, called)
 
-    ends_where("data", from_config, "prepare_statistics")
-    ends_where("statistics", loop, "create_state")
-    make_step = loop.make_train_step
+    ends_where("data", networks, "_prepare_statistics")
+    ends_where("statistics", networks, "create_state")
+    make_step = networks.make_train_step
 
     def make_timed_step(*args: Any, **named: Any) -> Callable[..., Any]:
         step = make_step(*args, **named)
@@ -74,7 +76,7 @@ def run_to_the_first_step(
 
         return timed
 
-    loop.make_train_step = make_timed_step
+    networks.make_train_step = make_timed_step
     run()
 
 

@@ -6,7 +6,6 @@ The files have some 70 kB.
 """
 
 import functools
-import sys
 from pathlib import Path
 
 import cv2
@@ -28,7 +27,7 @@ def photograph_folder(folder: Path, *, images: int, classes: int = 4) -> Path:
     """
     if folder.exists():
         return folder
-    for index in tqdm(range(images), desc="making photographs", disable=_quiet()):
+    for index in tqdm(range(images), desc="making photographs", disable=None):
         kind = folder / f"class{index % classes}"
         kind.mkdir(parents=True, exist_ok=True)
         (kind / f"{index:06d}.jpg").write_bytes(photograph(index))
@@ -61,7 +60,3 @@ def photograph(seed: int) -> bytes:
 def _originals() -> list[np.ndarray]:
     """uint8 [427, 640, 3] each."""
     return sklearn.datasets.load_sample_images().images
-
-
-def _quiet() -> bool:
-    return not sys.stderr.isatty()

@@ -9,10 +9,8 @@ stops; they stay open side by side, and are measured in turn. The parts of the w
 timed alone too: they show what bounds the whole.
 """
 
-import argparse
 import contextlib
 import os
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -23,12 +21,18 @@ import cv2
 import numpy as np
 import psutil
 from matplotlib.figure import Figure
-from tqdm import tqdm
 
 from experiments.photographs import photograph_folder
-from sppnet_jax import cli
-from sppnet_jax.benchmarks.report import Report, Row, Setting, result_folder, show
-from sppnet_jax.benchmarks.timing import spread, times_as_fast
+from experiments.setting import messages_alone
+from sppnet_jax.benchmarks.report import (
+    Measurements,
+    Report,
+    Timing,
+    show,
+    timing_of,
+    timing_parser,
+)
+from sppnet_jax.benchmarks.timing import in_turn, spread, times_as_fast
 from sppnet_jax.data import images
 from sppnet_jax.data.batches import Batches, train_batches
 from sppnet_jax.data.sources import Record, Records, Source, open_source
@@ -40,7 +44,7 @@ FULL_SECONDS = 1.0
 MOST_FILES = 400
 
 
-class Case(NamedTuple):
+class _Case(NamedTuple):
     """A data set, how its images are cropped, and how many batches are measured."""
 
     name: str
@@ -82,18 +86,18 @@ class Counted:
 Work = Callable[[], Used]
 
 
-def run(cases: Sequence[Case], setting: Setting, folder: Path, *, batch: int) -> Report:
+def run(cases: Sequence[_Case], timing: Timing, folder: Path, *, batch: int) -> Report:
     """Measures each case: its pipelines, and the parts of their work.
 
     `folder`: for files that last as long as the run. `batch`: images of a batch.
     """
-    rows: list[Row] = []
+    rows: list[Measurements] = []
     notes: list[str] = []
     for case in cases:
         count = case.steps * batch
         work = {BARE: _repeat(_decode(case), count)}
         with contextlib.ExitStack() as stack:
-            for name, options in _pipelines(case, quick=setting.quick).items():
+            for name, options in _pipelines(case, quick=timing.quick).items():
                 records = Counted(case.source.records, folder / f"{len(work)}.reads")
                 batches = train_batches(
                     case.source._replace(records=records),
@@ -110,10 +114,10 @@ def run(cases: Sequence[Case], setting: Setting, folder: Path, *, batch: int) ->
                 work[name] = _repeat(part, count)
             for warm_up in work.values():
                 warm_up()
-            used = measure_in_turn(work, setting.rounds, case.name)
+            used = in_turn(work, rounds=timing.rounds, label=case.name)
         rows += _rows(case, used, count)
         notes.append(_bound(case, rows))
-    if setting.quick:
+    if timing.quick:
         notes.append("quick: no worker processes")
     return Report(
         "pipeline",
@@ -122,22 +126,6 @@ def run(cases: Sequence[Case], setting: Setting, folder: Path, *, batch: int) ->
         plot,
         notes,
     )
-
-
-def measure_in_turn(
-    work: dict[str, Work], rounds: int, label: str
-) -> dict[str, list[Used]]:
-    """What each piece of work took in every round; whoever comes first changes."""
-    names = list(work)
-    used: dict[str, list[Used]] = {name: [] for name in names}
-    bar = tqdm(total=rounds * len(names), desc=label, disable=None)
-    with bar:
-        for number in range(rounds):
-            shift = number % len(names)
-            for name in names[shift:] + names[:shift]:
-                used[name].append(work[name]())
-                bar.update()
-    return used
 
 
 def _children_seconds() -> float:
@@ -190,7 +178,7 @@ def _repeat(part: Callable[[int], Any], times: int) -> Work:
     return work
 
 
-def _pipelines(case: Case, *, quick: bool) -> dict[str, dict[str, Any]]:
+def _pipelines(case: _Case, *, quick: bool) -> dict[str, dict[str, Any]]:
     resized = {"crop": "random_resized", "flip": case.flip}
     pipelines = {
         "1 thread": {**resized, "threads": 1},
@@ -205,12 +193,12 @@ def _pipelines(case: Case, *, quick: bool) -> dict[str, dict[str, Any]]:
     return pipelines
 
 
-def _decode(case: Case) -> Callable[[int], Any]:
+def _decode(case: _Case) -> Callable[[int], Any]:
     files = [np.frombuffer(encoded, np.uint8) for encoded in _files(case.source)]
     return lambda n: cv2.imdecode(files[n % len(files)], cv2.IMREAD_COLOR_RGB)
 
 
-def _parts(case: Case) -> dict[str, Callable[[int], Any]]:
+def _parts(case: _Case) -> dict[str, Callable[[int], Any]]:
     """The work that "1 thread" does for an image, in parts; and what it doesn't do."""
     files = _files(case.source)
     count = len(files)
@@ -233,12 +221,12 @@ def _parts(case: Case) -> dict[str, Callable[[int], Any]]:
     }
 
 
-def _rows(case: Case, used: dict[str, list[Used]], count: int) -> list[Row]:
+def _rows(case: _Case, used: dict[str, list[Used]], count: int) -> list[Measurements]:
     cpu = {name: np.array([u.cpu for u in us]) / count for name, us in used.items()}
     wall = {name: np.array([u.wall for u in us]) / count for name, us in used.items()}
     parts = [name for name in used if name.startswith("part: ")]
     names = [name for name in used if name not in parts and "not used" not in name]
-    rows: list[Row] = []
+    rows: list[Measurements] = []
     for name in used:
         middle = spread(cpu[name] * 1e3)
         row: dict[str, Any] = {
@@ -259,7 +247,7 @@ def _rows(case: Case, used: dict[str, list[Used]], count: int) -> list[Row]:
     return rows
 
 
-def _bound(case: Case, rows: Sequence[Row]) -> str:
+def _bound(case: _Case, rows: Sequence[Measurements]) -> str:
     """What the parts leave of the bare rate if all else cost nothing."""
     ms = {row["what"]: row["CPU ms"] for row in rows if row["images"] == case.name}
     bare, resizing = ms[BARE], ms["part: cropping, resizing"]
@@ -273,7 +261,7 @@ def _bound(case: Case, rows: Sequence[Row]) -> str:
     )
 
 
-def plot(rows: Sequence[Row]) -> Figure:
+def plot(rows: Sequence[Measurements]) -> Figure:
     """The rate per core of each pipeline, and the parts of one thread's work."""
     cases = list(dict.fromkeys(row["images"] for row in rows))
     figure = Figure(figsize=(10, 3.4 * len(cases)), layout="constrained")
@@ -281,14 +269,13 @@ def plot(rows: Sequence[Row]) -> Figure:
     for (rates, parts), case in zip(grid, cases, strict=True):
         own = [row for row in rows if row["images"] == case]
         shown = [row for row in own if row.get("of bare decoding") is not None]
-        rates.barh(
+        bars = rates.barh(
             [row["what"] for row in shown],
             [row["images/s per core"] for row in shown],
             color=["0.5"] + ["C0"] * (len(shown) - 1),
         )
-        for n, row in enumerate(shown):
-            share = f" {row['of bare decoding']:.0%}"
-            rates.text(row["images/s per core"], n, share, va="center", fontsize=8)
+        shares = [f"{row['of bare decoding']:.0%}" for row in shown]
+        rates.bar_label(bars, shares, padding=3, fontsize=8)
         rates.invert_yaxis()
         rates.margins(x=0.15)
         rates.set_xlabel("images/s per core")
@@ -316,61 +303,38 @@ def plot(rows: Sequence[Row]) -> Figure:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m experiments.pipeline_speed",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    parser = timing_parser(
+        "experiments.pipeline_speed", __doc__, out="runs/pipeline", rounds=7
     )
     parser.add_argument("--root", default="", help="folder of class folders of images")
     parser.add_argument("--data_dir", default="", help="where TFDS keeps data")
-    parser.add_argument(
-        "--out",
-        type=result_folder,
-        default="runs/pipeline",
-        help="folder of the results",
-    )
-    parser.add_argument("--rounds", type=int, default=7, help="timings of each")
-    parser.add_argument("--quick", action="store_true", help="few, to see it run")
-    parser.add_argument("--traceback", action="store_true")
-    given = parser.parse_args()
-    if given.rounds < 1:
-        parser.error(f"--rounds must be at least 1, got {given.rounds}")
-    cli.show_own_log()
-    setting = Setting(given.rounds, given.quick, given.out)
-    try:
-        with tempfile.TemporaryDirectory() as name:
-            opened = open_cases(
-                Path(name), root=given.root, data_dir=given.data_dir, quick=given.quick
-            )
-            batch = 8 if given.quick else 64
-            report = run(opened, setting, Path(name), batch=batch)
-            show(report, setting)
-    except KeyboardInterrupt:
-        sys.exit("interrupted; nothing is written")
-    except (ValueError, OSError, RuntimeError) as error:
-        if given.traceback:
-            raise
-        sys.exit(f"error: {error}\n(--traceback shows where it came from)")
+    given, timing = timing_of(parser)
+    with (
+        messages_alone(given.traceback, "nothing is written"),
+        tempfile.TemporaryDirectory() as name,
+    ):
+        opened = open_cases(
+            Path(name), root=given.root, data_dir=given.data_dir, quick=given.quick
+        )
+        batch = 8 if given.quick else 64
+        show(run(opened, timing, Path(name), batch=batch), timing)
 
 
-def open_cases(folder: Path, *, root: str, data_dir: str, quick: bool) -> list[Case]:
+def open_cases(folder: Path, *, root: str, data_dir: str, quick: bool) -> list[_Case]:
     """A folder of photographs at the paper's sizes, and the digits of the tour.
 
-    `folder`: the photographs are made there if there is no `root`, and prepared.
+    `folder`: the photographs are made there if there is no `root`.
     """
-    given = data_dir or os.environ.get("TFDS_DATA_DIR", "")
     made = root or str(
         photograph_folder(folder / "photographs", images=40 if quick else 600)
     )
-    # What is made for this run only is prepared where it vanishes too.
-    prepared = given if root else str(folder / "tensorflow_datasets")
-    photographs = open_source("image_folder", "train", root=made, data_dir=prepared)
-    digits = open_source("digit_scenes/classification", "train", data_dir=given)
+    photographs = open_source("image_folder", "train", root=made)
+    digits = open_source("digit_scenes/classification", "train", data_dir=data_dir)
     sizes = np.array([images.image_size(e) for e in _files(photographs)])
     few = 2 if quick else 0
     height, width = np.median(sizes, axis=0).astype(int)
     return [
-        Case(
+        _Case(
             f"photographs, {width}×{height}",
             photographs,
             224,
@@ -379,7 +343,7 @@ def open_cases(folder: Path, *, root: str, data_dir: str, quick: bool) -> list[C
             True,
             few or 12,
         ),
-        Case("digit scenes", digits, 64, 72, 0.6, False, few or 48),
+        _Case("digit scenes", digits, 64, 72, 0.6, False, few or 48),
     ]
 
 

@@ -11,31 +11,36 @@ where each window goes to the scale at which it comes closest to a square of hal
 import argparse
 from collections import Counter, defaultdict
 from collections.abc import Sequence
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import matplotlib
 import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
 
-from experiments.detection_presets import DetectionSetting, paper_scales, run
-from experiments.detection_report import (
+from experiments.report import (
     TEXT,
+    Cited,
+    Claim,
     Column,
-    Figure,
     Row,
-    draw_precisions,
-    write_results,
+    differences,
+    draw_shares,
+    write_report,
 )
-from experiments.detectors import Detector, detector_config, tested, workdir_of
-from experiments.report import Claim
-from sppnet_jax import from_detection_config
+from experiments.runs import (
+    DetectionSetting,
+    DetectorRecipe,
+    detector_test,
+    open_test_split,
+)
+from experiments.setting import paper_scales, run_detection
 from sppnet_jax.detection.maps import scaled_sizes
 from sppnet_jax.detection.scales import choose_scales, scale_factors
 from sppnet_jax.run.figures import save_figure
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
-from matplotlib.axes import Axes
 
 NAME = "scale_selection"
 TITLE = "Scales of the image, and the scale of a window"
@@ -57,7 +62,7 @@ class Choice(NamedTuple):
 
 CHOICES = (*(Choice(1, f) for f in SIDES), *(Choice(5, f) for f in WINDOW_SIDES))
 # VOC 2007, by SVMs on fine-tuned fc7 with box regression.
-PAPER = {Choice(1): Figure(0.580, TEXT), Choice(5): Figure(0.592, TEXT)}
+PAPER = {Choice(1): Cited(0.580, TEXT), Choice(5): Cited(0.592, TEXT)}
 
 Reports = dict[Choice, dict[int, dict[str, Any]]]  # by seed
 Shares = dict[Choice, dict[int, float]]  # by side of the image
@@ -72,27 +77,27 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def main(given: DetectionSetting, options: argparse.Namespace) -> None:
+def main(given: DetectionSetting, options: argparse.Namespace) -> Path:
     reports: Reports = defaultdict(dict)
     shares: Shares = {}
     for seed in given.seeds:
         for choice in CHOICES:
             detector = detector_of(given, choice, options.scorer)
-            reports[choice][seed] = tested(given, detector, seed)
+            reports[choice][seed] = detector_test(given, detector, seed)
             if choice not in shares:
                 shares[choice] = _shares(given, detector, seed)
             folder = _report(given, options.scorer, reports, shares)
-    print(f"\n{(folder / 'table.md').read_text()}\nin {folder}: table.md, plot.png")
+    return folder
 
 
-def detector_of(given: DetectionSetting, choice: Choice, scorer: str) -> Detector:
+def detector_of(given: DetectionSetting, choice: Choice, scorer: str) -> DetectorRecipe:
     """The detector of a row."""
     scales, window_side = paper_scales(given, choice.scales), 0
     if choice.scales == 1:
         scales = tuple(round(side * choice.factor) for side in scales)
     elif choice.factor != 1:
         window_side = round(given.image_size * choice.factor)
-    return Detector(
+    return DetectorRecipe(
         scales, scorer=scorer, regression=scorer == "svm", window_side=window_side
     )
 
@@ -118,10 +123,10 @@ def scale_shares(
     return {side: counts[number] / total for number, side in enumerate(sides)}
 
 
-def _shares(given: DetectionSetting, detector: Detector, seed: int) -> dict[int, float]:
-    config = detector_config(given, detector, seed)
-    workdir = workdir_of(given, detector, seed)
-    split = from_detection_config.open_split(config, "test", workdir)
+def _shares(
+    given: DetectionSetting, detector: DetectorRecipe, seed: int
+) -> dict[int, float]:
+    split = open_test_split(given, detector, seed)
     side = detector.window_side or given.image_size
     return scale_shares(split.proposals, split.sizes, detector.scales, side**2)
 
@@ -129,7 +134,6 @@ def _shares(given: DetectionSetting, detector: Detector, seed: int) -> dict[int,
 def _report(
     given: DetectionSetting, scorer: str, reports: Reports, shares: Shares
 ) -> Path:
-    folder = given.folder / NAME
     rows = [
         Row(
             _label(given, choice),
@@ -142,11 +146,7 @@ def _report(
         for choice in CHOICES
     ]
     one, five = reports[Choice(1)], reports[Choice(5)]
-    gains = [
-        five[seed]["map_11_point"] - one[seed]["map_11_point"]
-        for seed in one
-        if seed in five
-    ]
+    gains = differences(five, one, itemgetter("map_11_point"))
     report = next(iter(one.values()), None) or next(iter(reports[CHOICES[0]].values()))
     scored = "SVMs on fine-tuned fc7, box regression"
     if scorer == "softmax":
@@ -167,12 +167,11 @@ def _report(
         f"{report['split']}; seeds share the network and the images.",
         *(f"Windows of {line}." for line in listed),
     ]
-    write_results(
-        folder,
+    folder = write_report(
+        given,
+        NAME,
         title=TITLE,
         about={
-            "preset": given.preset_name,
-            "seeds": list(given.seeds),
             "scorer": scorer,
             "windows_at_each_scale": went,
         },
@@ -181,7 +180,7 @@ def _report(
         claims=[Claim("Five scales are better than one, 11 points", gains)],
         notes=notes,
     )
-    _plot(folder / "plot.png", rows, shares)
+    _plot(folder, rows, shares)
     return folder
 
 
@@ -193,37 +192,34 @@ def _label(given: DetectionSetting, choice: Choice) -> str:
     return f"{len(sides)} scales, windows near {side}×{side}"
 
 
-def _plot(path: Path, rows: Sequence[Row], shares: Shares) -> None:
+def _plot(folder: Path, rows: Sequence[Row], shares: Shares) -> None:
     """mAP here and in the paper, and where the windows go, row by row."""
-    figure, axes = plt.subplots(
-        1,
-        3,
-        figsize=(12.5, 1.8 + 0.4 * len(rows)),
-        sharey=True,
-        width_ratios=(1, 0.6, 1.4),
-        layout="constrained",
-    )
+    figure = Figure(figsize=(12.5, 1.8 + 0.4 * len(rows)), layout="constrained")
     figure.suptitle(TITLE)
-    draw_precisions(axes[0], [ELEVEN], rows, ours=True)
-    draw_precisions(axes[1], [ELEVEN], rows, ours=False)
+    axes = figure.subplots(1, 3, sharey=True, width_ratios=(1, 0.6, 1.4))
+    draw_shares(axes[0], "mAP", [ELEVEN], rows, ours=True)
+    draw_shares(axes[1], "mAP", [ELEVEN], rows, ours=False)
     _draw_shares(axes[2], shares)
-    save_figure(figure, path)
+    save_figure(figure, folder / "plot.png")
 
 
 def _draw_shares(axes: Axes, shares: Shares) -> None:
     """A bar for each row, divided by the scales that its windows go to."""
     several = sorted({s for c, own in shares.items() if c.scales > 1 for s in own})
-    colors = plt.get_cmap("viridis")(np.linspace(0.15, 0.9, max(1, len(several))))
+    colors = matplotlib.colormaps["viridis"](
+        np.linspace(0.15, 0.9, max(1, len(several)))
+    )
     for height, choice in zip(range(len(CHOICES))[::-1], CHOICES, strict=True):
         start = 0.0
         for side, share in shares.get(choice, {}).items():
             color = colors[several.index(side)] if choice.scales > 1 else "0.75"
             axes.barh(height, 100 * share, left=100 * start, color=color, height=0.6)
             start += share
-    handles = [plt.Rectangle((0, 0), 1, 1, color=color) for color in colors]
     axes.legend(
-        handles[: len(several)],
-        [str(side) for side in several],
+        handles=[
+            Patch(color=color, label=str(side))
+            for side, color in zip(several, colors, strict=False)
+        ],
         title="shorter side",
         loc="center left",
         bbox_to_anchor=(1.0, 0.5),
@@ -235,4 +231,4 @@ def _draw_shares(axes: Axes, shares: Shares) -> None:
 
 
 if __name__ == "__main__":
-    run(main, __doc__, add_options=add_options)
+    run_detection(main, __doc__, add_options=add_options)

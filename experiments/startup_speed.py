@@ -4,12 +4,11 @@
 
 runs `python -m sppnet_jax.train` up to its first step, in a process and a workdir of
 its own each time: once with an empty cache folder, once with the one that start filled,
-in turn. The data set is prepared before. It tells where the time goes: importing,
+in turn. The digits are prepared before. It tells where the time goes: importing,
 opening the data, the training set's statistics, making the network, compiling the step
 and running it. JAX_COMPILATION_CACHE_DIR in the environment is left out of account.
 """
 
-import argparse
 import json
 import os
 import shutil
@@ -26,8 +25,14 @@ from tqdm import tqdm
 
 from experiments.first_step import CPU, PARTS, TOTAL
 from experiments.photographs import photograph_folder
-from sppnet_jax import cli
-from sppnet_jax.benchmarks.report import Report, Row, Setting, result_folder, show
+from experiments.setting import messages_alone
+from sppnet_jax.benchmarks.report import (
+    Measurements,
+    Report,
+    show,
+    timing_of,
+    timing_parser,
+)
 from sppnet_jax.benchmarks.timing import spread, times_as_fast
 from sppnet_jax.data.sources import open_source
 
@@ -41,7 +46,7 @@ def measure(networks: dict[str, list[str]], *, rounds: int, folder: Path) -> Rep
     `networks`: the arguments of sppnet_jax.train for each, but for its workdir.
     `folder`: of workdirs and caches, which are removed again.
     """
-    rows: list[Row] = []
+    rows: list[Measurements] = []
     ratios = {}
     bar = tqdm(total=2 * rounds * len(networks), desc="starts", disable=None)
     with bar:
@@ -102,8 +107,8 @@ def start(arguments: Sequence[str], workdir: Path, caches: Path) -> dict[str, fl
 
 def _rows(
     name: str, which: str, seconds: dict[str, list[dict[str, float]]]
-) -> list[Row]:
-    rows: list[Row] = []
+) -> list[Measurements]:
+    rows: list[Measurements] = []
     for part in (*PARTS, TOTAL, CPU):
         times = np.array([one[part] for one in seconds[which]])
         middle = spread(times)
@@ -125,7 +130,7 @@ def _rows(
     return rows
 
 
-def plot(rows: Sequence[Row]) -> Figure:
+def plot(rows: Sequence[Measurements]) -> Figure:
     """The parts of each start as one bar."""
     bars = list(dict.fromkeys((r["training"], r["start"]) for r in rows))
     figure = Figure(figsize=(8, 1.2 + 0.6 * len(bars)), layout="constrained")
@@ -154,47 +159,36 @@ def plot(rows: Sequence[Row]) -> Figure:
 def networks(folder: Path, *, quick: bool, data_dir: str) -> dict[str, list[str]]:
     """The trainings to start: the tour's digits, and photographs at 96 pixels.
 
-    The photographs are made in `folder`; the data sets are prepared.
+    The photographs are made in `folder`; the digits are prepared.
     """
     where = f"--config.data.data_dir={data_dir}"
     open_source("digit_scenes/classification", "train", data_dir=data_dir)
     digits = ["--config=configs/digits.py", where]
     if quick:
-        small = ["--config.model.width=0.02", "--config.statistics_images=32"]
+        small = ["--config.model.width=0.02", "--config.inputs.statistics_images=32"]
         return {"digits": [*digits, *small]}
     photographs = photograph_folder(folder / "photographs", images=1_000)
     root = f"--config.data.root={photographs}"
-    open_source("image_folder", "train", root=str(photographs), data_dir=data_dir)
     return {
         "digits": digits,
-        "photographs": ["--config=configs/folder.py", root, where],
+        "photographs": ["--config=configs/folder.py", root],
     }
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m experiments.startup_speed",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    given, timing = timing_of(
+        timing_parser(
+            "experiments.startup_speed", __doc__, out="runs/startup", rounds=3
+        )
     )
-    parser.add_argument(
-        "--out",
-        type=result_folder,
-        default="runs/startup",
-        help="folder of the results",
-    )
-    parser.add_argument("--rounds", type=int, default=3, help="starts of each kind")
-    parser.add_argument("--quick", action="store_true", help="small, to see it run")
-    given = parser.parse_args()
-    if given.rounds < 1:
-        parser.error(f"--rounds must be at least 1, got {given.rounds}")
-    cli.show_own_log()
-    setting = Setting(given.rounds, given.quick, given.out)
-    with tempfile.TemporaryDirectory() as name:
+    with (
+        messages_alone(given.traceback, "nothing is written"),
+        tempfile.TemporaryDirectory() as name,
+    ):
         folder = Path(name)
         data_dir = os.environ.get("TFDS_DATA_DIR", str(folder / "tensorflow_datasets"))
         trainings = networks(folder, quick=given.quick, data_dir=data_dir)
-        show(measure(trainings, rounds=given.rounds, folder=folder), setting)
+        show(measure(trainings, rounds=given.rounds, folder=folder), timing)
 
 
 if __name__ == "__main__":

@@ -8,35 +8,36 @@ splits, and as VOC 2007 is, by mAP. Features are kept in the networks' folders.
 """
 
 from collections import defaultdict
+from operator import attrgetter
 from pathlib import Path
 from typing import NamedTuple
 
-import jax
 import numpy as np
-from ml_collections import ConfigDict
 
-from experiments import setting
-from experiments.presets import SVM_DATA, Network, network_config
-from experiments.report import Claim, Row, write_report
-from experiments.runs import diverged, networks_of
-from sppnet_jax import from_config, saved_config
-from sppnet_jax.classification.layer_features import (
-    Features,
-    default_side,
-    load_features,
+from experiments.report import Cited, Claim, Row, differences, write_network_report
+from experiments.runs import (
+    PAPER_SIDE,
+    NetworkRecipe,
+    Setting,
+    diverged,
+    network_features,
+    networks_of,
+    settings_of,
 )
+from experiments.setting import run
+from sppnet_jax.classification.layer_features import Features
 from sppnet_jax.classification.svm import caltech_protocol, multi_label_protocol
+from sppnet_jax.data.datasets import ImageData
 from sppnet_jax.data.sources import available_splits, open_source
-from sppnet_jax.features import features_from_config, file_name
 
 NAME = "svm_features"
 ACCURACY, MAP = "mean class accuracy", "mAP"
 COLUMNS = (ACCURACY, MAP)
 TRAIN_PER_CLASS, MAX_TEST_PER_CLASS, SPLITS = 30, 50, 10
 
-NO_SPP = Network("zf5", levels=())
-SPP = Network("zf5")
-BEST = Network("overfeat7", training="multi")
+NO_SPP = NetworkRecipe("zf5", levels=())
+SPP = NetworkRecipe("zf5")
+BEST = NetworkRecipe("overfeat7", training="multi")
 
 
 class View(NamedTuple):
@@ -45,7 +46,7 @@ class View(NamedTuple):
     `paper_side`: shorter side of whole images, for a network trained at 224.
     """
 
-    network: Network
+    network: NetworkRecipe
     layer: str
     mode: str
     paper_side: int | None = None
@@ -53,22 +54,22 @@ class View(NamedTuple):
     @property
     def label(self) -> str:
         """Itself in the words of a table."""
-        side = f" at {self.paper_side}/224" if self.paper_side else ""
+        side = f" at {self.paper_side}/{PAPER_SIDE}" if self.paper_side else ""
         return f"{self.network.label}: {self.layer}, {self.mode}{side}"
 
 
 # Caltech101 and VOC 2007.
-PAPER: dict[View, dict[str, float]] = {
-    View(NO_SPP, "fc7", "crop"): {MAP: 0.7590},
-    View(SPP, "fc7", "crop"): {MAP: 0.7645},
-    View(SPP, "fc7", "full", 224): {MAP: 0.7839},
-    View(SPP, "fc7", "full", 392): {MAP: 0.8010},
+PAPER: dict[View, dict[str, Cited]] = {
+    View(NO_SPP, "fc7", "crop"): {MAP: Cited(0.7590)},
+    View(SPP, "fc7", "crop"): {MAP: Cited(0.7645)},
+    View(SPP, "fc7", "full", 224): {MAP: Cited(0.7839)},
+    View(SPP, "fc7", "full", 392): {MAP: Cited(0.8010)},
     View(SPP, "conv5", "crop"): {},
     View(SPP, "pyramid", "crop"): {},
-    View(SPP, "pyramid", "warp"): {ACCURACY: 0.8991},
-    View(SPP, "pyramid", "full", 224): {ACCURACY: 0.9144},
-    View(BEST, "pyramid", "full", 224): {ACCURACY: 0.9342},
-    View(BEST, "fc7", "full", 364): {MAP: 0.8244},
+    View(SPP, "pyramid", "warp"): {ACCURACY: Cited(0.8991)},
+    View(SPP, "pyramid", "full", 224): {ACCURACY: Cited(0.9144)},
+    View(BEST, "pyramid", "full", 224): {ACCURACY: Cited(0.9342)},
+    View(BEST, "fc7", "full", 364): {MAP: Cited(0.8244)},
 }
 # What the paper finds better, than what, and by which metrics.
 COMPARISONS = {
@@ -106,31 +107,29 @@ class Measured(NamedTuple):
 Results = dict[tuple[View, str], dict[int, Measured]]  # by view and metric, by seed
 
 
-def main(given: setting.Setting) -> None:
-    data = SVM_DATA[given.preset_name]
+def main(given: Setting) -> Path:
     results: Results = defaultdict(dict)
-    config = network_config(
-        given.preset, _networks()[0], 0, root=given.root, data_dir=given.data_dir
-    ).data
-    name, split = data.classes
-    split = split or _unseen_splits(config)
-    _check_classes(config, name, split)
+    data = settings_of(given, _networks()[0], 0).data
+    name, split = given.preset.svm_classes
+    multi_label = given.preset.svm_multi_label
+    split = split or _unseen_splits(data)
+    _check_classes(data, name, split)
     for network, seed, workdir in networks_of(given, _networks()):
         for view in PAPER:
             if view.network != network:
                 continue
             results[view, ACCURACY][seed] = _accuracy(workdir, view, name, split)
-            if data.multi_label:
-                results[view, MAP][seed] = _precision(workdir, view, *data.multi_label)
+            if multi_label:
+                results[view, MAP][seed] = _precision(workdir, view, *multi_label)
         folder = _report(given, results)
-    print(f"\n{(folder / 'table.md').read_text()}\nin {folder}: table.md, plot.png")
+    return folder
 
 
-def _networks() -> tuple[Network, ...]:
+def _networks() -> tuple[NetworkRecipe, ...]:
     return tuple(dict.fromkeys(view.network for view in PAPER))
 
 
-def _check_classes(data: ConfigDict, name: str, split: str) -> None:
+def _check_classes(data: ImageData, name: str, split: str) -> None:
     """Raises ValueError if a class has too few images to train on some, test on others.
 
     Before any network is trained.
@@ -148,7 +147,7 @@ def _check_classes(data: ConfigDict, name: str, split: str) -> None:
         )
 
 
-def _unseen_splits(data: ConfigDict) -> str:
+def _unseen_splits(data: ImageData) -> str:
     """All splits of a network's own data set but the one it was trained on."""
     splits = available_splits(data.name, root=data.root, data_dir=data.data_dir)
     return "+".join(split for split in splits if split != "train")
@@ -189,36 +188,15 @@ def _precision(workdir: Path, view: View, name: str, train: str, test: str) -> M
 def _features(
     workdir: Path, view: View, name: str, split: str, *, multi_label: bool = False
 ) -> Features:
-    """A view's features by one network: extracted, or from the file of before."""
-    config = saved_config.get_config(str(workdir))
-    if name:
-        config.data.name, config.data.root = name, ""
-    size = config.data.image_size
-    side = default_side(view.mode, image_size=size, resize_side=config.data.resize_side)
-    if view.paper_side:
-        side = round(size * view.paper_side / 224)
-    path = workdir / file_name(config, split, view.layer, view.mode, side)
-    if path.exists():
-        features, provenance = load_features(path)
-        wanted = {
-            "checkpoint_step": from_config.checkpoint_step(workdir),
-            "data": config.data.name,
-            "root": config.data.root,
-        }
-        if all(provenance[key] == value for key, value in wanted.items()):
-            return features
-    features_from_config(
-        config,
+    return network_features(
         workdir,
-        layer=view.layer,
-        split=split,
+        view.layer,
+        split,
         mode=view.mode,
-        side=side,
+        data=name,
+        paper_side=view.paper_side,
         multi_label=multi_label,
-        output=path,
     )
-    jax.clear_caches()  # dozens of programs in one process
-    return load_features(path)[0]
 
 
 def _span(counts: list[int]) -> str:
@@ -226,14 +204,13 @@ def _span(counts: list[int]) -> str:
     return f"{low}" if low == high else f"{low} to {high}"
 
 
-def _report(given: setting.Setting, results: Results) -> Path:
+def _report(given: Setting, results: Results) -> Path:
     rows = [
         Row(
             view.label,
             {
                 metric: [one.share for one in results[view, metric].values()]
                 for metric in COLUMNS
-                if (view, metric) in results
             },
             paper,
         )
@@ -254,14 +231,21 @@ def _report(given: setting.Setting, results: Results) -> Path:
         f"Over the {SPLITS} splits of one network, {ACCURACY} has a standard deviation "
         f"of {100 * spread:.1f} points, the mean of all rows."
     )
-    return write_report(
+    return write_network_report(
         given,
         NAME,
         title="Linear SVMs on features",
         columns=COLUMNS,
         rows=rows,
         claims=[
-            Claim(f"{text}, by {metric}", _gains(results, metric, better, worse))
+            Claim(
+                f"{text}, by {metric}",
+                differences(
+                    results[better, metric],
+                    results[worse, metric],
+                    attrgetter("share"),
+                ),
+            )
             for text, (better, worse, metrics) in COMPARISONS.items()
             for metric in metrics
             if measured[metric]
@@ -270,11 +254,5 @@ def _report(given: setting.Setting, results: Results) -> Path:
     )
 
 
-def _gains(results: Results, metric: str, better: View, worse: View) -> list[float]:
-    """How much higher the metric is, for each seed that has both."""
-    highs, lows = results.get((better, metric), {}), results.get((worse, metric), {})
-    return [highs[seed].share - lows[seed].share for seed in highs if seed in lows]
-
-
 if __name__ == "__main__":
-    setting.run(main, __doc__)
+    run(main, __doc__)

@@ -8,13 +8,19 @@ views. It goes on where it was interrupted, and shares its networks with the oth
 """
 
 from collections import defaultdict
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
-from experiments import setting
-from experiments.presets import Network
-from experiments.report import Claim, network_rows, write_report
-from experiments.runs import diverged, networks_of, tested
+from experiments.report import Claim, differences, network_rows, write_network_report
+from experiments.runs import (
+    NetworkRecipe,
+    Setting,
+    diverged,
+    network_test,
+    networks_of,
+)
+from experiments.setting import run
 
 NAME = "table2_pyramid_and_multi_size"
 COLUMNS = ("top-1 error", "top-5 error")
@@ -22,48 +28,52 @@ BACKBONES = ("zf5", "convnet5", "overfeat5", "overfeat7")
 
 # ImageNet 2012 validation, ten views.
 PAPER = {
-    Network("zf5", ()): (0.3599, 0.1476),
-    Network("zf5"): (0.3498, 0.1414),
-    Network("zf5", training="multi"): (0.3460, 0.1364),
-    Network("zf5", levels=(4, 3, 2, 1)): (0.3506, 0.1404),
-    Network("convnet5", ()): (0.3493, 0.1392),
-    Network("convnet5"): (0.3438, 0.1354),
-    Network("convnet5", training="multi"): (0.3394, 0.1333),
-    Network("overfeat5", ()): (0.3413, 0.1352),
-    Network("overfeat5"): (0.3287, 0.1280),
-    Network("overfeat5", training="multi"): (0.3226, 0.1233),
-    Network("overfeat7", ()): (0.3201, 0.1197),
-    Network("overfeat7"): (0.3036, 0.1112),
-    Network("overfeat7", training="multi"): (0.2968, 0.1095),
-    Network("overfeat7", training="uniform"): (0.3006, 0.1096),
+    NetworkRecipe("zf5", ()): (0.3599, 0.1476),
+    NetworkRecipe("zf5"): (0.3498, 0.1414),
+    NetworkRecipe("zf5", training="multi"): (0.3460, 0.1364),
+    NetworkRecipe("zf5", levels=(4, 3, 2, 1)): (0.3506, 0.1404),
+    NetworkRecipe("convnet5", ()): (0.3493, 0.1392),
+    NetworkRecipe("convnet5"): (0.3438, 0.1354),
+    NetworkRecipe("convnet5", training="multi"): (0.3394, 0.1333),
+    NetworkRecipe("overfeat5", ()): (0.3413, 0.1352),
+    NetworkRecipe("overfeat5"): (0.3287, 0.1280),
+    NetworkRecipe("overfeat5", training="multi"): (0.3226, 0.1233),
+    NetworkRecipe("overfeat7", ()): (0.3201, 0.1197),
+    NetworkRecipe("overfeat7"): (0.3036, 0.1112),
+    NetworkRecipe("overfeat7", training="multi"): (0.2968, 0.1095),
+    NetworkRecipe("overfeat7", training="uniform"): (0.3006, 0.1096),
 }
 IN_TEXT = (
-    Network("zf5", levels=(4, 3, 2, 1)),
-    Network("overfeat7", training="uniform"),
+    NetworkRecipe("zf5", levels=(4, 3, 2, 1)),
+    NetworkRecipe("overfeat7", training="uniform"),
 )
+SPP_PAIRS = [(NetworkRecipe(name, ()), NetworkRecipe(name)) for name in BACKBONES]
+MULTI_PAIRS = [
+    (NetworkRecipe(name), NetworkRecipe(name, training="multi")) for name in BACKBONES
+]
 
-Errors = dict[Network, dict[int, tuple[float, float]]]  # by seed: top-1, top-5
+Errors = dict[NetworkRecipe, dict[int, tuple[float, float]]]  # by seed: top-1, top-5
 
 
-def main(given: setting.Setting) -> None:
+def main(given: Setting) -> Path:
     errors: Errors = defaultdict(dict)
     for network, seed, workdir in networks_of(given, tuple(PAPER)):
-        report = tested([workdir], "ten_view")
+        report = network_test([workdir], "ten_view")
         errors[network][seed] = 1 - report["top1"], 1 - report["top5"]
         folder = _report(given, errors, report)
-    print(f"\n{(folder / 'table.md').read_text()}\nin {folder}: table.md, plot.png")
+    return folder
 
 
-def _report(given: setting.Setting, errors: Errors, report: dict[str, Any]) -> Path:
+def _report(given: Setting, errors: Errors, report: dict[str, Any]) -> Path:
     claims = [
-        Claim("SPP has a lower top-1 error than no SPP", _gains(errors, _spp_pairs())),
+        Claim("SPP has a lower top-1 error than no SPP", _gains(errors, SPP_PAIRS)),
         Claim(
             "Multi-size training has a lower top-1 error than single-size",
-            _gains(errors, _multi_pairs()),
+            _gains(errors, MULTI_PAIRS),
         ),
     ]
     views = f"{report['views']:.3g} views" + ("" if report["flip"][0] else ", no flips")
-    return write_report(
+    return write_network_report(
         given,
         NAME,
         title="Pyramid and multi-size training, ten-view error",
@@ -80,23 +90,16 @@ def _report(given: setting.Setting, errors: Errors, report: dict[str, Any]) -> P
     )
 
 
-def _spp_pairs() -> list[tuple[Network, Network]]:
-    return [(Network(name, ()), Network(name)) for name in BACKBONES]
-
-
-def _multi_pairs() -> list[tuple[Network, Network]]:
-    return [(Network(name), Network(name, training="multi")) for name in BACKBONES]
-
-
-def _gains(errors: Errors, pairs: list[tuple[Network, Network]]) -> list[float]:
+def _gains(
+    errors: Errors, pairs: list[tuple[NetworkRecipe, NetworkRecipe]]
+) -> list[float]:
     """How much lower the second network's top-1 error is, for each pair and seed."""
     return [
-        errors[first][seed][0] - errors[second][seed][0]
+        gain
         for first, second in pairs
-        for seed in errors[first]
-        if seed in errors[second]
+        for gain in differences(errors[first], errors[second], itemgetter(0))
     ]
 
 
 if __name__ == "__main__":
-    setting.run(main, __doc__)
+    run(main, __doc__)

@@ -10,37 +10,46 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-from experiments import setting
-from experiments.presets import Network
-from experiments.report import Claim, network_rows, write_report
-from experiments.runs import diverged, networks_of, tested
+from experiments.report import Claim, network_rows, write_network_report
+from experiments.runs import (
+    NetworkRecipe,
+    Setting,
+    diverged,
+    network_test,
+    networks_of,
+)
+from experiments.setting import run
 
 NAME = "table3_full_image"
 COLUMNS = ("top-1 error, crop", "top-1 error, full image")
 
 # ImageNet 2012 validation, a single view.
 PAPER = {
-    Network("zf5"): (0.3801, 0.3755),
-    Network("zf5", training="multi"): (0.3757, 0.3707),
-    Network("overfeat7"): (0.3318, 0.3272),
-    Network("overfeat7", training="multi"): (0.3257, 0.3125),
+    NetworkRecipe("zf5"): (0.3801, 0.3755),
+    NetworkRecipe("zf5", training="multi"): (0.3757, 0.3707),
+    NetworkRecipe("overfeat7"): (0.3318, 0.3272),
+    NetworkRecipe("overfeat7", training="multi"): (0.3257, 0.3125),
 }
 
-Errors = dict[Network, dict[int, tuple[float, float]]]  # by seed: crop, full image
+Errors = dict[
+    NetworkRecipe, dict[int, tuple[float, float]]
+]  # by seed: crop, full image
 
 
-def main(given: setting.Setting) -> None:
+def main(given: Setting) -> Path:
     errors: Errors = defaultdict(dict)
     for network, seed, workdir in networks_of(given, tuple(PAPER)):
-        crop, full = (tested([workdir], name) for name in ("single", "full_image"))
+        crop, full = (
+            network_test([workdir], name) for name in ("single", "full_image")
+        )
         errors[network][seed] = 1 - crop["top1"], 1 - full["top1"]
         folder = _report(given, errors, full)
-    print(f"\n{(folder / 'table.md').read_text()}\nin {folder}: table.md, plot.png")
+    return folder
 
 
-def _report(given: setting.Setting, errors: Errors, report: dict[str, Any]) -> Path:
+def _report(given: Setting, errors: Errors, report: dict[str, Any]) -> Path:
     gains = [crop - full for seeds in errors.values() for crop, full in seeds.values()]
-    return write_report(
+    return write_network_report(
         given,
         NAME,
         title="Centre crop or full image, single-view error",
@@ -57,4 +66,4 @@ def _report(given: setting.Setting, errors: Errors, report: dict[str, Any]) -> P
 
 
 if __name__ == "__main__":
-    setting.run(main, __doc__)
+    run(main, __doc__)

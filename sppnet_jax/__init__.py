@@ -1,7 +1,11 @@
 """SPP-net in JAX: spatial pyramid pooling for recognition and detection.
 
-The layer is in `spp`, the backbones in `backbones`, the network in `model`.
+The layer is in `pyramid.pooling`, the trunks in `network.trunks`, the network in
+`network.model`; `network.trained` reads what a training left.
 """
+
+import importlib
+from typing import TYPE_CHECKING, Any
 
 from sppnet_jax.network.model import create_model
 from sppnet_jax.network.trunks import backbone_geometry
@@ -9,12 +13,32 @@ from sppnet_jax.pyramid.geometry import boxes_to_windows
 from sppnet_jax.pyramid.pooling import num_bins, pyramid_bins, spatial_pyramid_pool
 from sppnet_jax.pyramid.windows import window_pyramid_pool
 
+if TYPE_CHECKING:
+    from sppnet_jax.classification.scores import score_images
+    from sppnet_jax.data.photographs import read_image
+    from sppnet_jax.network.trained import load_network
+
 __all__ = [
     "backbone_geometry",
     "boxes_to_windows",
     "create_model",
+    "load_network",
     "num_bins",
     "pyramid_bins",
+    "read_image",
+    "score_images",
     "spatial_pyramid_pool",
     "window_pyramid_pool",
 ]
+# Loaded when asked for: the layer has no need of checkpoints and images.
+_LATER = {
+    "load_network": "sppnet_jax.network.trained",
+    "read_image": "sppnet_jax.data.photographs",
+    "score_images": "sppnet_jax.classification.scores",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LATER:
+        return getattr(importlib.import_module(_LATER[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

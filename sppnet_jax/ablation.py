@@ -10,13 +10,9 @@ all share. So a cell that is run again trains only what is new in it, and goes o
 it was interrupted; and no setting can be mistaken for another.
 """
 
-import contextlib
-import difflib
 import hashlib
-import io
 import json
 import sys
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -24,8 +20,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from ml_collections import ConfigDict
 
-from sppnet_jax.config import base_config, check_config
 from sppnet_jax.pyramid.pooling import check_levels
+from sppnet_jax.run.settings import plain, read, unknown_field
+from sppnet_jax.training.network_settings import NetworkSettings
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -34,12 +31,6 @@ if TYPE_CHECKING:
 
 Levels = tuple[int, ...] | None
 
-DIVERGED, SECONDS = "diverged.txt", "seconds.json"
-# How a network is trained, not what becomes of it.
-_NO_MATTER = (
-    *("log_steps", "checkpoint_steps", "keep_checkpoints", "profile_steps"),
-    *("data.workers", "data.threads", "data.data_dir"),
-)
 _NOT_HERE = {
     "seed": "give seeds=(0, 1)",
     "model.levels": "give the pyramids as levels=[(6, 3, 2, 1), (1,), None]",
@@ -102,31 +93,29 @@ def ablate(
     """
     pyramids, seeds = _check_pyramids(levels), _check_seeds(seeds)
     shared = _changed(small_config() if config is None else config, settings)
-    configs = {
-        (pyramid, seed): _one_config(shared, pyramid, seed)
+    _check_protocol(protocol, pyramids)
+    wanted = {
+        (pyramid, seed): _one_network(shared, pyramid, seed)
         for seed in seeds
         for pyramid in pyramids
     }
-    _check_protocol(protocol, pyramids)
-    for one in configs.values():
-        check_config(one)
 
     # Here, not above: a mistake in the arguments should show before these are loaded.
-    from sppnet_jax import from_config
+    from sppnet_jax.data.datasets import open_split
     from sppnet_jax.run import caches, parallel
 
     parallel.check_batch_size(shared.batch_size)
     caches.use_compilation_cache()  # the seeds of a pyramid compile the same programs
-    train, test = (from_config.open_split(shared, name) for name in ("train", "test"))
+    train, test = (open_split(shared.data, name) for name in ("train", "test"))
     below = Path(folder).expanduser() / _digest(shared, train, test)
     try:
         below.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ValueError(f"networks can't be kept in {folder}: {error}") from error
     rows = {}
-    for number, ((pyramid, seed), one) in enumerate(configs.items(), start=1):
+    for number, ((pyramid, seed), one) in enumerate(wanted.items(), start=1):
         name = f"{'-'.join(map(str, pyramid or ())) or 'no_spp'}_seed{seed}"
-        title = f"network {number} of {len(configs)}: {label(pyramid)}, seed {seed}"
+        title = f"network {number} of {len(wanted)}: {label(pyramid)}, seed {seed}"
         row = _network(one, pyramid, below / name, train, protocol, title)
         rows[pyramid, seed] = row
     return [rows[pyramid, seed] for pyramid in pyramids for seed in seeds]
@@ -139,7 +128,7 @@ def small_config() -> ConfigDict:
     enough to learn from, not for the best accuracy. At its 64 pixels the last map has
     3×3 cells, so the twin without SPP pools it into one bin, as (1,) does.
     """
-    config = base_config()
+    config = ConfigDict(plain(NetworkSettings()))
     config.epochs = 3
     config.batch_size = 32
     config.model.width = 1 / 12
@@ -150,12 +139,12 @@ def small_config() -> ConfigDict:
     config.data.resize_side = 72
     config.data.crop = "center"
     config.data.flip = False  # a mirrored digit is no digit
-    config.scale = 64.0
-    config.color_sigma = 0.0
-    config.schedule = "cosine"
-    config.warmup_epochs = 0.3
-    config.learning_rate = 0.03
-    config.nesterov = True
+    config.inputs.scale = 64.0
+    config.inputs.color_sigma = 0.0
+    config.schedule.kind = "cosine"
+    config.schedule.warmup_epochs = 0.3
+    config.schedule.learning_rate = 0.03
+    config.optimizer.nesterov = True
     config.log_steps = 10
     config.keep_checkpoints = 1
     return config
@@ -249,7 +238,7 @@ def plot_ablation(rows: Sequence[AblationRow]) -> "Figure":
 
 
 def _network(
-    config: ConfigDict,
+    settings: NetworkSettings,
     levels: Levels,
     workdir: Path,
     train: "Source",
@@ -257,87 +246,48 @@ def _network(
     title: str,
 ) -> AblationRow:
     """The row of one network, trained and tested if that was not done before."""
-    from sppnet_jax.run import run_folder
+    from sppnet_jax.classification.evaluation import evaluate_once
+    from sppnet_jax.training import once
     from sppnet_jax.training.step_log import DivergedError
 
     result = workdir / f"ablation_{protocol}.json"
     reason, report = "", dict[str, Any](top1=None, count=0)
-    if (workdir / DIVERGED).exists():
-        reason = (workdir / DIVERGED).read_text().strip()
-    elif run_folder.has_checkpoint(workdir) and result.exists():
-        report = run_folder.read_json(result)
-    else:
+    known = result.exists() or (workdir / once.DIVERGED).exists()
+    if not known:
         _say(title)
-        try:
-            _train(config, workdir, train)
-            report = _test(config, workdir, protocol)
-            run_folder.write_json(result, report)
-        except DivergedError as error:
-            reason = str(error)
-            (workdir / DIVERGED).write_text(f"{reason}\n")
+    try:
+        if not result.exists():
+            once.train_once(settings, workdir)
+        report = evaluate_once([workdir], protocol, result)
+    except DivergedError as error:
+        reason = str(error)
+    if not known:
         _say(f"  diverged: {reason}" if reason else f"  top-1 {report['top1']:.1%}")
-    inputs, parameters, channels = _fc6(config, len(train.class_names))
+    inputs, parameters, channels = _fc6(settings, len(train.class_names))
     return AblationRow(
         levels=levels,
-        seed=config.seed,
+        seed=settings.seed,
         bins=inputs // channels,
         fc6_inputs=inputs,
         fc6_parameters=parameters,
         top1=report["top1"],
         images=report["count"],
-        seconds=_seconds(workdir),
+        seconds=once.training_seconds(workdir),
         diverged=reason,
         workdir=str(workdir),
     )
 
 
-def _train(config: ConfigDict, workdir: Path, train: "Source") -> None:
-    """Trains a network to its end, from where it was left."""
-    import jax
-
-    from sppnet_jax import from_config
-    from sppnet_jax.data.batches import steps_per_epoch
-    from sppnet_jax.train import train_from_config
-
-    steps = config.epochs * steps_per_epoch(train, config.batch_size)
-    before, started = _seconds(workdir), time.monotonic()
-    try:
-        train_from_config(config, workdir)
-    finally:
-        workdir.mkdir(parents=True, exist_ok=True)
-        seconds = before + time.monotonic() - started
-        (workdir / SECONDS).write_text(json.dumps(round(seconds, 2)))
-    jax.clear_caches()  # there may be dozens of networks in one process
-    if from_config.checkpoint_step(workdir) != steps:
-        raise KeyboardInterrupt  # the training was, and has saved where it stopped
-
-
-def _test(config: ConfigDict, workdir: Path, protocol: str) -> dict[str, Any]:
-    from sppnet_jax.evaluate import evaluate_from_config
-
-    # What it prints is for a command line.
-    with contextlib.redirect_stdout(io.StringIO()):
-        return evaluate_from_config(config, [workdir], protocol)
-
-
-def _fc6(config: ConfigDict, num_classes: int) -> tuple[int, int, int]:
+def _fc6(settings: NetworkSettings, num_classes: int) -> tuple[int, int, int]:
     """What fc6 takes and how many parameters it has; the channels of the last map."""
-    import jax
+    from sppnet_jax.network.model import make_model, param_shapes
 
-    from sppnet_jax import from_config
-    from sppnet_jax.network.model import init_params
-
-    model = from_config.make_model(config, num_classes)
-    shapes = jax.eval_shape(lambda rng: init_params(model, rng), jax.random.PRNGKey(0))
+    model = make_model(settings.model, num_classes, settings.data.image_size)
+    shapes = param_shapes(model)
     convs = [name for name in shapes if name.startswith("conv")]
     last = max(convs, key=lambda name: int(name.removeprefix("conv")))
     kernel, bias = shapes["fc6"]["kernel"], shapes["fc6"]["bias"]
     return kernel.shape[0], kernel.size + bias.size, shapes[last]["kernel"].shape[-1]
-
-
-def _seconds(workdir: Path) -> float:
-    path = workdir / SECONDS
-    return float(json.loads(path.read_text())) if path.exists() else 0.0
 
 
 def _say(text: str) -> None:
@@ -346,70 +296,62 @@ def _say(text: str) -> None:
     tqdm.write(text, file=sys.stderr)
 
 
-def _one_config(shared: ConfigDict, pyramid: Levels, seed: int) -> ConfigDict:
-    config = shared.copy_and_resolve_references()
-    config.seed = seed
-    config.model.levels = pyramid or ()
-    return config
+def _one_network(
+    shared: NetworkSettings, pyramid: Levels, seed: int
+) -> NetworkSettings:
+    """The settings of one network, checked."""
+    model = shared.model._replace(levels=pyramid or ())
+    return read(NetworkSettings, plain(shared._replace(seed=seed, model=model)))
 
 
-def _digest(config: ConfigDict, train: "Source", test: "Source") -> str:
+def _digest(settings: NetworkSettings, train: "Source", test: "Source") -> str:
     """Eight letters for all that the networks of an ablation have in common."""
-    from sppnet_jax.data.sources import TfdsRecords
+    from sppnet_jax.training.once import deciding
 
-    told = {name: value for name, value in _fields(config) if name not in _NO_MATTER}
-    for name in _NOT_HERE:
-        told.pop(name)
+    told = {n: value for n, value in deciding(settings).items() if n not in _NOT_HERE}
     splits = [
-        (source.name, source.split, len(source.records), source.class_names)
+        (source.name, source.split, source.class_names, source.digest)
         for source in (train, test)
     ]
-    records = (source.records for source in (train, test))
-    files = [own.state() for own in records if isinstance(own, TfdsRecords)]
-    text = json.dumps([told, splits, files], sort_keys=True)
+    text = json.dumps([told, splits], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
-def _fields(group: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
-    """Every field of a config, or of dicts in dicts, by its dotted name."""
-    for name, value in group.items():
-        if isinstance(value, Mapping | ConfigDict):
-            yield from _fields(value, f"{above}{name}.")
+def _named(values: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
+    """Every value of dicts in dicts, by its dotted name."""
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _named(value, f"{above}{name}.")
         else:
             yield f"{above}{name}", value
 
 
-def _changed(config: ConfigDict, settings: Mapping[str, Any]) -> ConfigDict:
-    """A copy of the config with other values of some fields."""
+def _changed(config: ConfigDict, changes: Mapping[str, Any]) -> NetworkSettings:
+    """The settings of a config with other values of some fields."""
     if not isinstance(config, ConfigDict):
         raise ValueError(
             "config must be a ConfigDict such as configs.digits.get_config(), got "
             f"{config!r}"
         )
-    config = config.copy_and_resolve_references()
-    known = [name for name, _ in _fields(config)]
-    for name, value in _fields(settings):
-        if name in _NOT_HERE:
-            raise ValueError(f"{name}={value!r} can't be given here: {_NOT_HERE[name]}")
-        if name not in known:
-            close = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
-            close += [one for one in known if one.endswith(f".{name}")]
-            hint = f"did you mean {' or '.join(close)}?" if close else ", ".join(known)
-            raise ValueError(f"unknown setting {name!r}: {hint}")
-        *groups, field = name.split(".")
-        group = config
-        for one in groups:
-            group = group[one]
-        try:
-            group[field] = value
-        except TypeError as error:
-            raise ValueError(f"{name}={value!r} can't be set: {error}") from error
-    if config.get("max_steps"):
+    values = config.to_dict()
+    for path, value in _named(changes):
+        if path in _NOT_HERE:
+            raise ValueError(f"{path}={value!r} can't be given here: {_NOT_HERE[path]}")
+        fault = unknown_field(NetworkSettings, path)
+        if fault:
+            raise ValueError(fault)
+        *groups, name = path.split(".")
+        inner = values
+        for group in groups:
+            inner = inner[group]
+        inner[name] = value
+    settings = read(NetworkSettings, values)
+    if settings.max_steps:
         raise ValueError(
-            f"config.max_steps is {config.max_steps}: set it to 0, since "
+            f"config.max_steps is {settings.max_steps}: set it to 0, since "
             f"{_NOT_HERE['max_steps']}"
         )
-    return config
+    return settings
 
 
 def _check_pyramids(levels: Sequence[Sequence[int] | None]) -> list[Levels]:

@@ -9,13 +9,12 @@ None of the suites needs data; what takes data or whole command lines is measure
 experiments/*_speed.py.
 """
 
-import argparse
 import importlib
 import os
 import sys
 import traceback
 
-from sppnet_jax.benchmarks.report import Setting, result_folder, show
+from sppnet_jax.benchmarks.report import show, timing_of, timing_parser
 
 # By name: the module in benchmarks/, and what it measures.
 SUITES = {
@@ -32,26 +31,18 @@ SUITES = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m sppnet_jax.bench",
-        description=__doc__,
+    parser = timing_parser(
+        "sppnet_jax.bench",
+        __doc__,
+        out="runs/bench",
+        rounds=10,
         epilog="suites:\n" + "\n".join(f"  {k:15} {v[1]}" for k, v in SUITES.items()),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("suites", nargs="*", metavar="SUITE", help="default: all")
-    parser.add_argument(
-        "--out", type=result_folder, default="runs/bench", help="folder of the results"
-    )
-    parser.add_argument("--rounds", type=int, default=10, help="timings of each")
-    parser.add_argument("--quick", action="store_true", help="small, to see it run")
-    parser.add_argument("--traceback", action="store_true")
-    given = parser.parse_args()
+    given, timing = timing_of(parser)
     unknown = [name for name in given.suites if name not in SUITES]
     if unknown:
         parser.error(f"unknown suite {unknown[0]!r}: choose from {', '.join(SUITES)}")
-    if given.rounds < 1:
-        parser.error(f"--rounds must be at least 1, got {given.rounds}")
-    setting = Setting(given.rounds, given.quick, given.out)
     # On a GPU, peers need room in the same memory.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     failed = []
@@ -59,7 +50,7 @@ def main() -> None:
         try:
             module = f"sppnet_jax.benchmarks.{SUITES[name][0]}"
             suite = importlib.import_module(module)
-            show(suite.run(setting), setting)
+            show(suite.run(timing), timing)
         except KeyboardInterrupt:
             sys.exit("interrupted; the suites before are written")
         except Exception as error:  # of a peer, too; the other suites still run

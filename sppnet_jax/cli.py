@@ -1,23 +1,24 @@
-"""What the command lines share: flags, configs, and errors a person can read."""
+"""What the command lines share: flags, settings, and errors a person can read."""
 
 import logging
+import re
 import sys
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn, TypeVar
 
 import absl.logging
 from absl import app, flags
 from ml_collections import ConfigDict, config_flags
 from tqdm import tqdm
 
-from sppnet_jax.config import base_config, check_config
 from sppnet_jax.run import caches, parallel
+from sppnet_jax.run.settings import MOVED, plain, read, unknown_field
+from sppnet_jax.training.network_settings import NetworkSettings
 
-CONFIG = config_flags.DEFINE_config_file(
-    "config", None, "The settings of a run, a file such as configs/digits.py."
-)
+Kind = TypeVar("Kind", bound=tuple)
+
 WORKDIR = flags.DEFINE_string("workdir", None, "The folder of the run.")
 _COORDINATOR = flags.DEFINE_string(
     "coordinator",
@@ -28,18 +29,36 @@ _COORDINATOR = flags.DEFINE_string(
 _PROCESS_INDEX = flags.DEFINE_integer("process_index", 0, "Which process this is.")
 _PROCESS_COUNT = flags.DEFINE_integer("process_count", 1, "How many processes run.")
 _TRACEBACK = flags.DEFINE_bool("traceback", False, "Show where an error came from.")
+_CONFIG_HELP = "The settings of a run, a file such as configs/digits.py."
+
+
+def base_config() -> ConfigDict:
+    """A config of all settings of a network's training, the paper's for ImageNet.
+
+    Its fields, their meaning and their valid values are those of `NetworkSettings`.
+    """
+    return ConfigDict(plain(NetworkSettings()))
+
+
+def detector_base_config() -> ConfigDict:
+    """A config of all settings of a detector, the paper's for VOC 2007.
+
+    Its fields, their meaning and their valid values are those of `DetectorSettings`.
+    """
+    from sppnet_jax.detection.detector_settings import DetectorSettings
+
+    return ConfigDict(plain(DetectorSettings()))
 
 
 def run(
     main: Callable[[Sequence[str]], None],
-    *,
-    saved_config: bool = False,
-    base: Callable[[], ConfigDict] = base_config,
+    kind: Any,
+    saved: Callable[[Path], Any] | None = None,
 ) -> None:
     """Runs a command line; user errors print their message and exit with 1.
 
-    `saved_config`: without a --config, the one that --workdir was trained with.
-    `base`: makes a config that has all the fields there are.
+    `kind`: the NamedTuple of the command's settings.
+    `saved`: reads those that a --workdir was trained with, where there is no --config.
     """
 
     def guarded(argv: Sequence[str]) -> None:
@@ -47,31 +66,45 @@ def run(
         caches.use_compilation_cache()
         try:
             main(argv[1:])
+        except KeyboardInterrupt as error:
+            sys.exit(str(error) or "interrupted; the same command goes on from there")
         except (ValueError, OSError, RuntimeError) as error:
             if _TRACEBACK.value:
                 traceback.print_exc()
             sys.exit(f"error: {error}\n(--traceback shows where it came from)")
 
-    shown = (CONFIG, WORKDIR, _COORDINATOR, _PROCESS_INDEX, _PROCESS_COUNT, _TRACEBACK)
-    for flag in shown:  # by --help, although the main module doesn't define them
-        flags.FLAGS.register_key_flag_for_module(sys.argv[0], flags.FLAGS[flag.name])
-    app.run(
-        guarded,
-        flags_parser=lambda argv: _parse_flags(
-            _with_saved_config(argv) if saved_config else argv, base
-        ),
-    )
+    given = _given_flags(sys.argv)
+    try:
+        if saved and not {"config", "workdir", "help", "helpfull"} & set(given):
+            raise ValueError("give the folder of the run: --workdir=runs/NAME")
+        if saved and "config" not in given and "workdir" in given:
+            workdir = Path(given["workdir"].split(",")[0]).expanduser()
+            config = ConfigDict(plain(saved(workdir)))
+            config_flags.DEFINE_config_dict("config", config, _CONFIG_HELP)
+        else:
+            path = given.get("config", "").partition(":")[0]
+            if path and not Path(path).is_file():
+                raise FileNotFoundError(f"there is no config file {path!r}")
+            config_flags.DEFINE_config_file("config", None, _CONFIG_HELP)
+    except Exception as error:  # a config file may raise any
+        _refuse(error, kind)
+    shown = (WORKDIR, _COORDINATOR, _PROCESS_INDEX, _PROCESS_COUNT, _TRACEBACK)
+    for name in ("config", *(flag.name for flag in shown)):
+        # By --help, although the main module doesn't define them.
+        flags.FLAGS.register_key_flag_for_module(sys.argv[0], flags.FLAGS[name])
+    app.run(guarded, flags_parser=lambda argv: _parse_flags(argv, kind))
 
 
-def given_config(check: Callable[[ConfigDict], None] = check_config) -> ConfigDict:
-    """The config of the command line, checked."""
-    config = CONFIG.value
+def given_settings(kind: type[Kind]) -> Kind:
+    """The settings of the command line, checked."""
+    config = flags.FLAGS.config
     if config is None:
         raise ValueError("give a config: --config=configs/digits.py")
     if not isinstance(config, ConfigDict):
         raise ValueError(_why_unreadable(config))
-    check(config)
-    return config
+    values = config.to_dict()
+    _check_kind(kind, values)
+    return read(kind, values)
 
 
 def join_processes() -> None:
@@ -90,11 +123,20 @@ def check_single_process() -> None:
         )
 
 
+def refuse_arguments(argv: Sequence[str]) -> None:
+    """Raises ValueError for arguments that are no flags."""
+    if argv:
+        raise ValueError(f"unexpected arguments: {' '.join(argv)}")
+
+
 def given_workdir() -> Path:
     """The folder of the run."""
     if not WORKDIR.value:
         raise ValueError("give the folder of the run: --workdir=runs/NAME")
-    return Path(WORKDIR.value).expanduser()
+    workdir = Path(WORKDIR.value).expanduser()
+    if workdir.is_file():
+        raise ValueError(f"--workdir={workdir} is a file: give the folder of a run")
+    return workdir
 
 
 def given_workdirs() -> list[Path]:
@@ -123,55 +165,67 @@ def show_own_log() -> None:
         logger.propagate = False
 
 
-def _with_saved_config(argv: list[str]) -> list[str]:
-    """The arguments with the config of their --workdir, if they name no other."""
-    known = {}
+def _given_flags(argv: Sequence[str]) -> dict[str, str]:
+    """The flags of a command line before they are parsed, by name."""
+    given = {}
     for name, value in zip(argv, [*argv[1:], ""], strict=True):
-        key, equals, given = name.lstrip("-").partition("=")
-        known[key] = given if equals else value
-    if "config" in known or "workdir" not in known:
-        return argv
-    file = Path(__file__).parent / "saved_config.py"
-    first = known["workdir"].split(",")[0]
-    return [argv[0], f"--config={file}:{first}", *argv[1:]]
+        if name.startswith("-"):
+            key, equals, inline = name.lstrip("-").partition("=")
+            given[key] = inline if equals else value
+    return given
 
 
-def _parse_flags(argv: list[str], base: Callable[[], ConfigDict]) -> list[str]:
+def _parse_flags(argv: list[str], kind: Any) -> list[str]:
     try:
         return flags.FLAGS(argv)
-    except flags.Error as error:
-        sys.exit(f"error: {_reason(error)}")
-    except FileNotFoundError as error:
-        sys.exit(f"error: {error}")
-    except (AttributeError, KeyError):
-        unknown = _first_unknown_field(argv, base())
-        if unknown is None:
-            raise
-        sys.exit(f"error: {unknown}")
+    except Exception as error:  # a config file may raise any
+        _refuse(error, kind)
 
 
-def _first_unknown_field(argv: list[str], base: ConfigDict) -> str | None:
-    for argument in argv:
-        name = argument.split("=", 1)[0].lstrip("-")
-        if not name.startswith("config."):
-            continue
-        group: Any = base
-        path = name.removeprefix("config.").split(".")
-        for depth, part in enumerate(path):
-            if not isinstance(group, ConfigDict) or part not in group:
-                where = ".".join(["config", *path[:depth]])
-                names = ", ".join(group) if isinstance(group, ConfigDict) else "none"
-                return f"unknown field {part!r}: {where} has the fields {names}"
-            group = group[part]
-    return None
+def _refuse(error: Exception, kind: Any) -> NoReturn:
+    """Exits with what is wrong with the flags or with the config file."""
+    given = _given_flags(sys.argv)
+    if "traceback" in given:
+        traceback.print_exception(error)
+    names = [name for name in given if name.startswith("config.")]
+    faults = [unknown_field(kind, name.removeprefix("config.")) for name in names]
+    found = next(filter(None, faults), "")
+    if not found and not isinstance(error, flags.Error | ValueError | OSError):
+        path = given.get("config", "").partition(":")[0]
+        found = f"can't read the config {path}: {type(error).__name__}: "
+        found += _reason(error)
+    sys.exit(f"error: {found or _reason(error)}")
+
+
+def _check_kind(kind: Any, values: dict[str, Any]) -> None:
+    """Raises ValueError for the config of a detector in place of a network's."""
+    if kind is NetworkSettings and "proposals" in values:
+        raise ValueError(
+            "this is the config of a detector, no network: detectors are trained and "
+            "tested by python -m sppnet_jax.detect"
+        )
+    if kind is not NetworkSettings and "model" in values:
+        raise ValueError(
+            "this is the config of a classifier, no detector: take one such as "
+            "configs/detect_folder.py"
+        )
 
 
 def _why_unreadable(config: Any) -> str:
+    if not type(config).__module__.startswith("ml_collections"):
+        return (
+            "the config file's get_config() must return an ml_collections.ConfigDict, "
+            f"got {type(config).__name__}"
+        )
     try:
         config.batch_size  # noqa: B018  the config flag raises its reason on use
     except Exception as error:
-        return f"can't read the config file: {_reason(error)}"
-    return "the config file's get_config() must return an ml_collections.ConfigDict"
+        reason = _reason(error)
+        for name in re.findall(r"['\"](\w+)['\"]", reason):
+            if name in MOVED:
+                reason += f"; config.{name} is now config.{MOVED[name]}"
+        return f"can't read the config file: {reason}"
+    return "can't read the config file"
 
 
 def _reason(error: Exception) -> str:

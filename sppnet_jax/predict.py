@@ -7,14 +7,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from absl import flags
-from ml_collections import ConfigDict
 
 from sppnet_jax import cli
-from sppnet_jax.classification import views
-from sppnet_jax.data.image_files import Files
-from sppnet_jax.data.sources import Source
+from sppnet_jax.training.network_settings import NetworkSettings, network_settings
 
-MAX_BUCKETS = 4  # programs that are compiled at most
+BEST = 5  # classes that are printed for each image
+_THUMBNAIL = 256  # shorter side of images in the picture, in pixels
 
 _PICTURE = flags.DEFINE_string(
     "picture", "", "Also draws the images with their classes into this PNG file."
@@ -26,66 +24,69 @@ def main(argv: Sequence[str]) -> None:
         raise ValueError(
             "give images: python -m sppnet_jax.predict --workdir=… a.jpg …"
         )
-    config, workdir = cli.given_config(), cli.given_workdir()
-    failed = predict_files(config, workdir, argv, _PICTURE.value)
+    settings, workdir = cli.given_settings(NetworkSettings), cli.given_workdir()
+    picture = Path(_PICTURE.value).expanduser() if _PICTURE.value else None
+    failed = predict_files(settings, workdir, argv, picture)
     if failed:
         raise ValueError(f"{failed} of {len(argv)} files could not be read")
 
 
 def predict_files(
-    config: ConfigDict, workdir: Path, paths: Sequence[str], picture: str = ""
+    settings: NetworkSettings,
+    workdir: Path,
+    paths: Sequence[str],
+    picture: Path | None = None,
 ) -> int:
-    """Prints the five best classes of each image; returns how many were unreadable.
+    """Prints the best classes of each image; returns how many were unreadable.
 
     Each image keeps its aspect ratio and is scored whole, its shorter side at the
-    `resize_side` of the run's config. A network without SPP sees the centre crop, the
+    `resize_side` of the run's settings. A network without SPP sees the centre crop, the
     only size that it takes.
     """
-    import numpy as np
+    from sppnet_jax.buckets.whole_images import MAX_ASPECT
+    from sppnet_jax.classification.scores import score_images
+    from sppnet_jax.data.images import resize_whole
+    from sppnet_jax.data.photographs import read_images
+    from sppnet_jax.network.trained import load_network
+    from sppnet_jax.run.settings import plain
 
-    from sppnet_jax import from_config
-    from sppnet_jax.classification import pictures as plots
-    from sppnet_jax.data.images import decode_image
-    from sppnet_jax.run import run_folder
-
-    class_names = run_folder.load_training_data(workdir).class_names
-    config.data.strict = False
-    protocol = views.named_protocol(
-        "full_image" if config.model.levels else "single",
-        view=config.data.image_size,
-        resize_side=config.data.resize_side,
-        flip=False,
-    )
-    found, _ = from_config.score_split(
-        config,
-        workdir,
-        Source(Files(paths), class_names, "files", "given"),
-        protocol,
-        loading=config.data,
-        max_buckets=MAX_BUCKETS,
-    )
-    shown, failed = [], 0
-    for path, scores, valid in zip(paths, found.scores, found.valid, strict=True):
+    network = load_network(workdir, plain(settings))
+    names, side = network.class_names, network.resize_side
+    sizes, resized, thumbnails, errors = {}, {}, {}, {}
+    for path, image in read_images(paths, settings.data.threads):
         try:
-            image = decode_image(Path(path).expanduser().read_bytes())
-            if not valid:
-                size = f"{image.shape[1]}×{image.shape[0]}"
-                raise ValueError(f"it can't be resized and cropped at {size} pixels")
+            if isinstance(image, Exception):
+                raise image
+            resized[path] = resize_whole(image, side, MAX_ASPECT)
+            sizes[path] = image.shape[:2]
+            if picture:
+                thumbnails[path] = resize_whole(image, _THUMBNAIL, MAX_ASPECT)
         except (OSError, ValueError) as error:
-            print(f"{path}: can't be read: {error}")
-            failed += 1
+            errors[path] = error
+    scores = score_images(
+        network, list(resized.values()), batch_size=settings.batch_size
+    )
+    found = dict(zip(resized, scores, strict=True))
+    for path in paths:
+        if path in errors:
+            print(f"{path}: can't be read: {errors[path]}")
             continue
-        best = np.argsort(-scores, kind="stable")[:5]
-        print(f"{path} ({image.shape[1]}×{image.shape[0]} pixels)")
-        for label in best:
-            print(f"  {scores[label]:6.1%}  {class_names[label]}")
-        if picture:
-            name, probability = class_names[best[0]], float(scores[best[0]])
-            shown.append(plots.Prediction(image, name, probability, label=None))
-    if shown:
-        print(f"picture: {plots.plot_predictions(shown, Path(picture))}")
-    return failed
+        height, width = sizes[path]
+        print(f"{path} ({width}×{height} pixels)")
+        for label in (-found[path]).argsort(kind="stable")[:BEST]:
+            print(f"  {found[path][label]:6.1%}  {names[label]}")
+    if picture and thumbnails:
+        from sppnet_jax.classification.pictures import Prediction, plot_predictions
+
+        shown = [
+            Prediction(
+                image, names[found[path].argmax()], float(found[path].max()), label=None
+            )
+            for path, image in thumbnails.items()
+        ]
+        print(f"picture: {plot_predictions(shown, picture)}")
+    return len([path for path in paths if path in errors])
 
 
 if __name__ == "__main__":
-    cli.run(main, saved_config=True)
+    cli.run(main, NetworkSettings, network_settings)

@@ -17,7 +17,7 @@ import pytest
 from jaxtyping import install_import_hook
 
 # The shapes in the annotations are claims too: check them wherever a test goes.
-# (spp.py checks what it is given by itself.)
+# (pyramid/pooling.py checks what it is given by itself.)
 install_import_hook(
     ["sppnet_jax.network.model", "sppnet_jax.network.preprocess"], "beartype.beartype"
 )
@@ -36,6 +36,24 @@ def digit_scenes_dir(shared_folder) -> str:
     folder = str(shared_folder / "tensorflow_datasets")
     os.environ["TFDS_DATA_DIR"] = folder
     return folder
+
+
+SMALL = [
+    "--config.model.width=0.02",
+    "--config.data.image_size=32",
+    "--config.data.resize_side=36",
+    "--config.batch_size=8",
+    "--config.log_steps=1",
+]
+
+
+@pytest.fixture(scope="session")
+def digits_run(command_line, digit_scenes_dir, tmp_path_factory) -> Path:
+    """The folder of three steps on the digit scenes, with two devices."""
+    workdir = tmp_path_factory.mktemp("digits")
+    given = ("--config=configs/digits.py", f"--workdir={workdir}", *SMALL)
+    command_line("train", *given, "--config.max_steps=3")
+    return workdir
 
 
 @pytest.fixture(scope="session")

@@ -46,13 +46,34 @@ def write_two_colors(root: Path, height: int, width: int) -> None:
                 path.write_bytes(encode(image))
 
 
+def overlap(one: Sequence[float], other: Sequence[float]) -> float:
+    """Intersection over union of two half-open boxes, from its definition."""
+    a, b = [float(side) for side in one], [float(side) for side in other]
+    height, width = (min(a[k + 2], b[k + 2]) - max(a[k], b[k]) for k in (0, 1))
+    shared = max(height, 0.0) * max(width, 0.0)
+    areas = [(box[2] - box[0]) * (box[3] - box[1]) for box in (a, b)]
+    return shared / (sum(areas) - shared)
+
+
+def exchange(one: Path, other: Path) -> None:
+    """Exchanges the contents of two files, or two folders."""
+    between = one.with_name("between")
+    one.rename(between)
+    other.rename(one)
+    between.rename(other)
+
+
 def make_source(
-    count: int, broken: tuple[int, ...] = (), labels: tuple[int, ...] | None = None
+    sizes: int | Sequence[tuple[int, int]],
+    broken: tuple[int, ...] = (),
+    labels: tuple[int, ...] | None = None,
 ) -> Source:
-    """A source in memory; record i is of class i % 3, image size varies."""
+    """A source in memory; record i is of class i % 3. `sizes`: or how many of any."""
     records = []
-    for i in range(count):
-        image = encode(picture(20 + i % 5, 24 + i % 7, seed=i))
+    if isinstance(sizes, int):
+        sizes = [(20 + i % 5, 24 + i % 7) for i in range(sizes)]
+    for i, size in enumerate(sizes):
+        image = encode(picture(*size, seed=i))
         if i in broken:
             image = image[: len(image) // 2]
         label = labels[i] if labels else i % 3

@@ -16,8 +16,8 @@ from sppnet_jax.bench import SUITES
 from sppnet_jax.benchmarks import peers, report, timing
 from sppnet_jax.benchmarks import pyramid_speed as pyramid
 from sppnet_jax.benchmarks import window_speed as windows
-from sppnet_jax.benchmarks.flops import count_flops
-from sppnet_jax.benchmarks.report import Setting
+from sppnet_jax.benchmarks.peak import count_flops
+from sppnet_jax.benchmarks.report import Timing
 
 QUICK = ["--quick", "--rounds", "2"]
 
@@ -32,7 +32,7 @@ def bench(command_line, tmp_path):
 
 @pytest.fixture
 def setting(tmp_path):
-    return Setting(rounds=2, quick=True, folder=tmp_path)
+    return Timing(rounds=2, quick=True, folder=tmp_path)
 
 
 def test_a_suite_prints_a_table_and_writes_json_and_a_picture(bench, tmp_path):
@@ -57,12 +57,13 @@ def test_an_unknown_suite_is_refused_with_those_that_there_are(bench):
     assert "--rounds must be at least 1" in bench("--rounds=0", check=False).stderr
 
 
-def test_no_suite_imports_what_only_data_needs():
-    suites = [module for module, _ in SUITES.values()]
+def test_no_suite_imports_what_a_bare_gpu_machine_has_not():
+    suites = [*(module for module, _ in SUITES.values()), "allreduce"]
     modules = ", ".join(f"sppnet_jax.benchmarks.{suite}" for suite in suites)
     program = (
         "import sys\n"
-        "for name in ('tensorflow_datasets', 'grain', 'cv2', 'array_record'):\n"
+        "for name in ('tensorflow_datasets', 'grain', 'cv2', 'array_record',\n"
+        "             'ml_collections', 'torch', 'matplotlib.pyplot'):\n"
         "    sys.modules[name] = None\n"
         f"import sppnet_jax.bench, {modules}\n"
     )
@@ -106,7 +107,7 @@ def test_a_wrong_result_shows_in_the_table(setting, monkeypatch):
 
 
 def test_the_least_bytes_of_windows_are_those_of_results_and_table():
-    case = windows.Case((43, 58, 256), 2_000, (6, 3, 2, 1))
+    case = windows._Case((43, 58, 256), 2_000, (6, 3, 2, 1))
     table = 16 * 43 * 58 * 256  # blocks of 1, 2, 4 and 8 cells on each side
     assert windows.least_bytes(case) == 4 * (table + 2_000 * 50 * 256)
 
@@ -126,6 +127,14 @@ def test_alternatives_take_turns_and_compile_before_the_clock_starts():
     assert calls[:6] == ["a"] * 3 + ["b"] * 3
     turns = [a for a, b in zip(calls[6:], [*calls[7:], None], strict=True) if a != b]
     assert turns == ["a", "b", "a", "b"]  # the second round begins with b
+
+
+def test_work_takes_turns_at_being_the_first():
+    order = []
+    work = {name: lambda name=name: order.append(name) or len(order) for name in "abc"}
+    found = timing.in_turn(work, rounds=4)
+    assert "".join(order) == "abc" + "bca" + "cab" + "abc"
+    assert found == {"a": [1, 6, 8, 10], "b": [2, 4, 9, 11], "c": [3, 5, 7, 12]}
 
 
 def test_a_table_shows_three_digits_and_a_dash_for_what_is_missing():
@@ -218,7 +227,7 @@ def test_roi_pool_is_given_our_windows():
     found = {"torch": torch, "torchvision": types.SimpleNamespace(ops=ops)}
     theirs = windows._roi_pool(found, features, boxes, case.levels)()
     ours = windows.window_pyramid_pool(features, boxes, case.levels)
-    np.testing.assert_array_equal(windows._as_numpy(theirs), ours)
+    np.testing.assert_array_equal(peers.as_numpy(theirs), ours)
 
 
 def test_peers_are_modules_by_name():

@@ -1,7 +1,6 @@
 """The suite on buckets' programs, and what it shares with that on variable sizes."""
 
 import subprocess
-import sys
 
 import jax
 import numpy as np
@@ -10,9 +9,9 @@ from jax.experimental.compilation_cache import compilation_cache
 
 from sppnet_jax.benchmarks import bucket_costs as suite
 from sppnet_jax.benchmarks import peak
-from sppnet_jax.benchmarks.cold import no_persistent_cache
-from sppnet_jax.benchmarks.report import Setting, table
-from sppnet_jax.benchmarks.sample_images import sample_image, sample_sizes
+from sppnet_jax.benchmarks.report import Timing, table
+from sppnet_jax.benchmarks.samples import sample_image, sample_sizes
+from sppnet_jax.benchmarks.timing import no_persistent_cache
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +26,7 @@ def measured(tmp_path_factory):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(suite, "_in_a_process", watched)
-        report = suite.run(Setting(2, True, tmp_path_factory.mktemp("bench")))
+        report = suite.run(Timing(2, True, tmp_path_factory.mktemp("bench")))
     return report, files
 
 
@@ -157,16 +156,3 @@ def test_sample_images_are_smooth_under_their_noise():
     near = np.abs(np.diff(image, axis=0)).mean()
     far = np.abs(image[45:] - image[:45]).mean()
     assert 5 < near < far
-
-
-def test_the_suites_need_neither_data_sets_nor_opencv():
-    code = """
-import sys
-for name in ("grain", "tensorflow_datasets", "cv2", "ml_collections",
-             "matplotlib.pyplot"):
-    sys.modules[name] = None
-import sppnet_jax.bench
-from sppnet_jax.benchmarks import bucket_costs as buckets, variable_sizes
-"""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert not done.returncode, done.stderr

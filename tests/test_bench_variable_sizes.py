@@ -4,12 +4,12 @@ import numpy as np
 import pytest
 
 from sppnet_jax.benchmarks import variable_sizes as suite
-from sppnet_jax.benchmarks.report import Setting
+from sppnet_jax.benchmarks.report import Timing
 
 
 @pytest.fixture(scope="module")
 def report(tmp_path_factory):
-    return suite.run(Setting(2, True, tmp_path_factory.mktemp("bench")))
+    return suite.run(Timing(2, True, tmp_path_factory.mktemp("bench")))
 
 
 def by_name(rows):
@@ -66,7 +66,7 @@ def test_a_wrong_result_shows_in_the_table():
     wrong = np.array([[4.0, 1.0], [3.0, 2.0]])
 
     def found(logits):
-        return suite.Run(logits, 2, 1.0, 0.0, lambda: logits)
+        return suite.Pass(logits, 2, 1.0, 0.0, lambda: logits)
 
     ways = (suite.BUCKETS, suite.SHAPES, suite.WARPED)
     runs = {name: found(logits) for name in ways} | {suite.BUCKETS: found(wrong)}

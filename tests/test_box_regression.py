@@ -2,9 +2,7 @@
 
 import logging
 import math
-from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -16,9 +14,7 @@ from sppnet_jax.detection.box_regression import (
 from sppnet_jax.detection.boxes import decode_boxes, encode_boxes
 
 
-def examples(
-    counts: tuple[int, ...] = (60, 9, 25), dimensions: int = 12, seed: int = 0
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+def examples(counts=(60, 9, 25), dimensions=12, seed=0):
     """Features, boxes, targets and labels; more and fewer windows than features."""
     rng = np.random.default_rng(seed)
     labels = rng.permutation(np.repeat(np.arange(len(counts)), counts))
@@ -29,9 +25,7 @@ def examples(
     return features.astype(np.float32), boxes, np.asarray(targets), labels
 
 
-def normal_equations(
-    features: np.ndarray, deltas: np.ndarray, ridge: float
-) -> tuple[np.ndarray, np.ndarray]:
+def normal_equations(features, deltas, ridge):
     """Weights and free bias as one linear system; the bias's own row has no ridge."""
     x = np.concatenate([features.astype(np.float64), np.ones((len(features), 1))], 1)
     penalty = ridge * np.eye(x.shape[1])
@@ -40,8 +34,12 @@ def normal_equations(
     return solution[:-1], solution[-1]
 
 
+def predict(trained: BoxRegressors, features: np.ndarray) -> np.ndarray:
+    return np.einsum("nd,cdk->nck", features, trained.weights) + trained.biases
+
+
 @pytest.mark.parametrize("ridge", [0.1, 10.0, 4000.0])
-def test_every_class_solves_its_normal_equations(ridge: float) -> None:
+def test_every_class_solves_its_normal_equations(ridge):
     features, boxes, targets, labels = examples()
     trained = train_box_regressors(features, boxes, targets, labels, 3, ridge=ridge)
     assert trained.weights.shape == (3, 12, 4)
@@ -53,25 +51,7 @@ def test_every_class_solves_its_normal_equations(ridge: float) -> None:
         np.testing.assert_allclose(trained.biases[number], biases, atol=1e-5)
 
 
-def test_whitening_the_targets_would_change_nothing() -> None:
-    features, boxes, targets, labels = examples()
-    trained = train_box_regressors(features, boxes, targets, labels, 3, ridge=10.0)
-    own = labels == 0
-    deltas = encode_boxes(boxes[own], targets[own])
-    mean = deltas.mean(axis=0)
-    values, vectors = np.linalg.eigh(np.cov(deltas - mean, rowvar=False, bias=True))
-    whiten = vectors @ np.diag(values**-0.5) @ vectors.T
-    undo = vectors @ np.diag(values**0.5) @ vectors.T
-    white = (deltas - mean) @ whiten
-    np.testing.assert_allclose(
-        np.cov(white, rowvar=False, bias=True), np.eye(4), atol=1e-9
-    )
-    weights, biases = normal_equations(features[own], white, 10.0)
-    np.testing.assert_allclose(trained.weights[0], weights @ undo, atol=1e-5)
-    np.testing.assert_allclose(trained.biases[0], biases @ undo + mean, atol=1e-5)
-
-
-def test_a_linear_relation_is_recovered_and_boxes_reach_their_targets() -> None:
+def test_a_linear_relation_is_recovered_and_boxes_reach_their_targets():
     features, boxes, _, labels = examples((80, 70))
     rng = np.random.default_rng(1)
     weights, biases = 0.1 * rng.normal(size=(2, 12, 4)), 0.1 * rng.normal(size=(2, 4))
@@ -82,51 +62,32 @@ def test_a_linear_relation_is_recovered_and_boxes_reach_their_targets() -> None:
     trained = train_box_regressors(features, boxes, targets, labels, 2, ridge=1e-4)
     np.testing.assert_allclose(trained.weights, weights, atol=1e-4)
     np.testing.assert_allclose(trained.biases, biases, atol=1e-4)
-    predicted = trained.predict(features)
+    predicted = predict(trained, features)
     moved = regress_boxes(boxes, predicted, 10_000, 10_000)
     own = moved[np.arange(len(labels)), labels]
     np.testing.assert_allclose(own, np.clip(targets, 0, None), atol=0.02)
 
 
-def test_predictions_are_the_products_on_the_device_too() -> None:
-    rng = np.random.default_rng(0)
-    regressors = BoxRegressors(
-        rng.normal(size=(3, 5, 4)).astype(np.float32),
-        rng.normal(size=(3, 4)).astype(np.float32),
-    )
-    features = rng.normal(size=(7, 5)).astype(np.float32)
-    expected = np.empty((7, 3, 4))
-    for i, c, k in np.ndindex(7, 3, 4):
-        expected[i, c, k] = features[i] @ regressors.weights[c, :, k]
-        expected[i, c, k] += regressors.biases[c, k]
-    for array in (features, jnp.asarray(features)):
-        predicted = regressors.predict(array)
-        assert type(predicted) is type(array) or not isinstance(array, np.ndarray)
-        np.testing.assert_allclose(predicted, expected, atol=1e-5)
-
-
-def test_a_class_without_examples_is_named_and_leaves_boxes_alone(
-    caplog: pytest.LogCaptureFixture,
-) -> None:
+def test_a_class_without_examples_is_named_and_leaves_boxes_alone(caplog):
     caplog.set_level(logging.WARNING)
     features, boxes, targets, labels = examples()
     train_box_regressors(features, boxes, targets, labels, 3)
     assert not caplog.records
     trained = train_box_regressors(features, boxes, targets, labels, 5)
     assert "classes [3, 4] have no examples for box regression" in caplog.text
-    moved = regress_boxes(boxes, trained.predict(features), 200, 200)
+    moved = regress_boxes(boxes, predict(trained, features), 200, 200)
     np.testing.assert_allclose(moved[:, 3], boxes)
     assert np.abs(moved[:, 0] - boxes).max() > 1
 
 
-def test_one_example_is_enough() -> None:
+def test_one_example_is_enough():
     features, boxes, targets, _ = examples((1,))
     trained = train_box_regressors(features, boxes, targets, np.array([0]), 1)
     expected = encode_boxes(boxes, targets)
-    np.testing.assert_allclose(trained.predict(features)[:, 0], expected, atol=1e-6)
+    np.testing.assert_allclose(predict(trained, features)[:, 0], expected, atol=1e-6)
 
 
-def test_wild_predictions_stay_finite_and_in_the_image() -> None:
+def test_wild_predictions_stay_finite_and_in_the_image():
     boxes = np.array([[10.0, 20, 30, 60], [0, 0, 5, 5]])
     deltas = np.array([[0, 0, 1e4, -1e4], [1e3, -1e3, 0, 0]])
     moved = regress_boxes(boxes, deltas, 100, 80)
@@ -149,19 +110,16 @@ def test_wild_predictions_stay_finite_and_in_the_image() -> None:
         ({"features": np.full((94, 2), np.inf)}, "first in row 0"),
         ({"labels": np.full(94, 3)}, "from 0 to 2, not int64 from 3 to 3"),
         ({"boxes": np.zeros((94, 4))}, "empty"),
-        ({"ridge": 0.0}, "ridge must be above 0"),
     ],
 )
-def test_arguments_that_make_no_sense_are_errors(
-    change: dict[str, Any], message: str
-) -> None:
+def test_arguments_that_make_no_sense_are_errors(change, message):
     names = ("features", "boxes", "targets", "labels")
-    arguments: dict[str, Any] = dict(zip(names, examples(), strict=True))
+    arguments = dict(zip(names, examples(), strict=True))
     with pytest.raises(ValueError, match=message):
         train_box_regressors(**(arguments | change), num_classes=3)
 
 
-def test_no_examples_and_shapes_that_do_not_fit_are_errors() -> None:
+def test_no_examples_and_shapes_that_do_not_fit_are_errors():
     none = np.zeros((0, 4))
     with pytest.raises(ValueError, match="no window overlaps an object"):
         train_box_regressors(np.zeros((0, 9)), none, none, np.zeros(0, int), 3)

@@ -12,15 +12,16 @@ import pytest
 import sppnet_jax as sn
 from sppnet_jax.buckets import choice as bucket_choice
 from sppnet_jax.buckets import table as buckets_module
+from sppnet_jax.buckets.choice import choose_buckets
 from sppnet_jax.buckets.table import (
     BucketTable,
-    choose_buckets,
     pad_to_bucket,
     padding_waste,
     smallest_bucket,
 )
 from sppnet_jax.network.trunks import BACKBONES, LRN, Conv
 from tests.data_helpers import picture
+from tests.network_helpers import drawn_params
 
 MIXED = [(64, 64), (64, 96), (96, 64), (128, 128)]
 
@@ -115,21 +116,11 @@ def test_both_exact_methods_agree_on_the_sizes_of_one_shorter_side(lengths):
             assert padded_area(sizes, chosen) == padded_area(sizes, other.tolist())
 
 
-def test_one_bucket_holds_the_tallest_and_the_widest():
-    assert choose_buckets([(10, 40), (30, 20), (5, 5)], 1) == ((30, 40),)
-    assert choose_buckets([(10, 40), (30, 20)], 1, multiple=32) == ((32, 64),)
-
-
 def test_as_many_buckets_as_sizes_leave_no_padding():
     sizes = [(10, 40), (30, 20), (10, 40), (31, 20)]
     buckets = choose_buckets(sizes, 3)
     assert buckets == ((10, 40), (30, 20), (31, 20)) == choose_buckets(sizes, 9)
     assert padding_waste(sizes, buckets) == 0
-
-
-def test_a_frequent_size_gets_a_bucket_of_its_own():
-    sizes = np.array([(10, 10)] * 50 + [(10, 19)] + [(10, 30)])
-    assert choose_buckets(sizes, 2) == ((10, 10), (10, 30))
 
 
 @pytest.mark.parametrize("kind", ["one shorter side", "any sizes"])
@@ -146,11 +137,8 @@ def test_padding_waste_is_the_share_of_padding_among_padded_pixels():
     assert padding_waste([(10, 10)] * 3 + [(10, 20)], [(10, 20)]) == 0.375
 
 
-@pytest.mark.parametrize("count", [500, 5000])
-def test_hundreds_of_wild_sizes_take_seconds_and_the_log_says_it_searched(
-    count, caplog
-):
-    sizes = wild(np.random.default_rng(1), count)
+def test_thousands_of_wild_sizes_take_seconds_and_the_log_says_it_searched(caplog):
+    sizes = wild(np.random.default_rng(1), 5000)
     started = time.perf_counter()
     buckets = choose_buckets(sizes, 8)
     assert time.perf_counter() - started < 30
@@ -339,7 +327,10 @@ def test_a_backend_without_cost_analysis_leaves_blanks():
             return self.costs
 
     for costs in (None, [], {}, [{"flops": 3.0}]):
-        flops, read = buckets_module._costs(Silent(costs), "flops", "bytes accessed")
+        flops, read = (
+            buckets_module._cost(Silent(costs), name)
+            for name in ("flops", "bytes accessed")
+        )
         assert (flops, read) == (3.0 if costs and costs[0] else None, None)
 
 
@@ -452,7 +443,6 @@ def test_a_table_that_cannot_be_built_is_refused_at_once(arguments, message):
 # An image in a bucket scores as it does alone.
 
 LEVELS = (4, 3, 2, 1)
-SIZES = [(56, 190), (190, 56), (61, 97), (83, 58)]
 BUCKETS = [(84, 190), (190, 84)]
 
 
@@ -495,42 +485,20 @@ def forward_by_hand(name, params, image):
 
 @pytest.fixture(scope="module", params=BACKBONES)
 def network(request):
-    """A narrow network whose biases are not zero: its name, params, table, scorer."""
-    model = sn.create_model(request.param, LEVELS, 7, width=1 / 16, weight_init="he")
-    shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 64, 64, 3)))
-    rng = np.random.default_rng(0)
-    params = jax.tree.map(
-        lambda x: rng.normal(
-            scale=(2 / np.prod(x.shape[:-1])) ** 0.5 if len(x.shape) > 1 else 0.1,
-            size=x.shape,
-        ).astype(np.float32),
-        shapes["params"],
-    )
+    """A narrow network whose biases are not zero: its name, params, table."""
+    model = sn.create_model(request.param, LEVELS, 7, width=1 / 16, image_size=64)
+    params = drawn_params(model)
 
-    def score(params, images, sizes=None):
+    def score(params, images, sizes):
         inputs = images.astype(jnp.float32) / 128 - 1
         return model.apply({"params": params}, inputs, sizes)[0]
 
     table = BucketTable(score, params, BUCKETS, 4, devices=jax.devices()[:2])
-    return request.param, params, table, jax.jit(score)
-
-
-def assert_same_scores(scores, alone):
-    assert np.abs(scores - alone).max() <= 1e-5 * np.abs(alone).max()
-    assert scores.argmax() == alone.argmax()
-
-
-def test_batches_of_mixed_sizes_score_as_the_unpadded_network_does(network):
-    _, params, table, score = network
-    images = {size: noise(*size, seed=sum(size)) for size in SIZES}
-    scores = dict(table.map(images.items()))
-    for size, image in images.items():
-        assert_same_scores(scores[size], np.asarray(score(params, image[None]))[0])
-    assert table.programs == 2
+    return request.param, params, table
 
 
 def test_random_sizes_score_as_worked_out_by_hand(network):
-    name, params, table, _ = network
+    name, params, table = network
     params = jax.tree.map(lambda x: np.asarray(x, np.float64), params)
     rng = np.random.default_rng(0)
     sizes = np.vstack(
@@ -540,7 +508,8 @@ def test_random_sizes_score_as_worked_out_by_hand(network):
     scores, parities = dict(table.map(images.items())), set()
     for size, image in images.items():
         alone, (rows, columns) = forward_by_hand(name, params, image)
-        assert_same_scores(scores[size], alone)
+        assert np.abs(scores[size] - alone).max() <= 1e-5 * np.abs(alone).max()
+        assert scores[size].argmax() == alone.argmax()
         parities.add((rows % 2, columns % 2))
     assert len(parities) == 4
     assert table.programs == 2

@@ -3,7 +3,6 @@
 import argparse
 import json
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -11,32 +10,37 @@ import pytest
 from configs import detect_folder, folder
 from experiments import (
     detection_layers,
-    detection_presets,
     detection_timing,
     detection_vs_rcnn,
-    detectors,
+    runs,
     scale_selection,
-)
-from experiments.detection_presets import DetectionSetting, paper_scales
-from experiments.detection_report import (
-    TEXT,
-    Column,
-    Figure,
-    Ratio,
-    Row,
-    plot_precisions,
-    write_results,
+    setting,
 )
 from experiments.detection_timing import Convolutions, Photo, System, Windows
-from experiments.detectors import Detector, share_stages, workdir_of
-from sppnet_jax import from_config
-from sppnet_jax.detection import stages
+from experiments.report import (
+    TEXT,
+    Cited,
+    Column,
+    Ratio,
+    Row,
+    plot_shares,
+    write_report,
+)
+from experiments.runs import (
+    DetectionSetting,
+    DetectorRecipe,
+    detector_workdir,
+    share_stages,
+)
+from experiments.setting import detection_setting, paper_scales
 from sppnet_jax.detection.detector import layer_head
+from sppnet_jax.detection.detector_settings import DetectorSettings
 from sppnet_jax.network.model import create_model
 from sppnet_jax.network.preprocess import Preprocessing
-from sppnet_jax.run import run_folder
-from sppnet_jax.run.checkpoints import Checkpoints
+from sppnet_jax.run import stages
+from sppnet_jax.run.settings import read
 from tests.data_helpers import encode, picture, voc_object, voc_xml, write_voc_folder
+from tests.network_helpers import drawn_params, write_network
 
 SIZE = (72, 96)
 CLASSES = ("red", "green")
@@ -77,20 +81,12 @@ def voc(tmp_path_factory):
 @pytest.fixture(scope="module")
 def network(tmp_path_factory):
     """The workdir of a classifier that was never trained."""
-    workdir = tmp_path_factory.mktemp("network")
     config = folder.get_config()
     config.model.width = 0.02
     config.data.image_size = 64
-    config.mean = 128.0
-    config.color_sigma = 0.0
-    model = from_config.make_model(config, 3)
-    params = model.init(jax.random.key(0), jnp.zeros((1, 64, 64, 3)))["params"]
-    run_folder.save_config(workdir, config.to_dict())
-    data = run_folder.TrainingData("none", "", "train", 3, ("a", "b", "c"))
-    run_folder.save_training_data(workdir, data)
-    with Checkpoints(workdir / run_folder.CHECKPOINTS) as checkpoints:
-        checkpoints.save(1, params=params, training={"step": np.int32(1)}, host={})
-    return workdir
+    config.inputs.mean = 128.0
+    config.inputs.color_sigma = 0.0
+    return write_network(tmp_path_factory.mktemp("network"), config)
 
 
 @pytest.fixture(scope="module")
@@ -106,14 +102,15 @@ def given(voc, network, tmp_path_factory):
     config.batch_size = 4
     config.finetune.steps = 2
     config.finetune.batch_size = 16
-    return DetectionSetting("folder", config, 64, folder, (0,))
+    settings = read(DetectorSettings, config.to_dict())
+    return DetectionSetting("folder", settings, 64, folder, (0,))
 
 
 @pytest.fixture(autouse=True)
 def few_programs(monkeypatch):
     """Two scales stand for five, and each time is measured once."""
     scales = {1: (688,), 5: (480, 688)}
-    monkeypatch.setattr(detection_presets, "PAPER_SCALES", scales)
+    monkeypatch.setattr(setting, "PAPER_SCALES", scales)
     choices = [scale_selection.CHOICES[number] for number in (1, 3, 5)]
     monkeypatch.setattr(scale_selection, "CHOICES", choices)
     monkeypatch.setattr(detection_vs_rcnn, "ROUNDS", 1)
@@ -150,9 +147,9 @@ def test_an_interrupted_experiment_goes_on_without_training_again(given, monkeyp
     def interrupted(given, detector, seed):
         if detector.layer == "fc7" and detector.regression:
             raise KeyboardInterrupt
-        return detectors.tested(given, detector, seed)
+        return runs.detector_test(given, detector, seed)
 
-    monkeypatch.setattr(detection_layers, "tested", interrupted)
+    monkeypatch.setattr(detection_layers, "detector_test", interrupted)
     with pytest.raises(KeyboardInterrupt):
         detection_layers.main(given, options())
     folder = given.folder / detection_layers.NAME
@@ -160,19 +157,19 @@ def test_an_interrupted_experiment_goes_on_without_training_again(given, monkeyp
     assert [len(row["measured"]) for row in rows] == [1, 1, 1, 1, 0]
     assert (folder / "table.md").read_text().count("not run") > 0
 
-    base = Detector(paper_scales(given, 1), scorer="softmax", regression=False)
-    tuned = finished(workdir_of(given, base, 0), "finetune")
-    evaluate, evaluated = detectors.evaluate_from_config, []
+    base = DetectorRecipe(paper_scales(given, 1), scorer="softmax", regression=False)
+    tuned = finished(detector_workdir(given, base, 0), "finetune")
+    evaluate, evaluated = runs.evaluate_detectors, []
 
-    def counted(config, workdirs):
+    def counted(workdirs, **settings):
         evaluated.extend(workdirs)
-        return evaluate(config, workdirs)
+        return evaluate(workdirs, **settings)
 
-    monkeypatch.setattr(detection_layers, "tested", detectors.tested)
-    monkeypatch.setattr(detectors, "evaluate_from_config", counted)
+    monkeypatch.setattr(detection_layers, "detector_test", runs.detector_test)
+    monkeypatch.setattr(runs, "evaluate_detectors", counted)
     detection_layers.main(given, options())
     assert [path.name for path in evaluated] == ["spp-197-finetuned-fc7-boxes-seed0"]
-    assert finished(workdir_of(given, base, 0), "finetune") == tuned
+    assert finished(detector_workdir(given, base, 0), "finetune") == tuned
     results = results_of(given.folder, detection_layers.NAME)
     assert results["preset"] == "folder"
     for row, kind in zip(results["rows"], detection_layers.PAPER, strict=True):
@@ -183,7 +180,7 @@ def test_an_interrupted_experiment_goes_on_without_training_again(given, monkeyp
             finetuned=kind.finetuned,
             regression=kind.regression,
         )
-        path = workdir_of(given, detector, 0) / "test" / "results.json"
+        path = detector_workdir(given, detector, 0) / "test" / "results.json"
         assert measured["values"] == [json.loads(path.read_text())["map_11_point"]]
     papers = [row["paper"][detection_layers.ONE]["value"] for row in results["rows"]]
     assert papers == [0.43, 0.425, 0.523, 0.545, 0.58]
@@ -265,11 +262,14 @@ def test_the_paper_preset_measures_times_alone(tmp_path, monkeypatch):
     ] == [270, 49, 102]
 
 
-def test_sharing_windows_changes_no_score():
-    model = create_model("zf5", (2, 1), 3, width=0.02, image_size=64, weight_init="he")
-    params = model.init(jax.random.key(0), jnp.zeros((1, 64, 64, 3)))["params"]
+def narrow_network():
+    model = create_model("zf5", (2, 1), 3, width=0.02, image_size=64)
     inputs = Preprocessing(np.array(128.0), 64.0, np.zeros((3, 3)))
-    network = Convolutions(model, params, inputs)
+    return Convolutions(model, drawn_params(model), inputs)
+
+
+def test_sharing_windows_changes_no_score():
+    network = narrow_network()
     rng = np.random.default_rng(0)
     photos = []
     for seed, size in enumerate([(60, 80), (90, 70)]):
@@ -277,11 +277,11 @@ def test_sharing_windows_changes_no_score():
         boxes = np.concatenate([corners, corners + 30], axis=1).astype(np.float32)
         photos.append(Photo(picture(*size, seed=seed), boxes))
     windows = Windows((100, 140), 64.0**2)
-    program = detection_timing.fc_program(layer_head("fc7", jnp.float32))
+    program = detection_timing.fc_program(layer_head(network.model, "fc7"))
     systems = []
     for name, shared in (("shared", True), ("apart", False)):
         parts = detection_timing.spp_parts(network, windows, photos, shared=shared)
-        parts["fc"] = detection_timing.fc_part(program, params)
+        parts["fc"] = detection_timing.fc_part(program, network.params)
         systems.append(System(name, parts, rounds=2))
     seconds, found = detection_timing.measure(systems, photos)
     np.testing.assert_allclose(found["shared"], found["apart"], rtol=1e-4, atol=1e-6)
@@ -297,20 +297,16 @@ def test_sharing_windows_changes_no_score():
 
 
 def test_rcnn_times_what_rcnn_computes():
-    model = create_model("zf5", (2, 1), 3, width=0.02, image_size=64, weight_init="he")
-    params = model.init(jax.random.key(0), jnp.zeros((1, 64, 64, 3)))["params"]
-    inputs = Preprocessing(np.array(128.0), 64.0, np.zeros((3, 3)))
     image = picture(64, 64)
     boxes = np.array([[0, 0, 64, 64]] * 5, np.float32)
     boxes[1:, 2:] -= np.arange(1, 5)[:, None]
-    network, photos = Convolutions(model, params, inputs), [Photo(image, boxes)]
+    network, photos = narrow_network(), [Photo(image, boxes)]
     parts = detection_timing.rcnn_parts(network, photos, context=0, batch_size=2)
-    program = detection_timing.fc_program(layer_head("fc7", jnp.float32))
-    parts["fc"] = detection_timing.fc_part(program, params)
+    program = detection_timing.fc_program(layer_head(network.model, "fc7"))
+    parts["fc"] = detection_timing.fc_part(program, network.params)
     _, found = detection_timing.measure([System("R-CNN", parts, 1, 2)], photos)
-    _, activations = model.apply(
-        {"params": params}, jnp.array(image[None] - 128.0) / 64
-    )
+    pixels = jnp.array(image[None] - 128.0) / 64
+    _, activations = network.model.apply({"params": network.params}, pixels)
     np.testing.assert_allclose(
         found["R-CNN"][:1], activations["fc7"], rtol=1e-4, atol=1e-6
     )
@@ -342,7 +338,7 @@ def test_a_stage_is_copied_where_it_is_missing_or_another(tmp_path):
 
 
 def test_a_detector_is_built_on_what_it_adds_to():
-    whole = Detector((197,), ranks=(8, 4))
+    whole = DetectorRecipe((197,), ranks=(8, 4))
     names = []
     while whole:
         names.append(whole.name)
@@ -353,7 +349,7 @@ def test_a_detector_is_built_on_what_it_adds_to():
         "spp-197-finetuned-fc7",
         "spp-197-finetuned-softmax",
     ]
-    pool5 = Detector((197,), layer="pyramid", finetuned=False, regression=False)
+    pool5 = DetectorRecipe((197,), layer="pyramid", finetuned=False, regression=False)
     assert pool5.origin is None
 
 
@@ -379,36 +375,36 @@ def test_a_command_line_becomes_a_setting(preset, network, voc, tmp_path):
         max_windows=7,
         seeds=[3, 4],
     )
-    given = detection_presets.make_setting(line, tmp_path)
+    given = detection_setting(line, tmp_path)
     assert given.seeds == (3, 4)
-    assert given.config.data.train_split == "train[:9]"
-    assert given.config.finetune.steps == 40
-    (usual,) = detection_presets.PRESETS[preset]().finetune.drop_steps
-    of = detection_presets.PRESETS[preset]().finetune.steps
-    assert given.config.finetune.drop_steps == (round(40 * usual / of),)
-    assert given.config.proposals.max_windows == 7
+    assert given.settings.data.train_split == "train[:9]"
+    assert given.settings.finetune.steps == 40
+    (usual,) = setting.DETECTION_PRESETS[preset]().finetune.drop_steps
+    of = setting.DETECTION_PRESETS[preset]().finetune.steps
+    assert given.settings.finetune.drop_steps == (round(40 * usual / of),)
+    assert given.settings.proposals.max_windows == 7
     assert paper_scales(given, 1) == (197,)
     assert paper_scales(given, 5) == (137, 197)
     line.network = str(tmp_path)
     with pytest.raises(FileNotFoundError, match="no trained classifier"):
-        detection_presets.make_setting(line, tmp_path)
+        detection_setting(line, tmp_path)
     line.steps = 0
     with pytest.raises(ValueError, match="--steps must be at least 1, got 0"):
-        detection_presets.make_setting(line, tmp_path)
+        detection_setting(line, tmp_path)
 
 
 def test_only_what_was_measured_is_a_result(tmp_path):
     columns = [Column("mAP"), Column("fc", "s")]
     rows = [
-        Row("first", {"mAP": [0.1, 0.2]}, {"mAP": Figure(0.3, TEXT)}),
-        Row("second", {"mAP": [], "fc": [3.0, 1.0, 2.0]}, {"fc": Figure(0.5)}),
+        Row("first", {"mAP": [0.1, 0.2]}, {"mAP": Cited(0.3, TEXT)}),
+        Row("second", {"mAP": [], "fc": [3.0, 1.0, 2.0]}, {"fc": Cited(0.5)}),
     ]
-    folder = tmp_path / "x"
-    ratio = Ratio("Faster", [2.0, 4.0], Figure(102, TEXT))
-    write_results(
-        folder, title="T", about={}, columns=columns, rows=rows, ratios=[ratio]
+    ratio = Ratio("Faster", [2.0, 4.0], Cited(102, TEXT))
+    given = DetectionSetting("p", DetectorSettings(), 64, tmp_path, (0,))
+    folder = write_report(
+        given, "x", title="T", columns=columns, rows=rows, ratios=[ratio]
     )
-    plot_precisions(folder / "plot.png", "T", ["mAP"], rows)
+    plot_shares(folder, "T", {"mAP": ["mAP"]}, rows)
     lines = (folder / "table.md").read_text().splitlines()
     assert "| first | 15.0 ± 7.1 | 30.0 (text) | – | – |" in lines
     assert "| second | not run | – | 2 | 0.5 |" in lines

@@ -2,12 +2,12 @@
 
 import numpy as np
 import pytest
+from test_geometry import search_span
 
 from sppnet_jax.detection.scales import (
     atlas_size,
     boxes_to_atlas,
     choose_scales,
-    map_size_of,
     scale_factors,
     share_windows,
     stack_maps,
@@ -19,7 +19,7 @@ IMAGE = (120, 170)
 SIZES = ((96, 136), (141, 200), (240, 340))
 
 
-def random_boxes(count: int, seed: int = 0) -> np.ndarray:
+def random_boxes(count, seed=0):
     """Boxes of all sizes in, across and outside of the border of the image."""
     rng = np.random.default_rng(seed)
     centres = rng.uniform(-0.2, 1.2, (count, 2)) * IMAGE
@@ -27,7 +27,7 @@ def random_boxes(count: int, seed: int = 0) -> np.ndarray:
     return np.concatenate([centres - halves, centres + halves], axis=1)
 
 
-def scale_of(box: np.ndarray, sizes: tuple, area: float) -> int:
+def scale_of(box, sizes, area):
     """The scale of a box, one comparison after the other."""
     best, least = 0, float("inf")
     for number, size in enumerate(sizes):
@@ -38,40 +38,22 @@ def scale_of(box: np.ndarray, sizes: tuple, area: float) -> int:
     return best
 
 
-def cells_of(start: float, stop: float, count: int, rule: str) -> tuple[int, int]:
-    """The first and the last cell of a side, searched among all units' centres."""
-    units = range(-60, count + 60)
-    centre = {unit: GEOMETRY.center + GEOMETRY.stride * unit for unit in units}
-    if rule == "paper":
-        inside = [unit for unit in units if start < centre[unit] < stop]
-        ends = (inside[0], inside[-1]) if inside else None
-    else:
-        first = min(units, key=lambda unit: (abs(centre[unit] - start), -unit))
-        last = min(units, key=lambda unit: (abs(centre[unit] - stop), unit))
-        ends = (first, last) if first <= last else None
-    if ends is None:
-        middle = (start + stop) / 2
-        ends = (min(units, key=lambda unit: (abs(centre[unit] - middle), unit)),) * 2
-    first, last = (min(max(end, 0), count - 1) for end in ends)
-    return first, last + 1
-
-
 @pytest.mark.parametrize("area", [64.0**2, 100.0**2])
-def test_each_box_goes_to_the_scale_where_its_area_is_closest(area: float) -> None:
+def test_each_box_goes_to_the_scale_where_its_area_is_closest(area):
     boxes = random_boxes(300)
     found = choose_scales(boxes, scale_factors(IMAGE, SIZES), area)
     assert found.tolist() == [scale_of(box, SIZES, area) for box in boxes]
     assert set(found) == {0, 1, 2}
 
 
-def test_of_two_scales_equally_close_the_first_is_taken() -> None:
+def test_of_two_scales_equally_close_the_first_is_taken():
     factors = np.array([[1.0, 1.0], [1.0, 3.0]])
     box = np.array([[0.0, 0.0, 10.0, 10.0]])
     assert choose_scales(box, factors, 200.0).tolist() == [0]
     assert choose_scales(box, factors[::-1], 200.0).tolist() == [0]
 
 
-def test_rows_and_columns_have_factors_of_their_own() -> None:
+def test_rows_and_columns_have_factors_of_their_own():
     """A needle of an image is squeezed to 4:1."""
     factors = scale_factors((50, 500), [(100, 400)])
     np.testing.assert_allclose(factors, [[2.0, 0.8]])
@@ -79,9 +61,7 @@ def test_rows_and_columns_have_factors_of_their_own() -> None:
 
 @pytest.mark.parametrize("rule", ["paper", "closest"])
 @pytest.mark.parametrize("sizes", [SIZES, SIZES[:1], SIZES[::-1]])
-def test_a_window_is_the_one_that_a_search_over_the_centres_finds(
-    rule: str, sizes: tuple
-) -> None:
+def test_a_window_is_the_one_that_a_search_over_the_centres_finds(rule, sizes):
     boxes = random_boxes(400, seed=1)
     found = boxes_to_atlas(boxes, IMAGE, sizes, GEOMETRY, area=64.0**2, rule=rule)
     assert found.dtype == np.int32
@@ -92,44 +72,17 @@ def test_a_window_is_the_one_that_a_search_over_the_centres_finds(
             top += GEOMETRY.map_size(size[0])
         y = height / IMAGE[0]
         x = width / IMAGE[1]
-        rows = cells_of(box[0] * y, box[2] * y, GEOMETRY.map_size(height), rule)
-        columns = cells_of(box[1] * x, box[3] * x, GEOMETRY.map_size(width), rule)
-        expected = [top + rows[0], columns[0], top + rows[1], columns[1]]
+        rows = search_span(
+            box[0] * y, box[2] * y, GEOMETRY, GEOMETRY.map_size(height), rule
+        )
+        columns = search_span(
+            box[1] * x, box[3] * x, GEOMETRY, GEOMETRY.map_size(width), rule
+        )
+        expected = [top + rows[0], columns[0], top + rows[1] + 1, columns[1] + 1]
         assert window.tolist() == expected, (box, scale)
 
 
-@pytest.mark.parametrize("rule", ["paper", "closest"])
-def test_edges_on_and_halfway_between_centres_are_exact(rule: str) -> None:
-    """Whole pixels at factor 1, where the search has no rounding errors either."""
-    ends = np.arange(-8, 130, 2.0)
-    starts = np.tile([2.0, 14.0, 22.0, 30.0], len(ends))[: len(ends)]
-    starts, stops = np.minimum(starts, ends), np.maximum(starts, ends)
-    boxes = np.stack([starts, starts, stops, stops], axis=1)
-    found = boxes_to_atlas(boxes, IMAGE, [IMAGE], GEOMETRY, area=1.0, rule=rule)
-    rows, columns = map_size_of(IMAGE, GEOMETRY)
-    for box, window in zip(boxes, found, strict=True):
-        vertical = cells_of(box[0], box[2], rows, rule)
-        horizontal = cells_of(box[1], box[3], columns, rule)
-        assert window.tolist() == [
-            *(vertical[0], horizontal[0], vertical[1], horizontal[1])
-        ]
-
-
-@pytest.mark.parametrize("rule", ["paper", "closest"])
-def test_no_window_is_empty_or_leaves_the_map_of_its_scale(rule: str) -> None:
-    boxes = np.concatenate([random_boxes(2000, seed=2), [[-1e6, -1e6, 1e6, 1e6]]])
-    found = boxes_to_atlas(boxes, IMAGE, SIZES, GEOMETRY, area=64.0**2, rule=rule)
-    scales = choose_scales(boxes, scale_factors(IMAGE, SIZES), 64.0**2)
-    map_sizes = np.array([map_size_of(size, GEOMETRY) for size in SIZES])
-    tops = np.concatenate([[0], np.cumsum(map_sizes[:, 0])])
-    assert (found[:, :2] < found[:, 2:]).all()
-    assert (found[:, 0] >= tops[scales]).all()
-    assert (found[:, 2] <= tops[scales + 1]).all()
-    assert (found[:, 1] >= 0).all()
-    assert (found[:, 3] <= map_sizes[scales, 1]).all()
-
-
-def test_no_boxes_have_no_windows() -> None:
+def test_no_boxes_have_no_windows():
     none = boxes_to_atlas(np.zeros((0, 4)), IMAGE, SIZES, GEOMETRY, area=64.0**2)
     assert none.shape == (0, 4)
     distinct, which = share_windows(none)
@@ -137,7 +90,7 @@ def test_no_boxes_have_no_windows() -> None:
     assert which.shape == (0,)
 
 
-def test_windows_of_the_same_cells_are_shared_and_given_back() -> None:
+def test_windows_of_the_same_cells_are_shared_and_given_back():
     windows = np.random.default_rng(0).integers(0, 3, (200, 4), np.int32)
     distinct, which = share_windows(windows)
     assert len(distinct) == len({tuple(window) for window in windows.tolist()}) < 81 + 1
@@ -145,7 +98,7 @@ def test_windows_of_the_same_cells_are_shared_and_given_back() -> None:
     assert len({tuple(window) for window in distinct.tolist()}) == len(distinct)
 
 
-def test_maps_are_stacked_from_the_top_left_of_zeros() -> None:
+def test_maps_are_stacked_from_the_top_left_of_zeros():
     rng = np.random.default_rng(0)
     maps = [rng.random((*size, 2)).astype(np.float16) for size in ((2, 5), (3, 4))]
     assert atlas_size([one.shape[:2] for one in maps]) == (5, 5)

@@ -1,6 +1,10 @@
 """The embedded data set is what its docstring says, and is the same everywhere."""
 
-from typing import Any
+import itertools
+import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -15,29 +19,27 @@ CONFIGS = ("classification", "detection")
 
 
 @pytest.fixture(scope="module", params=CONFIGS)
-def builder(request: pytest.FixtureRequest, digit_scenes_dir: str) -> DigitScenes:
+def builder(request, digit_scenes_dir):
     return _prepared(request.param, digit_scenes_dir)
 
 
 @pytest.fixture(scope="module")
-def classification(digit_scenes_dir: str) -> DigitScenes:
+def classification(digit_scenes_dir):
     return _prepared("classification", digit_scenes_dir)
 
 
 @pytest.fixture(scope="module")
-def detection(digit_scenes_dir: str) -> DigitScenes:
+def detection(digit_scenes_dir):
     return _prepared("detection", digit_scenes_dir)
 
 
-def _prepared(config: str, data_dir: str) -> DigitScenes:
+def _prepared(config, data_dir):
     splits = available_splits(f"digit_scenes/{config}", data_dir=data_dir)
     assert splits == ("train", "test")
     return DigitScenes(config=config, data_dir=data_dir)
 
 
-def test_images_have_any_size_and_aspect_the_docstring_names(
-    builder: DigitScenes,
-) -> None:
+def test_images_have_any_size_and_aspect_the_docstring_names(builder):
     scenes = builder.as_data_source("test")
     shapes = np.array([scenes[i]["image"].shape for i in range(300)])
     shorter, longer = shapes[:, :2].min(axis=1), shapes[:, :2].max(axis=1)
@@ -50,7 +52,7 @@ def test_images_have_any_size_and_aspect_the_docstring_names(
     assert (shapes[:, 0] / shapes[:, 1]).max() > 1.6
 
 
-def test_every_class_is_in_every_split(classification: DigitScenes) -> None:
+def test_every_class_is_in_every_split(classification):
     sizes = {
         split: info.num_examples for split, info in classification.info.splits.items()
     }
@@ -59,10 +61,8 @@ def test_every_class_is_in_every_split(classification: DigitScenes) -> None:
     assert min(np.bincount(labels, minlength=10)) >= 100
 
 
-def test_train_and_test_share_no_digit(
-    classification: DigitScenes, detection: DigitScenes
-) -> None:
-    used: dict[str, set[int]] = {}
+def test_train_and_test_share_no_digit(classification, detection):
+    used = {}
     for split in ("train", "test"):
         scenes = classification.as_data_source(split)
         used[split] = {int(scene["digit_index"]) for scene in scenes}
@@ -72,15 +72,13 @@ def test_train_and_test_share_no_digit(
     assert used["train"] | used["test"] == set(range(1797))
 
 
-def test_the_digit_index_leads_to_the_digit(classification: DigitScenes) -> None:
+def test_the_digit_index_leads_to_the_digit(classification):
     targets = sklearn.datasets.load_digits().target
     for scene in classification.as_data_source("test[:50]"):
         assert targets[scene["digit_index"]] == scene["label"]
 
 
-def test_the_centre_view_contains_the_digit_and_it_stands_out(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_the_centre_view_contains_the_digit_and_it_stands_out(monkeypatch):
     for scene, canvas, [(ink, top, left)] in _watched(
         "classification", 60, monkeypatch
     ):
@@ -97,7 +95,7 @@ def test_the_centre_view_contains_the_digit_and_it_stands_out(
         assert abs(after - before) > 60
 
 
-def test_a_box_is_the_tight_box_of_visible_ink(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_box_is_the_tight_box_of_visible_ink(monkeypatch):
     for scene, canvas, painted in _watched("detection", 40, monkeypatch):
         height, width = canvas.shape[:2]
         assert 1 <= len(painted) == len(scene["objects"]) <= 6
@@ -111,7 +109,7 @@ def test_a_box_is_the_tight_box_of_visible_ink(monkeypatch: pytest.MonkeyPatch) 
             assert min(edge.max() for edge in edges) > 0.2
 
 
-def test_detection_has_the_features_of_voc(detection: DigitScenes) -> None:
+def test_detection_has_the_features_of_voc(detection):
     features = detection.info.features
     assert set(features) == {
         *("image", "image/filename", "objects", "labels", "labels_no_difficult"),
@@ -126,27 +124,17 @@ def test_detection_has_the_features_of_voc(detection: DigitScenes) -> None:
 
 
 @pytest.mark.parametrize("config", CONFIGS)
-def test_scenes_are_the_same_every_time(config: str) -> None:
+def test_scenes_are_the_same_every_time(config):
     first, second = (
-        [
-            scene["image"].getvalue()
-            for _, (_, scene) in zip(range(10), examples, strict=False)
-        ]
-        for examples in (_examples(config, "test"), _examples(config, "test"))
+        [scene["image"].getvalue() for scene in _examples(config, 10)] for _ in range(2)
     )
     assert first == second
 
 
-def test_version_1_0_0_has_these_scenes() -> None:
-    scenes = [
-        scene
-        for _, (_, scene) in zip(
-            range(4), _examples("classification", "test"), strict=False
-        )
-    ]
+def test_version_1_0_0_has_these_scenes():
     assert [
         (scene["digit_index"], scene["label"], _decoded(scene).shape)
-        for scene in scenes
+        for scene in _examples("classification", 4)
     ] == [
         (3, 3, (148, 100, 3)),
         (3, 3, (56, 99, 3)),
@@ -155,44 +143,80 @@ def test_version_1_0_0_has_these_scenes() -> None:
     ]
 
 
-def _examples(config: str, split: str) -> Any:
-    makers = {
-        "classification": digit_scenes._classification_examples,
-        "detection": digit_scenes._detection_examples,
-    }
-    return makers[config](split)
+def _examples(config, count):
+    """The first scenes of the test split, as they are made."""
+    examples = getattr(digit_scenes, f"_{config}_examples")("test")
+    return (scene for _, scene in itertools.islice(examples, count))
 
 
-def _watched(config: str, count: int, monkeypatch: pytest.MonkeyPatch) -> Any:
+def _watched(config, count, monkeypatch):
     """Yields scenes with the background and the inks that went into each."""
     paint = digit_scenes._paint
     canvases, painted = [], []
 
-    def watch(
-        canvas: np.ndarray, ink: np.ndarray, top: int, left: int, rng: Any
-    ) -> None:
+    def watch(canvas, ink, top, left, rng):
         canvases.append(canvas.copy())
         painted.append((ink, top, left))
         paint(canvas, ink, top, left, rng)
 
     monkeypatch.setattr(digit_scenes, "_paint", watch)
-    for _, (_, scene) in zip(range(count), _examples(config, "test"), strict=False):
+    for scene in _examples(config, count):
         yield scene, canvases[0], list(painted)
         canvases.clear()
         painted.clear()
 
 
-def _digits_of(scene: dict[str, Any]) -> list[int]:
+def _digits_of(scene):
     name = scene["image/filename"].decode()
     return [
         int(i) for i in name.partition("digits_")[2].removesuffix(".jpg").split("-")
     ]
 
 
-def _decoded(scene: dict[str, Any]) -> np.ndarray:
+def _decoded(scene):
     buffer = np.frombuffer(scene["image"].getvalue(), np.uint8)
     return cv2.imdecode(buffer, cv2.IMREAD_COLOR_RGB)
 
 
-def _luma(image: np.ndarray) -> np.ndarray:
+def _luma(image):
     return image @ np.array([0.299, 0.587, 0.114])
+
+
+OPEN = """
+import os, sys
+from sppnet_jax.data.digit_scenes import DigitScenes
+from sppnet_jax.data.sources import open_source
+read = DigitScenes._generate_examples
+def generate(self, split):
+    for number, example in read(self, split):
+        yield number, example
+        if sys.argv[2] == "killed":
+            os.kill(os.getpid(), 9)
+        if number == 7:
+            return
+DigitScenes._generate_examples = generate
+source = open_source("digit_scenes/classification", "train", data_dir=sys.argv[1])
+print("records:", len(source.records))
+"""
+
+
+def start(data_dir, mode=""):
+    return subprocess.Popen(
+        [sys.executable, "-c", OPEN, str(data_dir), mode],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=Path(__file__).parents[1],
+    )
+
+
+def test_preparing_survives_a_kill_and_two_processes_at_once(tmp_path):
+    killed = start(tmp_path, "killed")
+    killed.communicate(timeout=60)
+    assert killed.returncode == -signal.SIGKILL
+    assert list(tmp_path.glob("digit_scenes/classification/incomplete.*"))
+    both = [start(tmp_path) for _ in range(2)]
+    for process in both:
+        output, errors = process.communicate(timeout=60)
+        assert "records: 8" in output, errors
+    assert not list(tmp_path.glob("digit_scenes/classification/incomplete.*"))

@@ -2,8 +2,9 @@
 
 import numpy as np
 import pytest
+from data_helpers import overlap
 
-from sppnet_jax.data.detection_sources import Objects
+from sppnet_jax.data.sources import Objects
 from sppnet_jax.detection.examples import (
     finetuning_examples,
     regression_examples,
@@ -11,16 +12,7 @@ from sppnet_jax.detection.examples import (
 )
 
 
-def overlap(first: np.ndarray, second: np.ndarray) -> float:
-    """Intersection over union of two boxes."""
-    height = min(first[2], second[2]) - max(first[0], second[0])
-    width = min(first[3], second[3]) - max(first[1], second[1])
-    shared = max(height, 0) * max(width, 0)
-    areas = [(b[2] - b[0]) * (b[3] - b[1]) for b in (first, second)]
-    return shared / (sum(areas) - shared)
-
-
-def random_image(seed: int) -> tuple[np.ndarray, Objects]:
+def random_image(seed):
     """Boxes scattered around a few objects, some of them difficult."""
     rng = np.random.default_rng(seed)
     corners = rng.integers(0, 40, (4, 2))
@@ -33,7 +25,7 @@ def random_image(seed: int) -> tuple[np.ndarray, Objects]:
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_examples_to_finetune_on_are_those_of_a_loop(seed: int) -> None:
+def test_examples_to_finetune_on_are_those_of_a_loop(seed):
     boxes, objects = random_image(seed)
     positives, labels, negatives = [], [], []
     for row, box in enumerate(boxes):
@@ -58,7 +50,7 @@ def test_examples_to_finetune_on_are_those_of_a_loop(seed: int) -> None:
     assert negatives
 
 
-def test_the_overlaps_are_settings() -> None:
+def test_the_overlaps_are_settings():
     boxes, objects = random_image(0)
     objects = objects._replace(difficult=np.zeros(4, bool))
     best = [max(overlap(box, other) for other in objects.boxes) for box in boxes]
@@ -67,7 +59,7 @@ def test_the_overlaps_are_settings() -> None:
     assert found.negatives.tolist() == [i for i, o in enumerate(best) if o < 0.3]
 
 
-def test_an_overlap_of_exactly_the_bounds() -> None:
+def test_an_overlap_of_exactly_the_bounds():
     objects = Objects(np.array([[0.0, 0, 10, 10]]), np.array([3]), np.array([False]))
     # IoU 1/2, 1/10, and below both.
     boxes = np.array([[0.0, 0, 5, 10], [0, 0, 1, 10], [0, 0, 0.9, 10], [0, 0, 4.9, 10]])
@@ -77,7 +69,7 @@ def test_an_overlap_of_exactly_the_bounds() -> None:
     assert found.negatives.tolist() == [1, 3]
 
 
-def test_difficult_objects_make_neither_positives_nor_negatives() -> None:
+def test_difficult_objects_make_neither_positives_nor_negatives():
     own = np.array([[0.0, 0, 10, 10], [20, 20, 30, 30]])
     objects = Objects(own, np.array([1, 2]), np.array([True, False]))
     near = np.array(
@@ -97,7 +89,7 @@ def test_difficult_objects_make_neither_positives_nor_negatives() -> None:
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_box_regression_pairs_boxes_as_a_loop_does(seed: int) -> None:
+def test_box_regression_pairs_boxes_as_a_loop_does(seed):
     boxes, objects = random_image(seed)
     expected = []
     for row, box in enumerate(boxes):
@@ -114,22 +106,17 @@ def test_box_regression_pairs_boxes_as_a_loop_does(seed: int) -> None:
     assert set(own) <= set(rows.tolist())
 
 
-def test_an_image_without_objects_has_no_examples() -> None:
-    boxes, _ = random_image(0)
+def test_an_image_without_objects_or_boxes_has_no_examples():
+    boxes, objects = random_image(0)
     none = Objects(np.zeros((0, 4)), np.zeros(0, int), np.zeros(0, bool))
     assert all(not len(part) for part in finetuning_examples(boxes, none))
     rows, targets, labels = regression_examples(boxes, none)
     assert (rows.shape, targets.shape, labels.shape) == ((0,), (0, 4), (0,))
+    assert all(not len(part) for part in finetuning_examples(none.boxes, objects))
+    assert all(not len(part) for part in regression_examples(none.boxes, objects))
 
 
-def test_an_image_without_boxes_has_no_examples() -> None:
-    _, objects = random_image(0)
-    none = np.zeros((0, 4))
-    assert all(not len(part) for part in finetuning_examples(none, objects))
-    assert all(not len(part) for part in regression_examples(none, objects))
-
-
-def test_an_images_boxes_are_its_objects_and_then_its_proposals() -> None:
+def test_an_images_boxes_are_its_objects_and_then_its_proposals():
     boxes, objects = random_image(0)
     none = Objects(np.zeros((0, 4)), np.zeros(0, int), np.zeros(0, bool))
     found = with_objects([objects, none, none], [boxes, boxes, np.zeros((0, 4))])

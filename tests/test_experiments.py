@@ -1,38 +1,47 @@
 """The experiments: what they write, and that nothing is done twice."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from experiments import (
     multi_view,
-    presets,
-    runs,
     setting,
     svm_features,
     table2_pyramid_and_multi_size,
     table3_full_image,
 )
-from experiments.presets import Network, Preset, network_config
-from experiments.report import Claim, Row, percent, write_report
-from experiments.runs import diverged, networks_of
-from sppnet_jax.config import check_config
+from experiments.report import TEXT, Cited, Claim, Row, percent, write_network_report
+from experiments.runs import (
+    NetworkRecipe,
+    Preset,
+    Setting,
+    diverged,
+    networks_of,
+    settings_of,
+)
+from sppnet_jax.training import once
 from sppnet_jax.training.step_log import DivergedError
 from tests.data_helpers import write_two_colors
 
-ZF5 = (Network("zf5", ()), Network("zf5"), Network("zf5", training="multi"))
+ZF5 = (
+    NetworkRecipe("zf5", ()),
+    NetworkRecipe("zf5"),
+    NetworkRecipe("zf5", training="multi"),
+)
 
 
 def tiny_config(backbone):
-    config = presets.PRESETS["folder"].make_config(backbone)
+    config = setting.PRESETS["folder"].make_config(backbone)
     config.epochs = 2
     config.batch_size = 8
     config.model.width = 0.02
     config.data.image_size = 64
     config.data.resize_side = 72
     config.log_steps = 0
-    config.warmup_epochs = 0.0
+    config.schedule.warmup_epochs = 0.0
     return config
 
 
@@ -46,7 +55,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def given(folder, digit_scenes_dir, tmp_path_factory):
-    return setting.Setting(
+    return Setting(
         preset_name="folder",
         preset=Preset(tiny_config, small=56, large=64, seeds=(0, 1)),
         folder=tmp_path_factory.mktemp("experiments"),
@@ -66,24 +75,24 @@ def test_an_interrupted_experiment_goes_on_without_training_again(given, monkeyp
     monkeypatch.setattr(
         table2, "PAPER", {network: table2.PAPER[network] for network in ZF5}
     )
-    tested = table2.tested
+    tested = table2.network_test
 
     def interrupted(workdirs, protocol):
         if workdirs[0].name == "zf5-6321-multi-seed0":
             raise KeyboardInterrupt
         return tested(workdirs, protocol)
 
-    monkeypatch.setattr(table2, "tested", interrupted)
+    monkeypatch.setattr(table2, "network_test", interrupted)
     with pytest.raises(KeyboardInterrupt):
         table2.main(given)
     partial = results_of(given, "table2_pyramid_and_multi_size")
-    done = [row["measured"]["top-1 error"]["values"] != [] for row in partial["rows"]]
+    done = ["top-1 error" in row["measured"] for row in partial["rows"]]
     assert done == [True, True, False]
     table = given.folder / "table2_pyramid_and_multi_size" / "table.md"
     assert "not run" in table.read_text()
     trained = (given.folder / "networks/zf5-6321-multi-seed0/checkpoints").stat()
 
-    monkeypatch.setattr(table2, "tested", tested)
+    monkeypatch.setattr(table2, "network_test", tested)
     table2.main(given)
     again = (given.folder / "networks/zf5-6321-multi-seed0/checkpoints").stat()
     assert again.st_mtime_ns == trained.st_mtime_ns
@@ -93,8 +102,8 @@ def test_an_interrupted_experiment_goes_on_without_training_again(given, monkeyp
         measured = row["measured"]["top-1 error"]
         assert len(measured["values"]) == 2
         assert measured["mean"] == pytest.approx(np.mean(measured["values"]))
-        assert row["paper"]["top-1 error"] in (0.3599, 0.3498, 0.3460)
-        assert row["paper_source"] == "as recalled"
+        assert row["paper"]["top-1 error"]["value"] in (0.3599, 0.3498, 0.3460)
+        assert row["paper"]["top-1 error"]["source"] == "as recalled"
     assert len(results["claims"][0]["differences"]) == 2
     spp = results["rows"][1]["measured"]
     for column, name in (("top-1 error", "top1"), ("top-5 error", "top5")):
@@ -139,32 +148,31 @@ def test_a_preset_that_was_changed_is_not_mixed_with_its_old_networks(given):
         return config
 
     longer = given.preset._replace(make_config=longer_config)
-    with pytest.raises(ValueError, match="other settings than this preset has now"):
+    with pytest.raises(ValueError, match=r"other settings, epochs=2, not 3: remove it"):
         list(networks_of(one._replace(preset=longer), ZF5[1:2]))
-    with pytest.raises(ValueError, match="other settings than this preset has now"):
+    with pytest.raises(ValueError, match=r"other settings, data.root="):
         list(networks_of(one._replace(root=str(given.folder)), ZF5[1:2]))
 
 
 def test_a_network_that_diverges_is_left_out_and_named(given, monkeypatch, tmp_path):
-    def diverge(config, workdir):
-        workdir.mkdir(parents=True)
+    def diverge(settings, workdir):
         raise DivergedError("the loss is nan at step 7")
 
-    monkeypatch.setattr(runs, "train_from_config", diverge)
+    monkeypatch.setattr(once, "train_network", diverge)
     elsewhere = given._replace(folder=tmp_path, seeds=(0,))
     for _ in range(2):  # also when it is run again
         with pytest.raises(DivergedError, match="every network diverged"):
             list(networks_of(elsewhere, ZF5[:1]))
-        monkeypatch.setattr(runs, "train_from_config", None)
+        monkeypatch.setattr(once, "train_network", None)
     (note,) = diverged(elsewhere, ZF5)
     assert note == "The training of ZF-5, no SPP, seed 0, diverged: it is left out."
 
 
-@pytest.mark.parametrize("name", presets.PRESETS)
+@pytest.mark.parametrize("name", setting.PRESETS)
 @pytest.mark.parametrize("network", table2_pyramid_and_multi_size.PAPER)
 def test_every_network_of_every_preset_can_be_trained(name, network):
-    config = network_config(presets.PRESETS[name], network, 0, root="pictures")
-    check_config(config)
+    given = Setting(name, setting.PRESETS[name], Path(), (0,), "pictures", "")
+    settings_of(given, network, 0)
     assert network.label.startswith(("ZF-5", "Convnet*-5", "Overfeat"))
 
 
@@ -178,11 +186,17 @@ def test_a_claim_holds_only_where_its_interval_is_above_zero():
 
 def test_what_was_not_run_says_so_in_the_table(given, tmp_path):
     rows = [
-        Row("first", {"error": [0.1, 0.2]}, {"error": 0.3}, "text"),
-        Row("b", {}, {}),
+        Row("first", {"error": [0.1, 0.2]}, {"error": Cited(0.3, TEXT)}),
+        Row("b", {"error": []}, {}),
     ]
-    folder = write_report(
-        given._replace(folder=tmp_path), "x", title="T", columns=("error",), rows=rows
+    folder = write_network_report(
+        given._replace(folder=tmp_path),
+        "x",
+        title="T",
+        columns=("error",),
+        rows=rows,
+        claims=(),
+        notes=(),
     )
     lines = (folder / "table.md").read_text().splitlines()
     assert "| first | 15.0 ± 7.1 | 30.00 | text |" in lines

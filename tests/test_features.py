@@ -3,27 +3,26 @@
 import functools
 import json
 import logging
-from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import psutil
 import pytest
-from data_helpers import encode, make_source, picture, write_class_folders
+from data_helpers import make_source, write_class_folders
+from network_helpers import drawn_params
 
+from sppnet_jax.classification.feature_files import load_features, save_features
 from sppnet_jax.classification.layer_features import (
     Features,
     extract_features,
     layer_names,
-    load_features,
-    save_features,
 )
 from sppnet_jax.data import images
-from sppnet_jax.data.sources import Source, open_source
-from sppnet_jax.network.model import SPPNet, create_model
+from sppnet_jax.data.sources import open_source
+from sppnet_jax.network.model import create_model
 from sppnet_jax.network.preprocess import Preprocessing
+from sppnet_jax.network.trained import as_network
 
 SIZE = 32
 LAYERS = ("conv1", "conv2", "conv3", "conv4", "conv5", "pyramid", "fc6", "fc7", "fc8")
@@ -35,51 +34,29 @@ MEAN = Preprocessing(
 PLAIN = MEAN._replace(mean=np.float32(128))
 
 
-def make_network(
-    levels: tuple[int, ...] | None = (3, 2, 1), size: int = SIZE
-) -> tuple[SPPNet, Any]:
+def make_network(levels=(3, 2, 1), size=SIZE):
     """A narrow ZF-5 whose biases aren't zero, so padding that leaked would show."""
-    model = create_model(
-        "zf5", levels, 5, width=0.04, image_size=size, weight_init="he"
-    )
-    inputs = jnp.zeros((1, size, size, 3))
-    params = jax.jit(model.init)(jax.random.key(0), inputs)["params"]
-    rng = np.random.default_rng(1)
-    params = jax.tree.map(
-        lambda x: rng.normal(0, 0.3, x.shape).astype(np.float32) if x.ndim == 1 else x,
-        params,
-    )
-    return model, params
+    model = create_model("zf5", levels, 5, width=0.04, image_size=size)
+    return model, drawn_params(model)
 
 
 @pytest.fixture(scope="module")
-def network() -> tuple[SPPNet, Any]:
+def network():
     return make_network()
 
 
-def varied_source(broken: tuple[int, ...] = ()) -> Source:
+def varied_source(broken=()):
     """Seven images, landscape and portrait, whose records have no order of sizes."""
     shapes = [(40, 60), (70, 35), (33, 33), (90, 45), (38, 41), (36, 90), (50, 50)]
-    records = []
-    for number, shape in enumerate(shapes):
-        encoded = encode(picture(*shape, seed=number))
-        if number in broken:
-            encoded = encoded[: len(encoded) // 2]
-        records.append({"image": encoded, "label": number % 3, "name": f"{number}.png"})
-    return Source(records, ("red", "green", "blue"), "memory", "test")
+    return make_source(shapes, broken)
 
 
-def extract(network: tuple[SPPNet, Any], source: Source, **options: Any) -> Features:
+def extract(network, source, **options):
     given = {"layer": "fc7", "side": 36, "mode": "crop", "batch_size": 4, **options}
-    return extract_features(*network, PLAIN, source, **given)
+    return extract_features(as_network(*network, PLAIN), source, **given)
 
 
-def activations(
-    network: tuple[SPPNet, Any],
-    pixels: np.ndarray,
-    layer: str,
-    mean: np.ndarray | float = 128.0,
-) -> np.ndarray:
+def activations(network, pixels, layer, mean=128.0):
     """By hand: one image at its own size, in no bucket and no batch."""
     model, params = network
     inputs = jnp.asarray((pixels[None].astype(np.float32) - mean) / 64)
@@ -88,15 +65,15 @@ def activations(
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _apply(model: SPPNet, params: Any, inputs: jax.Array) -> Any:
+def _apply(model, params, inputs):
     return model.apply({"params": params}, inputs)
 
 
-def decoded(source: Source) -> list[np.ndarray]:
+def decoded(source):
     return [images.decode_image(record["image"]) for record in source.records]
 
 
-def assert_rows(features: Features, expected: list[np.ndarray]) -> None:
+def assert_rows(features, expected):
     stacked = np.stack(expected)
     assert features.values.dtype == np.float32
     assert features.values.shape == stacked.shape
@@ -105,9 +82,7 @@ def assert_rows(features: Features, expected: list[np.ndarray]) -> None:
 
 
 @pytest.mark.parametrize("layer", ["conv1", "conv5", "pyramid", "fc6", "fc8"])
-def test_features_of_crops_are_the_networks_activations(
-    layer: str, network: tuple[SPPNet, Any]
-) -> None:
+def test_features_of_crops_are_the_networks_activations(layer, network):
     source = varied_source()
     crops = [
         images.crop(images.resize_shorter_side(image, 36), SIZE, "center")
@@ -118,9 +93,7 @@ def test_features_of_crops_are_the_networks_activations(
 
 
 @pytest.mark.parametrize("layer", ["pyramid", "fc7", "fc8"])
-def test_features_of_full_images_are_those_of_each_image_alone(
-    layer: str, network: tuple[SPPNet, Any]
-) -> None:
+def test_features_of_full_images_are_those_of_each_image_alone(layer, network):
     source = varied_source()
     whole = [images.resize_shorter_side(image, 40) for image in decoded(source)]
     assert len({image.shape for image in whole}) > 3
@@ -130,12 +103,11 @@ def test_features_of_full_images_are_those_of_each_image_alone(
     assert_rows(features, [activations(network, image, layer) for image in whole])
 
 
-def test_a_mean_image_is_warped_to_each_full_image(
-    network: tuple[SPPNet, Any],
-) -> None:
+def test_a_mean_image_is_warped_to_each_full_image(network):
     source = varied_source()
+    seen = as_network(*network, MEAN)
     features = extract_features(
-        *network, MEAN, source, layer="fc6", side=40, mode="full", batch_size=4
+        seen, source, layer="fc6", side=40, mode="full", batch_size=4
     )
     expected = []
     for image in decoded(source):
@@ -146,9 +118,7 @@ def test_a_mean_image_is_warped_to_each_full_image(
 
 
 @pytest.mark.parametrize("side", [SIZE, 48])
-def test_warped_images_are_whole_and_square(
-    side: int, network: tuple[SPPNet, Any]
-) -> None:
+def test_warped_images_are_whole_and_square(side, network):
     source = varied_source()
     warped = [images.warp(image, side) for image in decoded(source)]
     features = extract(network, source, layer="pyramid", mode="warp", side=side)
@@ -157,7 +127,7 @@ def test_warped_images_are_whole_and_square(
     assert np.abs(features.values - cropped.values).max() > 0.01
 
 
-def test_a_network_without_spp_takes_crops_and_squares_of_its_size_only() -> None:
+def test_a_network_without_spp_takes_crops_and_squares_of_its_size_only():
     network = make_network(levels=None, size=64)
     source = varied_source()
     warped = [images.warp(image, 64) for image in decoded(source)]
@@ -186,14 +156,12 @@ def test_a_network_without_spp_takes_crops_and_squares_of_its_size_only() -> Non
         ({"mode": "warp", "side": 0}, "too small"),
     ],
 )
-def test_what_a_network_or_a_mode_does_not_have_is_refused(
-    request_: dict[str, Any], message: str, network: tuple[SPPNet, Any]
-) -> None:
+def test_what_a_network_or_a_mode_does_not_have_is_refused(request_, message, network):
     with pytest.raises(ValueError, match=message):
         extract(network, varied_source(), **request_)
 
 
-def test_each_backbone_has_as_many_convolutions_as_its_table() -> None:
+def test_each_backbone_has_as_many_convolutions_as_its_table():
     assert layer_names(create_model("zf5")) == LAYERS
     assert layer_names(create_model("overfeat7"))[6:8] == ("conv7", "pyramid")
     assert layer_names(create_model("overfeat7"), "full") == LAYERS[5:]
@@ -201,24 +169,24 @@ def test_each_backbone_has_as_many_convolutions_as_its_table() -> None:
 
 @pytest.mark.parametrize("mode", ["crop", "warp", "full"])
 def test_a_broken_image_is_left_out_and_the_others_keep_their_order(
-    mode: str, network: tuple[SPPNet, Any], caplog: pytest.LogCaptureFixture
-) -> None:
+    mode, network, caplog
+):
     whole = extract(network, varied_source(), mode=mode)
     logging.getLogger("sppnet_jax").propagate = True
     features = extract(network, varied_source(broken=(2, 5)), mode=mode)
     kept = [0, 1, 3, 4, 6]
     assert features.indices.tolist() == kept
-    assert features.names == tuple(f"{number}.png" for number in kept)
+    assert features.names == tuple(f"picture_{number}.png" for number in kept)
     assert features.labels.tolist() == [number % 3 for number in kept]
     assert features.labels.dtype == features.indices.dtype == np.int32
     assert features.broken == 2
     np.testing.assert_allclose(features.values, whole.values[kept], atol=1e-5)
     assert "2.png: truncated" in caplog.text
-    with pytest.raises(ValueError, match=r"broken image '2\.png'"):
+    with pytest.raises(ValueError, match=r"broken image 'picture_2\.png'"):
         extract(network, varied_source(broken=(2, 5)), mode=mode, strict=True)
 
 
-def test_images_may_have_several_labels(network: tuple[SPPNet, Any]) -> None:
+def test_images_may_have_several_labels(network):
     single = varied_source(broken=(1,))
     labels = np.random.default_rng(0).integers(-1, 2, (7, 3)).astype(np.int8)
     records = [
@@ -233,8 +201,8 @@ def test_images_may_have_several_labels(network: tuple[SPPNet, Any]) -> None:
 
 
 def test_features_that_exceed_the_memory_are_refused_before_any_is_computed(
-    network: tuple[SPPNet, Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
+    network, monkeypatch
+):
     free = psutil.virtual_memory()._replace(available=10_000)
     monkeypatch.setattr(psutil, "virtual_memory", lambda: free)
     extract(network, make_source(4), layer="fc8", side=36)
@@ -242,7 +210,7 @@ def test_features_that_exceed_the_memory_are_refused_before_any_is_computed(
         extract(network, make_source(4), layer="conv1", side=36)
 
 
-def test_a_file_of_features_gives_back_what_was_saved(tmp_path: Path) -> None:
+def test_a_file_of_features_gives_back_what_was_saved(tmp_path):
     features = Features(
         values=np.arange(6, dtype=np.float32).reshape(3, 2),
         labels=np.array([[1, -1], [0, 1], [-1, -1]], np.int8),
@@ -261,7 +229,7 @@ def test_a_file_of_features_gives_back_what_was_saved(tmp_path: Path) -> None:
     assert [file.name for file in path.parent.iterdir()] == ["features.npz"]
 
 
-def test_another_kind_of_file_is_no_file_of_features(tmp_path: Path) -> None:
+def test_another_kind_of_file_is_no_file_of_features(tmp_path):
     np.savez(tmp_path / "other.npz", x=np.zeros(3))
     np.save(tmp_path / "array.npz.npy", np.zeros(3))
     (tmp_path / "text.npz").write_text("hello")
@@ -274,32 +242,6 @@ def test_another_kind_of_file_is_no_file_of_features(tmp_path: Path) -> None:
             load_features(tmp_path / name)
     with pytest.raises(FileNotFoundError):
         load_features(tmp_path / "absent.npz")
-
-
-def test_a_data_set_of_several_labels_says_how_to_get_its_features(
-    digit_scenes_dir: str,
-) -> None:
-    with pytest.raises(ValueError, match=r"sppnet_jax\.features --multi_label"):
-        open_source("digit_scenes/detection", "test", data_dir=digit_scenes_dir)
-
-
-@pytest.fixture(scope="module")
-def digits_run(command_line, digit_scenes_dir, tmp_path_factory):
-    """A network of one step."""
-    workdir = tmp_path_factory.mktemp("digits")
-    command_line(
-        "train",
-        "--config=configs/digits.py",
-        f"--workdir={workdir}",
-        "--config.model.width=0.02",
-        "--config.data.image_size=32",
-        "--config.data.resize_side=36",
-        "--config.data.train_split=train[:16]",
-        "--config.data.validation_split=test[:8]",
-        "--config.batch_size=8",
-        "--config.max_steps=1",
-    )
-    return workdir
 
 
 def test_the_command_line_writes_features_with_their_provenance(
@@ -322,7 +264,7 @@ def test_the_command_line_writes_features_with_their_provenance(
     config = json.loads((digits_run / "config.json").read_text())
     for name, value in {
         "workdir": str(digits_run),
-        "checkpoint_step": 1,
+        "checkpoint_step": 3,
         "layer": "fc7",
         "mode": "full",
         "side": 36,
@@ -336,7 +278,7 @@ def test_the_command_line_writes_features_with_their_provenance(
         "config": config,
     }.items():
         assert provenance[name] == value, name
-    assert provenance["trained_on"].startswith("16 images of digit_scenes")
+    assert provenance["trained_on"].startswith("11504 images of digit_scenes")
     assert provenance["version"]
     assert provenance["date"][:2] == "20"
 
@@ -369,7 +311,7 @@ def test_any_other_data_set_can_be_described_by_a_trained_network(
 
 
 def test_a_request_that_cannot_be_met_is_an_error_for_people(digits_run, command_line):
-    def error(*arguments: str) -> str:
+    def error(*arguments):
         result = command_line(
             "features", f"--workdir={digits_run}", *arguments, check=False
         )

@@ -1,24 +1,31 @@
-"""A folder of class folders becomes a data set, or a clear error before training."""
+"""A folder of class folders is a data set, or a clear error before training."""
 
+import logging
 import os
-import signal
+import pickle
 import subprocess
 import sys
+import tracemalloc
 from pathlib import Path
+from typing import ClassVar
 
+import numpy as np
 import pytest
-from data_helpers import picture, write_class_folders, write_images
+import tensorflow_datasets as tfds
+from data_helpers import encode, exchange, picture, write_class_folders, write_images
 
+from sppnet_jax.data.batches import train_batches
+from sppnet_jax.data.folders import printable
 from sppnet_jax.data.image_folder import scan_folder
 from sppnet_jax.data.images import decode_image
 from sppnet_jax.data.sources import available_splits, open_source
 
 
-def split_sizes(root: Path) -> dict[str, int]:
+def split_sizes(root):
     return {split: len(found) for split, found in scan_folder(root).splits.items()}
 
 
-def test_split_folders_have_canonical_names(tmp_path: Path) -> None:
+def test_split_folders_have_canonical_names(tmp_path):
     for folder, count in {"Training": 3, "valid": 2, "TEST": 1}.items():
         write_class_folders(tmp_path / folder, count)
     assert split_sizes(tmp_path) == {"train": 6, "validation": 4, "test": 2}
@@ -26,8 +33,8 @@ def test_split_folders_have_canonical_names(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("below", ["", "train"])
 def test_without_a_test_folder_every_fifth_image_of_each_class_is_held_out(
-    tmp_path: Path, below: str
-) -> None:
+    tmp_path, below
+):
     write_class_folders(tmp_path / below, 11)
     scan = scan_folder(tmp_path)
     assert split_sizes(tmp_path) == {"train": 18, "test": 4}
@@ -36,12 +43,10 @@ def test_without_a_test_folder_every_fifth_image_of_each_class_is_held_out(
     assert any("held out" in note and "4 of 22" in note for note in scan.notes)
 
 
-def test_images_keep_their_bytes_label_and_name(tmp_path: Path) -> None:
-    root, data_dir = tmp_path / "my pets ü", tmp_path / "tfds"
+def test_images_keep_their_bytes_label_and_name(tmp_path):
+    root = tmp_path / "my pets ü"
     write_images(root, "train/cat/a.PNG", "train/dog/ö/deep/b.jpg", "test/dog/c.webp")
-    source = open_source(
-        "image_folder", "train", root=str(root), data_dir=str(data_dir)
-    )
+    source = open_source("image_folder", "train", root=str(root))
     assert source.class_names == ("cat", "dog")
     records = {record["name"]: record for record in source.records}
     assert set(records) == {"train/cat/a.PNG", "train/dog/ö/deep/b.jpg"}
@@ -49,32 +54,150 @@ def test_images_keep_their_bytes_label_and_name(tmp_path: Path) -> None:
         assert record["image"] == (root / name).read_bytes()
         assert record["label"] == ("dog" in name)
     assert decode_image(records["train/cat/a.PNG"]["image"]).shape == picture().shape
-    assert available_splits("image_folder", root=str(root), data_dir=str(data_dir)) == (
-        "train",
-        "test",
-    )
+    assert available_splits("image_folder", root=str(root)) == ("train", "test")
 
 
-def test_a_changed_folder_is_prepared_anew_and_an_unchanged_one_is_not(
-    tmp_path: Path,
-) -> None:
-    root, data_dir = tmp_path / "pets", tmp_path / "tfds"
-    write_class_folders(root, 5)
+class Prepared(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+    """The names of a folder's files, as TFDS orders them by their keys."""
 
-    def prepared() -> set[str]:
-        open_source("image_folder", "train", root=str(root), data_dir=str(data_dir))
-        return {path.name for path in (data_dir / "image_folder").glob("pets-*")}
+    VERSION = tfds.core.Version("1.0.0")
+    code_path = None
+    splits: ClassVar[dict[str, list[str]]] = {}
 
-    first = prepared()
-    assert prepared() == first
-    write_images(root, "cat/new.png")
-    second = prepared()
-    assert len(second) == 2
-    os.utime(root / "cat/new.png", ns=(1, 1))
-    assert len(prepared()) == 3
+    def _info(self):
+        features = tfds.features.FeaturesDict({"name": tfds.features.Text()})
+        return tfds.core.DatasetInfo(builder=self, features=features)
+
+    def _split_generators(self, dl_manager):
+        return {split: self._generate_examples(split) for split in self.splits}
+
+    def _generate_examples(self, split):
+        for name in self.splits[split]:
+            yield name, {"name": name}
 
 
-def test_hidden_and_other_files_are_left_out(tmp_path: Path) -> None:
+def test_splits_slices_and_sums_are_those_of_tfds(tmp_path):
+    root = tmp_path / "pets"
+    write_class_folders(root / "train", 40)
+    write_class_folders(root / "test", 7)
+    os.rename(root / "train/cat/00.png", os.fsencode(root / "train/cat") + b"/\xff.png")
+    Prepared.splits = {
+        split: [printable(path) for _, path in files]
+        for split, files in scan_folder(root).splits.items()
+    }
+    builder = Prepared(data_dir=str(tmp_path / "tfds"))
+    builder.download_and_prepare(file_format="array_record")
+    for split in (
+        *("train", "test", "train[:80%]", "train[10:20]", "train[-7:]"),
+        *("train+test", "test[33%:] + train[:3]", "train[5:8]+train[6:7]"),
+    ):
+        expected = [one["name"].decode() for one in builder.as_data_source(split)]
+        source = open_source("image_folder", split, root=str(root))
+        assert [record["name"] for record in source.records] == expected
+        assert source.split == split
+
+
+def test_records_travel_as_paths_and_are_read_when_asked_for(tmp_path):
+    write_class_folders(tmp_path, 50)
+    source = open_source("image_folder", "train", root=str(tmp_path))
+    packed = pickle.dumps(source)
+    assert len(packed) < 1000 + 30 * len(source.records)
+    copy = pickle.loads(packed)
+    assert copy.records[7] == source.records[7]
+    path = tmp_path / source.records[7]["name"]
+    path.write_bytes(b"other bytes")
+    assert copy.records[7]["image"] == b"other bytes"
+    path.unlink()
+    with pytest.raises(FileNotFoundError, match=path.name):
+        copy.records[7]
+
+
+def test_a_process_tells_once_what_is_odd_in_a_folder(tmp_path, caplog):
+    write_class_folders(tmp_path, 5)
+    with caplog.at_level(logging.WARNING):
+        for split in ("train", "test", "train"):
+            open_source("image_folder", split, root=str(tmp_path))
+    assert caplog.text.count("held out as split 'test'") == 1
+
+
+def digest_of(root, split="train"):
+    return open_source("image_folder", split, root=str(root)).digest
+
+
+def relabel(root):
+    (root / "train/cat/00.png").rename(root / "train/dog/09.png")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda root: exchange(root / "train/cat", root / "train/dog"),
+        lambda root: exchange(root / "train/cat/00.png", root / "train/dog/01.png"),
+        lambda root: (root / "train/cat/00.png").rename(root / "train/cat/x.png"),
+        relabel,
+        lambda root: (root / "train/cat/00.png").unlink(),
+        lambda root: write_images(root, "train/dog/new.png"),
+        lambda root: (root / "train/cat/00.png").write_bytes(encode(picture(99, 99))),
+    ],
+    ids=["swapped", "exchanged", "renamed", "relabelled", "gone", "new", "other size"],
+)
+def test_other_files_or_labels_are_other_data(tmp_path, change):
+    write_class_folders(tmp_path / "train", 3)
+    write_class_folders(tmp_path / "test", 3)
+    train, test = digest_of(tmp_path), digest_of(tmp_path, "test")
+    change(tmp_path)
+    assert digest_of(tmp_path) != train
+    assert digest_of(tmp_path, "test") == test
+
+
+def test_other_images_held_out_are_other_data(tmp_path):
+    """A new image is trained on, and moves another into the test split or out of it."""
+    write_class_folders(tmp_path, 9)
+    before = digest_of(tmp_path), digest_of(tmp_path, "test")
+    write_images(tmp_path, "cat/new.png")
+    assert digest_of(tmp_path) != before[0]
+    assert digest_of(tmp_path, "test") != before[1]
+
+
+def test_the_same_files_elsewhere_and_touched_are_the_same_data(tmp_path):
+    write_class_folders(tmp_path / "pets", 5)
+    before = digest_of(tmp_path / "pets")
+    assert digest_of(tmp_path / "pets", "train[:4]") != before
+    (tmp_path / "pets").rename(tmp_path / "moved")
+    for path in (tmp_path / "moved").rglob("*"):
+        os.utime(path, ns=(1, 1))
+    assert digest_of(tmp_path / "moved") == before
+
+
+def test_a_folder_larger_than_a_gigabyte_takes_little_memory(tmp_path):
+    """Hard links to a few photographs of noise."""
+    for seed, name in enumerate(("cat", "dog")):
+        folder = tmp_path / "train" / name
+        folder.mkdir(parents=True)
+        noise = np.random.default_rng(seed).integers(0, 256, (900, 900, 3), np.uint8)
+        (folder / "0.jpg").write_bytes(encode(noise, ".jpg"))
+        for number in range(1, 700):
+            os.link(folder / "0.jpg", folder / f"{number}.jpg")
+    write_class_folders(tmp_path / "test", 1)
+    sizes = [path.stat().st_size for path in (tmp_path / "train").glob("*/*")]
+    assert sum(sizes) > 1_000 * 2**20
+    tracemalloc.start()
+    try:
+        source = open_source("image_folder", "train", root=str(tmp_path))
+        opened = tracemalloc.get_traced_memory()[1]
+        shape = {"batch_size": 8, "image_size": 32, "resize_side": 36}
+        with train_batches(source, **shape, strict=True) as batches:
+            drawn = [next(batches)["image"].shape for _ in range(4)]
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert len(source.records) == len(sizes)
+    assert drawn == [(8, 32, 32, 3)] * 4
+    assert opened < 20 * 2**20
+    assert peak < 100 * 2**20
+
+
+def test_hidden_and_other_files_are_left_out(tmp_path):
     write_class_folders(tmp_path, 5)
     for path in (
         ".git/x/a.png",
@@ -93,7 +216,7 @@ def test_hidden_and_other_files_are_left_out(tmp_path: Path) -> None:
     assert any("ignored 3 files" in note for note in scan.notes)
 
 
-def test_linked_folders_are_followed_but_not_in_circles(tmp_path: Path) -> None:
+def test_linked_folders_are_followed_but_not_in_circles(tmp_path):
     write_class_folders(tmp_path / "elsewhere", 5)
     root = tmp_path / "root"
     root.mkdir()
@@ -103,20 +226,20 @@ def test_linked_folders_are_followed_but_not_in_circles(tmp_path: Path) -> None:
     assert split_sizes(root) == {"train": 8, "test": 2}
 
 
-def test_a_class_may_be_called_train(tmp_path: Path) -> None:
+def test_a_class_may_be_called_train(tmp_path):
     write_class_folders(tmp_path, 5, "bus car train")
     assert scan_folder(tmp_path).class_names == ("bus", "car", "train")
 
 
-def test_a_missing_root_is_named(tmp_path: Path) -> None:
+def test_a_root_that_is_missing_or_a_file_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no image folder .*nowhere.*ROOT/cat"):
         scan_folder(tmp_path / "nowhere")
-
-
-def test_a_root_that_is_a_file_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "pets.zip").write_bytes(b"")
     with pytest.raises(ValueError, match=r"pets\.zip' is a file.*unpack"):
         scan_folder(tmp_path / "pets.zip")
+
+
+TRAIN = ["train/cat/a.png", "train/dog/a.png"]
 
 
 @pytest.mark.parametrize(
@@ -126,44 +249,22 @@ def test_a_root_that_is_a_file_is_an_error(tmp_path: Path) -> None:
         (["a.png", "b.png"], [], "2 images that are in no class folder.*Expected"),
         (["cat/a.png"], ["dog"], "class folder '.*/dog' holds no images"),
         (["cat/a.png", "cat/b.png"], [], "only one class, 'cat'"),
-        (
-            ["pets/cat/a.png", "pets/dog/a.png"],
-            [],
-            "only one class.*Did you mean .*/pets",
-        ),
-        (
-            ["train/cat/a.png", "train/dog/a.png"],
-            ["val"],
-            "split folder '.*val' is empty",
-        ),
-        (
-            ["train/cat/a.png", "train/dog/a.png"],
-            ["test/cat"],
-            "test/cat' holds no images",
-        ),
-        (
-            ["train/cat/a.png", "train/dog/a.png", "test/cow/a.png"],
-            [],
-            r"test split .* classes that train lacks: \['cow'\]",
-        ),
+        (["pets/cat/a.png", "pets/dog/a.png"], [], "only one class.*mean .*/pets"),
+        (TRAIN, ["val"], "split folder '.*val' is empty"),
+        (TRAIN, ["test/cat"], "test/cat' holds no images"),
+        ([*TRAIN, "test/cow/a.png"], [], r"classes that train lacks: \['cow'\]"),
         (["test/cat/a.png", "test/dog/a.png"], [], "none named 'train'"),
         (["train/a.png", "val/b.png"], [], "train' holds images, but no class folders"),
+        ([*TRAIN, "test/a.png"], [], "'test' holds images that are in no class folder"),
         (
-            ["train/cat/a.png", "train/dog/a.png", "test/a.png"],
-            [],
-            "beside them 'test' holds images that are in no class folder",
-        ),
-        (
-            ["train/cat/a.png", "train/dog/a.png", "val/cat/a.png", "valid/cat/a.png"],
+            [*TRAIN, "val/cat/a.png", "valid/cat/a.png"],
             [],
             "two folders for the validation split, 'val' and 'valid'",
         ),
         (["cat/a.png", "dog/a.png"], [], "test split would be empty"),
     ],
 )
-def test_a_layout_that_cannot_be_meant_is_an_error(
-    tmp_path: Path, paths: list[str], empty: list[str], message: str
-) -> None:
+def test_a_layout_that_cannot_be_meant_is_an_error(tmp_path, paths, empty, message):
     write_images(tmp_path, *paths)
     for folder in empty:
         (tmp_path / folder).mkdir(parents=True)
@@ -171,7 +272,7 @@ def test_a_layout_that_cannot_be_meant_is_an_error(
         scan_folder(tmp_path)
 
 
-def test_folders_without_images_may_lie_beside_the_splits(tmp_path: Path) -> None:
+def test_folders_without_images_may_lie_beside_the_splits(tmp_path):
     write_class_folders(tmp_path / "train", 2)
     write_class_folders(tmp_path / "test", 1)
     (tmp_path / "annotations").mkdir()
@@ -179,40 +280,17 @@ def test_folders_without_images_may_lie_beside_the_splits(tmp_path: Path) -> Non
     assert split_sizes(tmp_path) == {"train": 4, "test": 2}
 
 
-OPEN = """
-import os, sys
-from sppnet_jax.data import image_folder, sources
-if sys.argv[3] == "killed":
-    read = image_folder.ImageFolder._generate_examples
-    def generate(self, split):
-        yield next(read(self, split))
-        os.kill(os.getpid(), 9)
-    image_folder.ImageFolder._generate_examples = generate
-root, data_dir = sys.argv[1:3]
-source = sources.open_source("image_folder", "train", root=root, data_dir=data_dir)
-print("records:", len(source.records))
-"""
-
-
-def start(root: Path, data_dir: Path, mode: str = "") -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, "-c", OPEN, str(root), str(data_dir), mode],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        cwd=Path(__file__).parents[1],
+def test_folders_open_without_tfds(tmp_path):
+    """Importing it would take half a second of every start."""
+    write_class_folders(tmp_path, 5)
+    script = (
+        "import sys; from sppnet_jax.data.sources import available_splits, open_source;"
+        "[open_source('image_folder', s, root=sys.argv[1]) for s in"
+        " available_splits('image_folder', root=sys.argv[1])];"
+        "assert 'tensorflow_datasets' not in sys.modules"
     )
-
-
-def test_preparing_survives_a_kill_and_two_processes_at_once(tmp_path: Path) -> None:
-    root, data_dir = tmp_path / "pets", tmp_path / "tfds"
-    write_class_folders(root, 5)
-    killed = start(root, data_dir, "killed")
-    killed.communicate(timeout=60)
-    assert killed.returncode == -signal.SIGKILL
-    assert list(data_dir.glob("image_folder/pets-*/incomplete.*"))
-    both = [start(root, data_dir) for _ in range(2)]
-    for process in both:
-        output, errors = process.communicate(timeout=60)
-        assert "records: 8" in output, errors
-    assert not list(data_dir.glob("image_folder/pets-*/incomplete.*"))
+    subprocess.run(
+        [sys.executable, "-c", script, str(tmp_path)],
+        cwd=Path(__file__).parents[1],
+        check=True,
+    )

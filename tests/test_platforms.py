@@ -8,6 +8,7 @@ import pytest
 from jax import export
 
 import sppnet_jax as sn
+from sppnet_jax.pyramid.span_max import span_max
 
 PLATFORMS = [["cuda"], ["tpu"], ["cpu"]]
 CPU_ONLY = ("reduce_window", "xi16>")  # stops for fusion; half floats as integers
@@ -70,5 +71,25 @@ def test_a_network_s_gradient_lowers_to_plain_operations(platforms, dtype):
 
     program = lowered(gradient, platforms, params, images)
     # No loop over images, which the CPU's gradient of the first convolution has.
-    for absent in ("while", "scatter", "reduce_window", "callback", "custom_call"):
+    for absent in ("while", "scatter", "select_and_scatter", "callback", "custom_call"):
         assert f"stablehlo.{absent}" not in program
+
+
+@pytest.mark.parametrize("platforms", PLATFORMS)
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_maxima_are_reduce_windows_but_on_a_cpu_and_their_gradient_lowers(
+    platforms, dtype
+):
+    halves, overlapping = ((0, 2), (2, 4)), ((0, 3), (2, 5), (4, 7))
+
+    def both(maps):
+        pooled, back = jax.vjp(lambda x: span_max(x, halves, overlapping), maps)
+        return pooled, back(pooled)
+
+    program = lowered(both, platforms, jax.ShapeDtypeStruct((2, 7, 7, 16), dtype))
+    windows = re.findall(r"window_dimensions = array<i64: ([\d, ]*)>", program)
+    # A CPU's is of single cells: it stops fusion.
+    on_cpu = platforms == ["cpu"]
+    assert windows == (["1, 1, 1, 2, 1"] if on_cpu else ["1, 2, 3, 1"])
+    assert "stablehlo.maximum" in program
+    assert "select_and_scatter" not in program

@@ -4,20 +4,18 @@ import itertools
 import logging
 import os
 import signal
-import sqlite3
 import subprocess
 import sys
 import textwrap
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import cv2
 import numpy as np
 import pytest
 import scipy.io
-from data_helpers import encode, make_source, picture
+from data_helpers import encode, make_source, overlap, picture
 
 from sppnet_jax.data.sources import Objects, Source
 from sppnet_jax.detection import proposals
@@ -39,7 +37,7 @@ SMALL = ProposalSettings(width=60, min_side=8)
 TESTS = Path(__file__).parent
 
 
-def blocks(height: int = 75, width: int = 100) -> np.ndarray:
+def blocks(height=75, width=100):
     """Coloured rectangles with some noise: dozens of regions to merge."""
     rng = np.random.default_rng(5)
     coarse = rng.integers(0, 256, (5, 6, 3), dtype=np.uint8)
@@ -48,25 +46,15 @@ def blocks(height: int = 75, width: int = 100) -> np.ndarray:
     return np.clip(image + noise, 0, 255).astype(np.uint8)
 
 
-def overlap(box: np.ndarray, other: np.ndarray) -> float:
-    """Intersection over union of two half-open boxes, from its definition."""
-    height = min(box[2], other[2]) - max(box[0], other[0])
-    width = min(box[3], other[3]) - max(box[1], other[1])
-    if height <= 0 or width <= 0:
-        return 0.0
-    areas = [(b[2] - b[0]) * (b[3] - b[1]) for b in (box, other)]
-    return float(height * width / (sum(areas) - height * width))
-
-
-def named_source(*names: str, size: tuple[int, int] = (24, 32)) -> Source:
-    records: Any = [
+def named_source(*names, size=(24, 32)):
+    records = [
         {"image": encode(picture(*size, seed=seed)), "label": 0, "name": name}
         for seed, name in enumerate(names)
     ]
     return Source(records, ("thing",), "memory", "train")
 
 
-def in_another_process(code: str, **options: Any) -> "subprocess.Popen[str]":
+def in_another_process(code, **options):
     environment = {**os.environ, "PYTHONPATH": f"{TESTS}:{TESTS.parent}"}
     return subprocess.Popen(
         [sys.executable, "-c", textwrap.dedent(code)],
@@ -79,9 +67,7 @@ def in_another_process(code: str, **options: Any) -> "subprocess.Popen[str]":
 
 
 @pytest.mark.parametrize(("height", "width"), [(120, 200), (200, 90)])
-def test_selective_search_finds_an_object_in_the_pixels_of_the_image(
-    height: int, width: int
-) -> None:
+def test_selective_search_finds_an_object_in_the_pixels_of_the_image(height, width):
     image = np.full((height, width, 3), 40, np.uint8)
     image[30:80, 20:60] = (200, 60, 30)
     image[90:110, 65:85] = (20, 200, 90)
@@ -90,7 +76,7 @@ def test_selective_search_finds_an_object_in_the_pixels_of_the_image(
         assert max(overlap(box, np.array(truth)) for box in boxes) > 0.85
 
 
-def test_windows_are_distinct_inside_the_image_and_not_small() -> None:
+def test_windows_are_distinct_inside_the_image_and_not_small():
     image = blocks()
     boxes = selective_search(image, width=150, min_side=20)
     assert boxes.dtype == np.float32
@@ -103,13 +89,13 @@ def test_windows_are_distinct_inside_the_image_and_not_small() -> None:
     assert len(selective_search(image, width=150, min_side=8)) > len(boxes)
 
 
-def test_fewer_windows_are_the_first_of_more() -> None:
+def test_fewer_windows_are_the_first_of_more():
     boxes = selective_search(blocks(), width=0, min_side=5)
     few = selective_search(blocks(), width=0, min_side=5, max_windows=17)
     np.testing.assert_array_equal(few, boxes[:17])
 
 
-def test_large_windows_tend_to_come_first_and_the_seed_shuffles_them() -> None:
+def test_large_windows_tend_to_come_first_and_the_seed_shuffles_them():
     boxes = selective_search(blocks(), width=0, min_side=5)
     areas = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
     third = len(boxes) // 3
@@ -119,7 +105,7 @@ def test_large_windows_tend_to_come_first_and_the_seed_shuffles_them() -> None:
     np.testing.assert_array_equal(np.unique(other, axis=0), np.unique(boxes, axis=0))
 
 
-def test_windows_are_the_same_again_and_in_several_threads() -> None:
+def test_windows_are_the_same_again_and_in_several_threads():
     image = blocks()
     expected = selective_search(image, width=0)
     with ThreadPoolExecutor(3) as pool:
@@ -129,12 +115,12 @@ def test_windows_are_the_same_again_and_in_several_threads() -> None:
 
 @pytest.mark.parametrize("width", [0, 50])
 @pytest.mark.parametrize("size", [(1, 1), (2, 90), (90, 2), (40, 40), (1, 3000)])
-def test_an_image_without_windows_is_one(size: tuple[int, int], width: int) -> None:
+def test_an_image_without_windows_is_one(size, width):
     boxes = selective_search(np.full((*size, 3), 99, np.uint8), width=width)
     assert boxes.tolist() == [[0, 0, *size]]
 
 
-def test_a_long_image_is_shrunk_until_it_can_be_searched() -> None:
+def test_a_long_image_is_shrunk_until_it_can_be_searched():
     image = np.full((6000, 120, 3), 40, np.uint8)
     image[1000:2500, 30:90] = (200, 60, 30)
     boxes = selective_search(image)  # 500 pixels wide it would have 12 million
@@ -146,19 +132,17 @@ def test_a_long_image_is_shrunk_until_it_can_be_searched() -> None:
     [
         (np.zeros((9, 9), np.uint8), {}, r"uint8 \[height, width, 3\], RGB, got uint8"),
         (np.zeros((9, 9, 3)), {}, "got float64"),
-        (np.zeros((0, 9, 3), np.uint8), {}, r"empty: shape \[0, 9, 3\]"),
+        (np.zeros((0, 9, 3), np.uint8), {}, r"no pixels: shape \[0, 9, 3\]"),
         (np.zeros((9, 9, 3), np.uint8), {"width": -1}, "width -1 must"),
         (np.zeros((9, 9, 3), np.uint8), {"max_windows": 0}, "max_windows 0"),
     ],
 )
-def test_what_can_not_be_searched_is_refused(
-    image: np.ndarray, options: dict[str, int], message: str
-) -> None:
+def test_what_can_not_be_searched_is_refused(image, options, message):
     with pytest.raises(ValueError, match=message):
         selective_search(image, **options)
 
 
-def test_edge_boxes_hold_the_contour_best_first() -> None:
+def test_edge_boxes_hold_the_contour_best_first():
     edges = np.zeros((100, 120), np.float32)
     orientations = np.zeros_like(edges)
     edges[[20, 70], 30:80] = 1
@@ -176,7 +160,7 @@ def test_edge_boxes_hold_the_contour_best_first() -> None:
 
 
 @pytest.fixture
-def edge_model(tmp_path: Path) -> Path:
+def edge_model(tmp_path):
     """A forest of one tree that sees an edge where the gradient is strong."""
     path = tmp_path / "model.yml.gz"
     file = cv2.FileStorage(str(path), cv2.FILE_STORAGE_WRITE)
@@ -197,7 +181,7 @@ def edge_model(tmp_path: Path) -> Path:
     }.items():
         file.write(name, value)
     file.endWriteStruct()
-    trees: dict[str, list[list[int]]] = {
+    trees = {
         "childs": [[2, 0, 0]],
         "featureIds": [[3 * 256 + 8 * 16 + 8, 0, 0]],  # the gradient in the middle
         "edgeBoundaries": [[0, 0, 0, 64]],
@@ -215,7 +199,7 @@ def edge_model(tmp_path: Path) -> Path:
     return path
 
 
-def test_edge_boxes_are_boxes_of_the_image(edge_model: Path) -> None:
+def test_edge_boxes_are_boxes_of_the_image(edge_model):
     image = np.full((120, 160, 3), 30, np.uint8)
     image[40:90, 50:120] = 220
     boxes = edge_boxes(image, edge_model, max_windows=30)
@@ -228,7 +212,7 @@ def test_edge_boxes_are_boxes_of_the_image(edge_model: Path) -> None:
     assert edge_boxes(image[:35, :40], edge_model).tolist() == [[0, 0, 35, 40]]
 
 
-def test_edge_boxes_say_what_is_missing(tmp_path: Path) -> None:
+def test_edge_boxes_say_what_is_missing(tmp_path):
     image = picture(50, 50)
     with pytest.raises(FileNotFoundError, match=r"model\.yml\.gz from .*opencv_extra"):
         edge_boxes(image, tmp_path / "absent.yml.gz")
@@ -239,11 +223,9 @@ def test_edge_boxes_say_what_is_missing(tmp_path: Path) -> None:
             edge_boxes(image, path)
 
 
-def test_proposals_of_a_source_are_those_of_its_images(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_proposals_of_a_source_are_those_of_its_images(tmp_path, caplog):
     source = make_source(7, broken=(2,))
-    found = propose(source, SMALL, tmp_path / "new" / "cache.sqlite", workers=2)
+    found = propose(source, SMALL, tmp_path / "new" / "cache")
     for index, boxes in enumerate(found):
         if index == 2:
             assert boxes.shape == (0, 4)
@@ -253,14 +235,16 @@ def test_proposals_of_a_source_are_those_of_its_images(
         np.testing.assert_array_equal(boxes, expected)
     assert "skipping a broken image: picture_2.png: truncated" in caplog.text
     assert "skipped 1 broken images of the 7" in caplog.text
+    # The broken one has no file, so the next run tries it again.
+    assert count_kept(tmp_path / "new" / "cache") == 6
 
 
 @pytest.fixture
-def searches(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
+def searches(monkeypatch):
     """The shapes of the images that are searched from here on."""
-    shapes: list[tuple[int, ...]] = []
+    shapes = []
 
-    def search(image: np.ndarray, **options: int) -> np.ndarray:
+    def search(image, **options):
         shapes.append(image.shape)
         return selective_search(image, **options)
 
@@ -268,76 +252,64 @@ def searches(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
     return shapes
 
 
-def test_what_is_in_the_cache_is_not_searched_again(
-    tmp_path: Path, searches: list[tuple[int, ...]]
-) -> None:
-    cache = tmp_path / "cache.sqlite"
-    first = propose(make_source(4), SMALL, cache, workers=2)
+def test_what_is_in_the_cache_is_not_searched_again(tmp_path, searches):
+    cache = tmp_path / "cache"
+    first = propose(make_source(4), SMALL, cache)
     assert len(searches) == 4
-    more = propose(make_source(6), SMALL, cache, workers=2)
+    more = propose(make_source(6), SMALL, cache)
     assert len(searches) == 6
     for boxes, known in zip(first, more, strict=False):
         np.testing.assert_array_equal(boxes, known)
 
 
-def test_the_same_image_is_searched_once(
-    tmp_path: Path, searches: list[tuple[int, ...]]
-) -> None:
+def test_the_same_image_is_searched_once(tmp_path, searches):
     source = make_source(3)
     twice = source._replace(records=[*source.records, *source.records])
-    found = propose(twice, SMALL, tmp_path / "cache.sqlite", workers=2)
+    found = propose(twice, SMALL, tmp_path / "cache")
     assert len(searches) == 3
     for index in range(3):
         np.testing.assert_array_equal(found[index], found[index + 3])
 
 
-def test_every_setting_that_matters_is_part_of_the_key(edge_model: Path) -> None:
+def test_every_setting_that_matters_is_part_of_the_key(edge_model):
     changed = [
         SMALL,
         SMALL._replace(max_windows=9),
         SMALL._replace(width=61),
         SMALL._replace(min_side=9),
         SMALL._replace(seed=1),
-        SMALL._replace(method="edge_boxes", edge_model=str(edge_model)),
+        SMALL._replace(method="edge_boxes", model=str(edge_model)),
     ]
     assert len({settings_key(settings) for settings in changed}) == len(changed)
-    assert settings_key(SMALL) == settings_key(SMALL._replace(edge_model="unused"))
+    assert settings_key(SMALL) == settings_key(SMALL._replace(model="unused"))
 
 
-def test_other_settings_are_searched_anew(
-    tmp_path: Path, searches: list[tuple[int, ...]]
-) -> None:
-    source, cache = make_source(1), tmp_path / "cache.sqlite"
-    found = propose(source, SMALL, cache, workers=1)
-    fewer = propose(source, SMALL._replace(max_windows=1), cache, workers=1)
+def test_other_settings_are_searched_anew(tmp_path, searches):
+    source, cache = make_source(1), tmp_path / "cache"
+    found = propose(source, SMALL, cache)
+    fewer = propose(source, SMALL._replace(max_windows=1), cache)
     assert len(searches) == 2
     np.testing.assert_array_equal(fewer[0], found[0][:1])
-    again = propose(source, SMALL, cache, workers=1)
+    again = propose(source, SMALL, cache)
     np.testing.assert_array_equal(again[0], found[0])
     assert len(searches) == 2
 
 
-def test_a_failure_names_the_image_and_keeps_the_others(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def search(image: np.ndarray, **options: int) -> np.ndarray:
+def test_a_failure_names_the_image_and_keeps_the_others(tmp_path, monkeypatch):
+    def search(image, **options):
         if image.shape[:2] == (23, 27):
             raise MemoryError("too large")
         return selective_search(image, **options)
 
-    cache = tmp_path / "cache.sqlite"
+    cache = tmp_path / "cache"
     monkeypatch.setattr(proposals, "selective_search", search)
     with pytest.raises(RuntimeError, match=r"'picture_3\.png', record 3 .*too large"):
-        propose(make_source(9), SMALL, cache, workers=1)
+        propose(make_source(9), SMALL, cache)
     assert count_kept(cache) >= 3
 
 
-def count_kept(cache: Path) -> int:
-    try:
-        with sqlite3.connect(f"file:{cache}?mode=ro", uri=True) as connection:
-            return connection.execute("SELECT COUNT(*) FROM proposals").fetchone()[0]
-    except sqlite3.OperationalError:
-        return 0
+def count_kept(cache):
+    return len(list(cache.glob("*/*.npy")))
 
 
 SLOW_RUN = """
@@ -350,14 +322,12 @@ SLOW_RUN = """
         time.sleep(0.2)
         return search(image, **options)
     proposals.selective_search = slow
-    proposals.propose(make_source(40), SMALL, {cache!r}, workers=2)
+    proposals.propose(make_source(40), SMALL, {cache!r})
 """
 
 
-def test_a_killed_run_goes_on_where_it_was_stopped(
-    tmp_path: Path, searches: list[tuple[int, ...]]
-) -> None:
-    cache = tmp_path / "cache.sqlite"
+def test_a_killed_run_goes_on_where_it_was_stopped(tmp_path, searches):
+    cache = tmp_path / "cache"
     process = in_another_process(SLOW_RUN.format(cache=str(cache)))
     try:
         deadline = time.monotonic() + 120
@@ -369,7 +339,7 @@ def test_a_killed_run_goes_on_where_it_was_stopped(
         process.communicate(timeout=30)
     kept = count_kept(cache)
     assert 3 <= kept < 40
-    found = propose(make_source(40), SMALL, cache, workers=2)
+    found = propose(make_source(40), SMALL, cache)
     assert len(searches) == 40 - kept
     for index in (0, 39):
         image = picture(20 + index % 5, 24 + index % 7, seed=index)
@@ -377,42 +347,40 @@ def test_a_killed_run_goes_on_where_it_was_stopped(
         np.testing.assert_array_equal(found[index], direct)
 
 
-def test_ctrl_c_ends_a_run_soon_and_keeps_what_was_found(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    calls: list[int] = []
+def test_ctrl_c_ends_a_run_soon_and_keeps_what_was_found(tmp_path, monkeypatch):
+    calls = []
     numbers = itertools.count(1)  # each call has one of its own, also among threads
 
-    def search(image: np.ndarray, **options: int) -> np.ndarray:
+    def search(image, **options):
         calls.append(1)
         if next(numbers) == 10:
             os.kill(os.getpid(), signal.SIGINT)
         time.sleep(0.05)
         return selective_search(image, **options)
 
-    cache = tmp_path / "cache.sqlite"
+    cache = tmp_path / "cache"
     monkeypatch.setattr(proposals, "selective_search", search)
     with pytest.raises(KeyboardInterrupt):
-        propose(make_source(60), SMALL, cache, workers=2)
+        propose(make_source(60), SMALL, cache)
     assert len(calls) < 20
     kept = count_kept(cache)
     assert kept >= 5
     calls.clear()
-    propose(make_source(60), SMALL, cache, workers=4)
+    propose(make_source(60), SMALL, cache)
     assert len(calls) == 60 - kept
 
 
-def test_two_processes_can_use_one_cache_and_find_the_same(tmp_path: Path) -> None:
-    cache, alone = tmp_path / "cache.sqlite", tmp_path / "alone.sqlite"
+def test_two_processes_can_use_one_cache_and_find_the_same(tmp_path):
+    cache, alone = tmp_path / "cache", tmp_path / "alone"
     code = f"""
         from data_helpers import make_source
         from sppnet_jax.detection.proposals import propose
         from test_proposals import SMALL
         for count in range(2, 20):
-            propose(make_source(count), SMALL, {str(cache)!r}, workers=1)
+            propose(make_source(count), SMALL, {str(cache)!r})
     """
     processes = [in_another_process(code) for _ in range(2)]
-    expected = propose(make_source(19), SMALL, alone, workers=2)
+    expected = propose(make_source(19), SMALL, alone)
     errors = [process.communicate(timeout=120)[1] for process in processes]
     assert [process.returncode for process in processes] == [0, 0], errors
     assert count_kept(cache) == 19
@@ -421,30 +389,22 @@ def test_two_processes_can_use_one_cache_and_find_the_same(tmp_path: Path) -> No
         np.testing.assert_array_equal(boxes, those)
 
 
-def test_a_cache_or_settings_that_do_not_fit_are_refused(tmp_path: Path) -> None:
-    path = tmp_path / "cache.sqlite"
-    path.write_bytes(b"something else altogether" * 99)
+def test_a_cache_or_settings_that_do_not_fit_are_refused(tmp_path):
+    path = tmp_path / "cache"
+    path.write_bytes(b"a file")
     source = make_source(1)
-    with pytest.raises(OSError, match=r"cache\.sqlite': file is not a database"):
+    with pytest.raises(OSError, match="cache"):
         propose(source, SMALL, path)
-    with pytest.raises(OSError, match="Choose another file"):
-        propose(source, SMALL, tmp_path)
-    with pytest.raises(ValueError, match="unknown method 'objectness'"):
-        propose(source, SMALL._replace(method="objectness"), tmp_path / "new")
-    with pytest.raises(ValueError, match="width -1 must be at least 0"):
-        propose(source, SMALL._replace(width=-1), tmp_path / "new")
-    with pytest.raises(ValueError, match="workers must be at least 1, got 0"):
-        propose(source, SMALL, tmp_path / "new", workers=0)
     settings = SMALL._replace(method="edge_boxes")
     with pytest.raises(FileNotFoundError, match="EdgeBoxes needs one"):
         propose(source, settings, tmp_path / "new")
     assert not (tmp_path / "new").exists()
 
 
-def test_edge_boxes_of_a_source(tmp_path: Path, edge_model: Path) -> None:
+def test_edge_boxes_of_a_source(tmp_path, edge_model):
     source = named_source("a.png", "b.png", size=(48, 64))
-    settings = ProposalSettings("edge_boxes", 50, edge_model=str(edge_model))
-    found = propose(source, settings, tmp_path / "cache.sqlite", workers=2)
+    settings = ProposalSettings("edge_boxes", 50, model=str(edge_model))
+    found = propose(source, settings, tmp_path / "cache")
     for seed, boxes in enumerate(found):
         expected = edge_boxes(picture(48, 64, seed=seed), edge_model, max_windows=50)
         np.testing.assert_array_equal(boxes, expected)
@@ -458,9 +418,7 @@ BOXES = [
 
 
 @pytest.mark.parametrize("suffix", ["", ".png", ".jpg"])
-def test_written_proposals_are_read_back_in_the_order_of_the_source(
-    tmp_path: Path, suffix: str
-) -> None:
+def test_written_proposals_are_read_back_in_the_order_of_the_source(tmp_path, suffix):
     path = tmp_path / "boxes.npz"
     save_proposals(path, [name + suffix for name in "abc"], BOXES)
     found = load_proposals(path, named_source("c.png", "a.png"))
@@ -470,7 +428,7 @@ def test_written_proposals_are_read_back_in_the_order_of_the_source(
     assert os.listdir(tmp_path) == ["boxes.npz"]
 
 
-def write_mat(path: Path, names: list[str], boxes: list[np.ndarray]) -> None:
+def write_mat(path, names, boxes):
     """Cells as in the R-CNN releases: names down, boxes across."""
     images = np.empty((len(names), 1), object)
     cells = np.empty((1, len(names)), object)
@@ -479,7 +437,7 @@ def write_mat(path: Path, names: list[str], boxes: list[np.ndarray]) -> None:
     scipy.io.savemat(path, {"images": images, "boxes": cells})
 
 
-def test_matlab_boxes_are_1_based_and_include_both_ends(tmp_path: Path) -> None:
+def test_matlab_boxes_are_1_based_and_include_both_ends(tmp_path):
     path = tmp_path / "voc_2007_trainval.mat"
     whole = np.array([[1.0, 1, 24, 32], [5, 7, 5, 7]])
     write_mat(path, ["000005", "2008_000012"], [np.ones((1, 4)), whole])
@@ -489,9 +447,7 @@ def test_matlab_boxes_are_1_based_and_include_both_ends(tmp_path: Path) -> None:
     assert found[0].dtype == np.float32
 
 
-def test_boxes_are_clipped_and_those_outside_left_out(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_boxes_are_clipped_and_those_outside_left_out(tmp_path, caplog):
     path = tmp_path / "boxes.npz"
     boxes = np.array([[-3, 4, 30, 50], [24, 0, 30, 9], [2, 3, 4, 5]])
     save_proposals(path, ["a"], [boxes])
@@ -503,9 +459,7 @@ def test_boxes_are_clipped_and_those_outside_left_out(
         load_proposals(path, named_source("a.png"))
 
 
-def test_a_broken_image_has_no_boxes_and_is_named(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_broken_image_has_no_boxes_and_is_named(tmp_path, caplog):
     source = make_source(2, broken=(1,))
     path = tmp_path / "boxes.npz"
     save_proposals(path, ["picture_0", "picture_1"], [BOXES[1], BOXES[1]])
@@ -514,7 +468,7 @@ def test_a_broken_image_has_no_boxes_and_is_named(
     assert "skipping a broken image: picture_1.png" in caplog.text
 
 
-def test_images_without_proposals_are_counted_and_named(tmp_path: Path) -> None:
+def test_images_without_proposals_are_counted_and_named(tmp_path):
     path = tmp_path / "boxes.npz"
     save_proposals(path, ["a", "b"], BOXES[:2])
     source = named_source("b.png", *(f"{i}.png" for i in range(9)))
@@ -534,9 +488,7 @@ def test_images_without_proposals_are_counted_and_named(tmp_path: Path) -> None:
         (np.array([[0, 0, 5, 5], [4, 0, 4, 5]]), "end before they begin, first in row"),
     ],
 )
-def test_boxes_that_are_none_are_neither_written_nor_read(
-    tmp_path: Path, boxes: np.ndarray, message: str
-) -> None:
+def test_boxes_that_are_none_are_neither_written_nor_read(tmp_path, boxes, message):
     with pytest.raises(ValueError, match=message):
         save_proposals(tmp_path / "boxes.npz", ["a"], [boxes])
     inclusive = boxes.copy()
@@ -546,7 +498,7 @@ def test_boxes_that_are_none_are_neither_written_nor_read(
         load_proposals(tmp_path / "boxes.mat", named_source("a"))
 
 
-def test_files_of_other_kinds_are_refused(tmp_path: Path) -> None:
+def test_files_of_other_kinds_are_refused(tmp_path):
     source = named_source("a.png")
     with pytest.raises(FileNotFoundError, match=r"no file of proposals .*absent\.npz"):
         load_proposals(tmp_path / "absent.npz", source)
@@ -567,15 +519,13 @@ def test_files_of_other_kinds_are_refused(tmp_path: Path) -> None:
         save_proposals(tmp_path / "few.npz", ["a"], BOXES[:2])
 
 
-def random_boxes(rng: np.random.Generator, count: int) -> np.ndarray:
+def random_boxes(rng, count):
     corners = rng.integers(0, 20, (count, 2))
     return np.hstack([corners, corners + rng.integers(1, 20, (count, 2))]).astype(float)
 
 
 @pytest.mark.parametrize("threshold", [0.5, 0.25])
-def test_recall_is_the_share_of_objects_that_a_proposal_overlaps(
-    threshold: float,
-) -> None:
+def test_recall_is_the_share_of_objects_that_a_proposal_overlaps(threshold):
     rng = np.random.default_rng(1)
     found = [random_boxes(rng, int(rng.integers(0, 9))) for _ in range(30)]
     objects = []
@@ -598,14 +548,14 @@ def test_recall_is_the_share_of_objects_that_a_proposal_overlaps(
     assert result["mean_proposals"] == sum(map(len, found)) / 30
 
 
-def test_an_overlap_of_exactly_the_threshold_counts() -> None:
+def test_an_overlap_of_exactly_the_threshold_counts():
     objects = [Objects(np.array([[0.0, 0, 2, 2]]), np.zeros(1), np.zeros(1, bool))]
     half, less = np.array([[0.0, 0, 2, 1]]), np.array([[0.0, 0, 2, 0.99]])
     assert proposal_recall([half], objects, 1)["recall"] == 1
     assert proposal_recall([less], objects, 1)["recall"] == 0
 
 
-def test_recall_of_nothing_is_none_and_bad_labels_are_refused() -> None:
+def test_recall_of_nothing_is_none_and_bad_labels_are_refused():
     nothing = Objects(np.zeros((0, 4)), np.zeros(0, int), np.zeros(0, bool))
     assert proposal_recall([BOXES[0]], [nothing], 2)["recall"] is None
     with pytest.raises(ValueError, match="proposals of 1 images, but objects of 2"):
@@ -615,7 +565,7 @@ def test_recall_of_nothing_is_none_and_bad_labels_are_refused() -> None:
         proposal_recall([BOXES[0]], [wrong], 2)
 
 
-def test_a_matlab_7_3_file_is_refused_with_what_to_do(tmp_path: Path) -> None:
+def test_a_matlab_7_3_file_is_refused_with_what_to_do(tmp_path):
     path = tmp_path / "boxes.mat"
     # The header of that format: its version is 2.0.
     path.write_bytes(b"MATLAB 7.3 MAT-file".ljust(124) + b"\0\2IM" + bytes(64))

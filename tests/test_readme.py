@@ -16,9 +16,9 @@ README = (REPOSITORY / "README.md").read_text()
 
 def test_the_examples_run_one_after_the_other_and_give_the_shapes_they_state():
     blocks = re.findall(r"```python\n(.*?)```", README, re.S)
-    names: dict = {}
+    names = {}
     for code in blocks:
-        if "Backbone(" not in code:
+        if "Backbone(" not in code and "load_network(" not in code:
             exec(code, names)
         if "window_pyramid_pool" in code:
             assert names["pooled"].shape == (2, 50, 256)

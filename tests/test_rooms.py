@@ -16,7 +16,7 @@ FLOORS = (
     {"detection"},
     {"benchmarks"},
 )
-COMMANDS = {"train", "evaluate", "predict", "features", "detect", "export", "bench"}
+COMMANDS = {"train", "evaluate", "predict", "features", "detect", "bench"}
 # On top of all rooms; commands may use these, and not each other.
 ABOVE = {"cli", "ablation", "__init__"}
 FILES = sorted(PACKAGE.rglob("*.py"))
@@ -67,6 +67,19 @@ def test_imports_point_one_way(file):
 def test_no_config_object_below_the_commands(file):
     if file.parent != PACKAGE:
         assert "ml_collections" not in file.read_text()
+
+
+def test_few_files_lie_on_top():
+    assert len(list(PACKAGE.glob("*.py"))) <= 10
+
+
+def test_a_class_name_stands_for_one_thing():
+    places = defaultdict(list)
+    for file in [*FILES, *sorted((PACKAGE.parent / "experiments").glob("*.py"))]:
+        for node in ast.parse(file.read_text()).body:
+            if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+                places[node.name].append(str(file.relative_to(PACKAGE.parent)))
+    assert not {name: files for name, files in places.items() if len(files) > 1}
 
 
 def test_a_module_name_stands_for_one_thing():

@@ -19,7 +19,7 @@ def test_drops_at_given_epochs():
 
 
 def test_the_paper_divides_by_10_twice_when_the_error_plateaus():
-    schedule = Schedule(0.01, "plateau", patience=2)
+    schedule = Schedule(0.01, "plateau", plateau_epochs=2)
     falling = [0.9, 0.8, 0.7]
     assert rate(schedule, 30, falling) == 0.01
     assert rate(schedule, 40, [*falling, 0.7]) == 0.01
@@ -29,7 +29,7 @@ def test_the_paper_divides_by_10_twice_when_the_error_plateaus():
 
 
 def test_improvements_below_the_threshold_do_not_count():
-    schedule = Schedule(kind="plateau", patience=3, min_improvement=0.01)
+    schedule = Schedule(kind="plateau", plateau_epochs=3, plateau_improvement=0.01)
     assert schedule.plateaus([0.5, 0.499, 0.498, 0.497]) == 1
     assert schedule.plateaus([0.5, 0.48, 0.46, 0.44]) == 0
 

@@ -1,15 +1,15 @@
 """Scores of views, pooled from maps or cut out, against loops over single images."""
 
 import functools
+import statistics
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from scipy.stats import binomtest
 
 from sppnet_jax.buckets.whole_images import MAX_ASPECT
-from sppnet_jax.classification.accuracy import mean_scores, summarize, wilson_interval
+from sppnet_jax.classification.accuracy import mean_scores, summarize
 from sppnet_jax.classification.scores import Scores, score_crops, score_maps
 from sppnet_jax.classification.views import Protocol, named_protocol
 from sppnet_jax.data.batches import eval_batches
@@ -21,13 +21,13 @@ from sppnet_jax.data.images import (
     resize_shorter_side,
     resize_whole,
 )
-from sppnet_jax.data.sources import Source
 from sppnet_jax.network.model import create_model, init_params
 from sppnet_jax.network.preprocess import Preprocessing, normalize
+from sppnet_jax.network.trained import as_network
 from sppnet_jax.network.trunks import backbone_geometry
 from sppnet_jax.pyramid.geometry import boxes_to_windows
 from sppnet_jax.pyramid.pooling import spatial_pyramid_pool
-from tests.data_helpers import encode, picture
+from tests.data_helpers import make_source
 
 SIDE, LEVELS = 61, (3, 2, 1)
 MEAN_IMAGE = Preprocessing(
@@ -36,15 +36,6 @@ MEAN_IMAGE = Preprocessing(
     np.zeros((3, 3), np.float32),
 )
 SIZES = [(70, 80), (64, 64), (160, 70), (61, 200), (1, 3000)]
-
-
-def make_source(broken=()):
-    records = []
-    for number, size in enumerate(SIZES):
-        image = encode(picture(*size, seed=number))
-        image = image[:60] if number in broken else image
-        records.append({"image": image, "label": number % 3, "name": f"{number}.png"})
-    return Source(records, ("a", "b", "c"), "pictures", "test")
 
 
 @functools.cache
@@ -64,10 +55,9 @@ def softmax_of(logits):
 
 def scored_on_maps(protocol, source=None):
     return score_maps(
-        *network(),
-        MEAN_IMAGE,
+        as_network(*network(), MEAN_IMAGE),
         protocol,
-        source or make_source(),
+        source or make_source(SIZES),
         batch_size=8,
         max_buckets=2,
         threads=2,
@@ -117,7 +107,7 @@ def views_one_by_one(image, protocol):
 )
 def test_views_on_maps_equal_a_loop_over_images_scales_and_windows(protocol):
     found, tables = scored_on_maps(protocol)
-    for index, record in enumerate(make_source().records):
+    for index, record in enumerate(make_source(SIZES).records):
         alone = views_one_by_one(decode_image(record["image"]), protocol)
         assert found.views[index] == len(alone)
         np.testing.assert_allclose(
@@ -127,26 +117,12 @@ def test_views_on_maps_equal_a_loop_over_images_scales_and_windows(protocol):
     assert all(table.programs <= 2 for table in tables)
 
 
-def test_hundreds_of_sizes_need_no_more_programs_than_buckets():
-    rng = np.random.default_rng(0)
-    records = [
-        {"image": encode(picture(*size)), "label": 0, "name": str(size)}
-        for size in rng.integers(56, 190, (200, 2)).tolist()
-    ]
-    source = Source(records, ("a", "b", "c"), "many", "test")
-    protocol = named_protocol("full_image", view=SIDE, resize_side=64, flip=False)
-    found, (table,) = scored_on_maps(protocol, source)
-    assert found.valid.all()
-    assert table.programs <= 2
-    assert sum(row.images for row in table.rows()) == 200
-
-
 @pytest.mark.parametrize("levels", [LEVELS, None])
 @pytest.mark.parametrize("flip", [False, True])
 def test_ten_views_of_crops_equal_a_loop_over_crops(levels, flip):
     model, params = network(levels)
     protocol = Protocol(False, (64,), CENTER_AND_CORNERS, flip)
-    source = make_source(broken=(2,))
+    source = make_source(SIZES, broken=(2,))
     batches = eval_batches(
         source,
         batch_size=4,
@@ -154,9 +130,8 @@ def test_ten_views_of_crops_equal_a_loop_over_crops(levels, flip):
         resize_side=64,
         positions=protocol.positions,
     )
-    found = score_crops(
-        model, params, MEAN_IMAGE, protocol, batches, records=len(source.records)
-    )
+    seen = as_network(model, params, MEAN_IMAGE)
+    found = score_crops(seen, protocol, batches, records=len(source.records))
     # Crops come from the whole length, and the needle would be 192,000 pixels long.
     assert found.valid.tolist() == [True, True, False, True, False]
     for index in np.flatnonzero(found.valid):
@@ -179,7 +154,7 @@ def test_ten_views_of_crops_equal_a_loop_over_crops(levels, flip):
 def test_a_broken_image_is_left_out_and_its_neighbours_keep_their_scores():
     protocol = named_protocol("full_image", view=SIDE, resize_side=64, flip=False)
     whole, _ = scored_on_maps(protocol)
-    found, _ = scored_on_maps(protocol, make_source(broken=(0, 3)))
+    found, _ = scored_on_maps(protocol, make_source(SIZES, broken=(0, 3)))
     assert found.valid.tolist() == [False, True, True, False, True]
     assert summarize(found)["count"] == 3
     assert summarize(found)["broken"] == 2
@@ -194,11 +169,9 @@ def test_a_network_without_spp_is_refused_and_told_what_it_can_do():
     protocol = named_protocol("full_image", view=SIDE, resize_side=64, flip=False)
     with pytest.raises(ValueError, match="use the protocol single or ten_view"):
         score_maps(
-            model,
-            params,
-            MEAN_IMAGE,
+            as_network(model, params, MEAN_IMAGE),
             protocol,
-            make_source(),
+            make_source(SIZES),
             batch_size=8,
             max_buckets=2,
             threads=1,
@@ -228,10 +201,19 @@ def test_the_summary_equals_a_count_by_hand():
 
 
 @pytest.mark.parametrize(("correct", "count"), [(0, 7), (7, 7), (284, 372), (1, 2)])
-def test_the_interval_is_wilson_s(correct, count):
-    expected = binomtest(correct, count).proportion_ci(0.95, method="wilson")
-    found = wilson_interval(correct, count)
-    np.testing.assert_allclose(found, (expected.low, expected.high), atol=1e-7)
+def test_the_interval_ends_at_shares_that_the_count_only_just_allows(correct, count):
+    """Wilson's: there the count is 1.96 standard deviations from what is expected."""
+    scores = np.tile(np.float32([1, 0]), (count, 1))
+    labels = (np.arange(count) >= correct).astype(np.int32)
+    whole = np.ones(count, bool)
+    report = summarize(Scores(scores, labels, whole, np.ones(count, int)))
+    assert report["top1_correct"] == correct
+    deviations = statistics.NormalDist().inv_cdf(0.975)
+    low, high = report["top1_interval"]
+    assert 0 <= low <= correct / count <= high <= 1
+    for share in {low, high} - {correct / count}:
+        spread = np.sqrt(share * (1 - share) * count)
+        assert abs(correct - share * count) == pytest.approx(deviations * spread)
 
 
 def test_networks_are_combined_by_the_mean_of_their_scores():

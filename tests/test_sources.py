@@ -1,30 +1,27 @@
 """Every kind of data set opens the same way, or says what to do."""
 
-import io
 import json
 import pickle
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
-import tensorflow_datasets as tfds
-from data_helpers import encode, make_source, picture, write_class_folders
+from data_helpers import make_source, write_class_folders
 from mock_imagenet import prepare_mock_imagenet
+from mock_voc import CLASSES, prepare_mock_voc
 
 from sppnet_jax.data.images import decode_image
-from sppnet_jax.data.sources import available_splits, check_labels, open_source
+from sppnet_jax.data.sources import available_splits, check_labels, open_source, subset
 
 
 @pytest.fixture(scope="module")
-def imagenet_dir(tmp_path_factory: pytest.TempPathFactory) -> str:
+def imagenet_dir(tmp_path_factory):
     data_dir = str(tmp_path_factory.mktemp("tfds"))
     prepare_mock_imagenet(data_dir)
     return data_dir
 
 
-def test_imagenet_opens_without_tensorflow(imagenet_dir: str) -> None:
+def test_imagenet_opens_without_tensorflow(imagenet_dir):
     source = open_source("imagenet2012", "train", data_dir=imagenet_dir)
     assert len(source.records) == 32
     assert len(source.class_names) == 1000
@@ -37,38 +34,24 @@ def test_imagenet_opens_without_tensorflow(imagenet_dir: str) -> None:
     )
 
 
-def test_a_version_may_be_named(imagenet_dir: str) -> None:
-    source = open_source("imagenet2012:5.1.0", "train", data_dir=imagenet_dir)
-    assert len(source.records) == 32
-
-
 @pytest.mark.parametrize(
     ("split", "count"),
     [("train[:50%]", 16), ("train[10:]", 22), ("train+validation", 44)],
 )
-def test_tfds_slices_work(imagenet_dir: str, split: str, count: int) -> None:
-    source = open_source("imagenet2012", split, data_dir=imagenet_dir)
+def test_slices_of_tfds_and_a_version_may_be_named(imagenet_dir, split, count):
+    source = open_source("imagenet2012:5.1.0", split, data_dir=imagenet_dir)
     assert len(source.records) == count
     assert source.split == split
 
 
-def test_the_embedded_data_set_is_prepared_where_the_environment_says(
-    digit_scenes_dir: str,
-) -> None:
+def test_the_embedded_data_set_is_prepared_where_the_environment_says(digit_scenes_dir):
     source = open_source("digit_scenes/classification", "test")
     assert len(source.records) == 1077
     assert source.class_names == tuple("0123456789")
     assert (Path(digit_scenes_dir) / "digit_scenes/classification/1.0.0").is_dir()
 
 
-def test_a_source_can_be_sent_to_a_worker_process(imagenet_dir: str) -> None:
-    source = open_source("imagenet2012", "train", data_dir=imagenet_dir)
-    copy = pickle.loads(pickle.dumps(source))
-    assert copy.class_names == source.class_names
-    assert copy.records[7] == source.records[7]
-
-
-def test_a_data_set_that_is_not_prepared_says_what_to_run(tmp_path: Path) -> None:
+def test_a_data_set_that_is_not_prepared_says_what_to_run(tmp_path):
     with pytest.raises(FileNotFoundError) as error:
         open_source("imagenet2012", "train", data_dir=str(tmp_path))
     message = str(error.value)
@@ -81,7 +64,7 @@ def test_a_data_set_that_is_not_prepared_says_what_to_run(tmp_path: Path) -> Non
     assert "image-net.org" in message
 
 
-def test_a_data_set_in_another_format_says_what_to_run(tmp_path: Path) -> None:
+def test_a_data_set_in_another_format_says_what_to_run(tmp_path):
     folder = prepare_mock_imagenet(str(tmp_path), 2, 2)
     info = json.loads((folder / "dataset_info.json").read_text())
     info["fileFormat"] = "tfrecord"
@@ -102,9 +85,7 @@ def test_a_data_set_in_another_format_says_what_to_run(tmp_path: Path) -> None:
         ("not a name", "name/config"),
     ],
 )
-def test_an_unknown_data_set_suggests_close_names(
-    tmp_path: Path, dataset: str, suggestion: str
-) -> None:
+def test_an_unknown_data_set_suggests_close_names(tmp_path, dataset, suggestion):
     with pytest.raises(ValueError, match=suggestion):
         open_source(dataset, "train", data_dir=str(tmp_path))
 
@@ -119,94 +100,22 @@ def test_an_unknown_data_set_suggests_close_names(
         ("train[:x]", "can't read the split"),
     ],
 )
-def test_a_split_that_is_not_there_or_empty_is_an_error(
-    imagenet_dir: str, split: str, message: str
-) -> None:
+def test_a_split_that_is_not_there_or_empty_is_an_error(imagenet_dir, split, message):
     with pytest.raises(ValueError, match=message):
         open_source("imagenet2012", split, data_dir=imagenet_dir)
 
 
-def test_a_detection_data_set_is_no_classification_data_set(
-    digit_scenes_dir: str,
-) -> None:
+def test_a_detection_data_set_is_no_classification_data_set(digit_scenes_dir):
     with pytest.raises(
         ValueError, match="not a data set of images with one class each"
     ):
         open_source("digit_scenes/detection", "test", data_dir=digit_scenes_dir)
 
 
-VOC_CLASSES = ("aeroplane", "bicycle", "bird")
-# Each image's objects: class, difficult.
-VOC_OBJECTS: tuple[tuple[tuple[int, bool], ...], ...] = (
-    ((0, False),),
-    ((0, False), (2, True)),
-    ((1, True), (1, False), (0, True)),
-    (),
-    ((2, True), (2, True)),
+VOC_LABELS = (
+    *((1, -1, -1), (1, -1, 1), (-1, 0, -1), (-1, 1, -1)),
+    *((1, -1, 0), (0, 1, -1), (-1, -1, -1)),
 )
-VOC_LABELS = ((1, -1, -1), (1, -1, 0), (0, 1, -1), (-1, -1, -1), (-1, -1, 0))
-
-
-class MockVoc(tfds.core.GeneratorBasedBuilder, skip_registration=True):
-    """The layout of TFDS's own `voc`, of which `features` may be left out."""
-
-    name = "voc"
-    VERSION = tfds.core.Version("4.0.0")
-    BUILDER_CONFIGS = (tfds.core.BuilderConfig(name="2007", version=VERSION),)
-    code_path = None
-    left_out: tuple[str, ...] = ()
-
-    def _info(self) -> tfds.core.DatasetInfo:
-        label = tfds.features.ClassLabel(names=VOC_CLASSES)
-        one = {
-            "label": label,
-            "bbox": tfds.features.BBoxFeature(),
-            "is_difficult": np.bool_,
-        }
-        features = {
-            "image": tfds.features.Image(encoding_format="jpeg"),
-            "image/filename": tfds.features.Text(),
-            "objects": tfds.features.Sequence(self._kept(one)),
-            "labels": tfds.features.Sequence(label),
-            "labels_no_difficult": tfds.features.Sequence(label),
-        }
-        return tfds.core.DatasetInfo(
-            builder=self, features=tfds.features.FeaturesDict(self._kept(features))
-        )
-
-    def _split_generators(self, dl_manager: Any) -> dict[str, Iterator[Any]]:
-        return {split: self._generate_examples(split) for split in ("train", "test")}
-
-    def _generate_examples(self, split: str) -> Iterator[tuple[int, dict[str, Any]]]:
-        box = tfds.features.BBox(0.0, 0.0, 1.0, 1.0)
-        for number, objects in enumerate(VOC_OBJECTS):
-            objects = () if split == "test" else objects
-            one = [
-                {"label": label, "bbox": box, "is_difficult": difficult}
-                for label, difficult in objects
-            ]
-            example = {
-                "image": io.BytesIO(encode(picture(seed=number), ".jpg")),
-                "image/filename": f"00000{number}.jpg",
-                "objects": [self._kept(values) for values in one],
-                "labels": sorted({label for label, _ in objects}),
-                "labels_no_difficult": sorted(
-                    {label for label, difficult in objects if not difficult}
-                ),
-            }
-            yield number, self._kept(example)
-
-    def _kept(self, items: dict[str, Any]) -> dict[str, Any]:
-        return {key: item for key, item in items.items() if key not in self.left_out}
-
-
-def prepare_mock_voc(data_dir: Path, *left_out: str) -> Path:
-    MockVoc.left_out = left_out
-    builder = MockVoc(config="2007", data_dir=str(data_dir))
-    builder.download_and_prepare(file_format="array_record")
-    return Path(builder.data_path)
-
-
 ONLY_PRESENCE = np.where(np.array(VOC_LABELS) == 0, 1, VOC_LABELS)
 
 
@@ -221,13 +130,11 @@ ONLY_PRESENCE = np.where(np.array(VOC_LABELS) == 0, 1, VOC_LABELS)
         (("objects", "labels_no_difficult"), ONLY_PRESENCE),
     ],
 )
-def test_a_class_is_present_only_difficult_or_absent(
-    tmp_path: Path, left_out: tuple[str, ...], expected: Any
-) -> None:
+def test_a_class_is_present_only_difficult_or_absent(tmp_path, left_out, expected):
     prepare_mock_voc(tmp_path, *left_out)
     source = open_source("voc/2007", "train", data_dir=str(tmp_path), multi_label=True)
     assert source.multi_label
-    assert source.class_names == VOC_CLASSES
+    assert source.class_names == CLASSES
     for source_ in (source, pickle.loads(pickle.dumps(source))):
         records = sorted(source_.records, key=lambda record: record["name"])
         for number, record in enumerate(records):
@@ -237,7 +144,7 @@ def test_a_class_is_present_only_difficult_or_absent(
             np.testing.assert_array_equal(record["labels"], expected[number])
 
 
-def test_digit_scenes_have_several_labels_too(digit_scenes_dir: str) -> None:
+def test_digit_scenes_have_several_labels_too(digit_scenes_dir):
     source = open_source("digit_scenes/detection", "test", multi_label=True)
     labels = np.stack([record["labels"] for record in source.records])
     assert labels.shape == (400, 10)
@@ -247,36 +154,32 @@ def test_digit_scenes_have_several_labels_too(digit_scenes_dir: str) -> None:
     assert 1 < counts.max() <= 6
 
 
-def test_a_source_of_several_labels_must_be_asked_for(tmp_path: Path) -> None:
+def test_a_source_of_several_labels_must_be_asked_for(tmp_path):
     prepare_mock_voc(tmp_path)
     with pytest.raises(ValueError, match=r"one class each.*open it with multi_label"):
         open_source("voc/2007", "train", data_dir=str(tmp_path))
 
 
-def test_a_source_of_one_label_is_not_opened_as_one_of_several(
-    imagenet_dir: str,
-) -> None:
+def test_a_source_of_one_label_is_not_opened_as_one_of_several(imagenet_dir):
     with pytest.raises(ValueError, match=r"several classes .* leave multi_label out"):
         open_source("imagenet2012", "train", data_dir=imagenet_dir, multi_label=True)
     with pytest.raises(ValueError, match=r"several classes .* leave multi_label out"):
         open_source("digit_scenes/classification", "test", multi_label=True)
 
 
-def test_a_data_set_without_labels_is_no_source_of_several(tmp_path: Path) -> None:
+def test_a_data_set_without_labels_is_no_source_of_several(tmp_path):
     prepare_mock_voc(tmp_path, "objects", "labels", "labels_no_difficult")
     with pytest.raises(ValueError, match="there must be one image, and a sequence"):
         open_source("voc/2007", "train", data_dir=str(tmp_path), multi_label=True)
 
 
-def test_a_split_whose_labels_are_withheld_is_an_error(tmp_path: Path) -> None:
+def test_a_split_whose_labels_are_withheld_is_an_error(tmp_path):
     prepare_mock_voc(tmp_path)
-    with pytest.raises(ValueError, match=r"none of the 5 records .* has a class"):
+    with pytest.raises(ValueError, match=r"none of the 7 records .* has a class"):
         open_source("voc/2007", "test", data_dir=str(tmp_path), multi_label=True)
 
 
-def test_one_of_several_labels_outside_the_range_names_the_record(
-    tmp_path: Path,
-) -> None:
+def test_one_of_several_labels_outside_the_range_names_the_record(tmp_path):
     folder = prepare_mock_voc(tmp_path)
     (folder / "labels.labels.txt").write_text("aeroplane\nbicycle\n")
     text = (folder / "features.json").read_text()
@@ -287,22 +190,45 @@ def test_one_of_several_labels_outside_the_range_names_the_record(
         open_source("voc/2007", "train", data_dir=str(tmp_path), multi_label=True)
 
 
-def test_an_image_folder_needs_its_root() -> None:
+def test_tfds_data_is_identified_by_version_split_and_size(imagenet_dir):
+    def digest(split):
+        return open_source("imagenet2012", split, data_dir=imagenet_dir).digest
+
+    assert digest("train") == "imagenet2012/5.1.0 train 32"
+    assert digest("train[:50%]") == "imagenet2012/5.1.0 train[:50%] 16"
+
+
+def test_a_subset_has_the_records_of_the_indices():
+    source = make_source(5)._replace(digest="all five")
+    part = subset(source, np.array([3, 1]))
+    assert [record["name"] for record in part.records] == [
+        "picture_3.png",
+        "picture_1.png",
+    ]
+    assert (len(part.records), part.digest) == (2, "")
+
+
+def test_an_image_folder_needs_its_root():
     with pytest.raises(ValueError, match="needs its folder: set root"):
         open_source("image_folder", "train")
 
 
-def test_an_unknown_split_of_a_folder_lists_those_there_are(tmp_path: Path) -> None:
+def test_a_folder_has_one_class_an_image_or_several(tmp_path):
+    with pytest.raises(ValueError, match=r"several classes .* leave multi_label out"):
+        open_source("image_folder", "train", root=str(tmp_path), multi_label=True)
+    with pytest.raises(ValueError, match=r"one class each.*open it with multi_label"):
+        open_source("voc_folder", "train", root=str(tmp_path))
+
+
+def test_an_unknown_split_of_a_folder_lists_those_there_are(tmp_path):
     write_class_folders(tmp_path / "pets", 5)
     with pytest.raises(
         ValueError, match=r"unknown split 'val' .* it has 'train', 'test'"
     ):
-        open_source(
-            "image_folder", "val", root=str(tmp_path / "pets"), data_dir=str(tmp_path)
-        )
+        open_source("image_folder", "val", root=str(tmp_path / "pets"))
 
 
-def test_a_data_dir_that_cannot_be_written_says_so(tmp_path: Path) -> None:
+def test_a_data_dir_that_cannot_be_written_says_so(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError, match="TFDS_DATA_DIR"):
         open_source(
@@ -311,14 +237,14 @@ def test_a_data_dir_that_cannot_be_written_says_so(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("label", [-1, 3, 1000])
-def test_a_label_outside_the_range_names_the_record(label: int) -> None:
+def test_a_label_outside_the_range_names_the_record(label):
     source = make_source(5, labels=(0, 1, 2, label, 0))
     with pytest.raises(ValueError, match=rf"'picture_3.png' in split 'train'.*{label}"):
         check_labels(source)
     check_labels(make_source(5))
 
 
-def test_labels_are_checked_when_a_data_set_is_opened(tmp_path: Path) -> None:
+def test_labels_are_checked_when_a_data_set_is_opened(tmp_path):
     folder = prepare_mock_imagenet(str(tmp_path), 4, 4)
     names = (folder / "label.labels.txt").read_text().splitlines()
     (folder / "label.labels.txt").write_text("\n".join(names[:100]))
@@ -330,7 +256,7 @@ def test_labels_are_checked_when_a_data_set_is_opened(tmp_path: Path) -> None:
         open_source("imagenet2012", "train", data_dir=str(tmp_path))
 
 
-def test_a_sample_of_labels_is_checked_in_a_large_source() -> None:
+def test_a_sample_of_labels_is_checked_in_a_large_source():
     source = make_source(20, labels=(0,) * 10 + (7,) * 10)
     with pytest.raises(ValueError, match="picture_10"):
         check_labels(source, all_up_to=4, sample=4)

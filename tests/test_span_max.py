@@ -118,3 +118,30 @@ def test_second_maps_of_a_batch_and_vmap_give_the_same():
     whole = span_max(jnp.asarray(maps), PADDED, UNEVEN)
     one = jax.vmap(lambda m: span_max(m[None], PADDED, UNEVEN)[0])(jnp.asarray(maps))
     np.testing.assert_array_equal(whole, one)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize(("rows", "columns"), CASES)
+def test_other_platforms_maxima_are_the_cpu_s_also_of_ties_and_nans(
+    rows, columns, dtype, monkeypatch
+):
+    maps, weights = with_distinct_cells(rows, columns)
+    maps = np.floor(maps / 5) - 3  # five of each value
+    maps[0, rows[0][0], columns[-1][0], 0] = np.nan
+    maps[1, -1, -1, 2] = np.inf
+    maps[1, :4, :4, 1] = -np.inf
+
+    def pooled_and_gradient():
+        function = lambda x: span_max(x, rows, columns)  # noqa: E731
+        pooled, back = jax.vjp(function, jnp.asarray(maps, dtype))
+        gradient = back(jnp.asarray(weights, dtype))[0]
+        return pooled.astype(jnp.float32), gradient.astype(jnp.float32)
+
+    here = pooled_and_gradient()
+    monkeypatch.setattr(
+        jax.lax, "platform_dependent", lambda *args, default, **_: default(*args)
+    )
+    elsewhere = pooled_and_gradient()
+    for one, other in zip(here, elsewhere, strict=True):
+        assert np.isnan(one).any()
+        np.testing.assert_array_equal(one, other)

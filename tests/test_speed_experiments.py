@@ -14,7 +14,7 @@ from data_helpers import encode, picture
 from experiments import pipeline_speed, startup_speed
 from experiments.first_step import CPU, PARTS, TOTAL
 from experiments.photographs import SIZE, photograph, photograph_folder
-from sppnet_jax.benchmarks.report import Setting, show
+from sppnet_jax.benchmarks.report import Timing, show
 from sppnet_jax.data.images import decode_image, image_size
 from sppnet_jax.data.sources import Source
 
@@ -25,12 +25,12 @@ def small_case():
     encoded = [encode(picture(40, 50, seed=n), ".jpg") for n in range(40)]
     records = [{"image": e, "label": 0, "name": str(n)} for n, e in enumerate(encoded)]
     source = Source(records, ("one",), "memory", "train")
-    return pipeline_speed.Case("small", source, 24, 28, 0.35, True, steps=3)
+    return pipeline_speed._Case("small", source, 24, 28, 0.35, True, steps=3)
 
 
 def test_the_pipeline_s_rates_follow_from_its_seconds(small_case, tmp_path):
-    setting = Setting(rounds=2, quick=True, folder=tmp_path)
-    report = pipeline_speed.run([small_case], setting, tmp_path, batch=8)
+    timing = Timing(rounds=2, quick=True, folder=tmp_path)
+    report = pipeline_speed.run([small_case], timing, tmp_path, batch=8)
     rows = {row["what"]: row for row in report.rows}
     assert rows["bare decoding"]["of bare decoding"] == 1
     for name in ("bare decoding", "1 thread", "8 threads", "paper's crops"):
@@ -40,7 +40,7 @@ def test_the_pipeline_s_rates_follow_from_its_seconds(small_case, tmp_path):
     assert rows["1 thread"]["CPU ms"] > rows["part: cropping, resizing"]["CPU ms"] > 0
     assert not any("worker" in name for name in rows)
     assert "quick: no worker processes" in report.notes
-    show(report, setting)
+    show(report, timing)
     stored = json.loads((tmp_path / "pipeline.json").read_text())
     assert [row["what"] for row in stored["rows"]] == list(rows)
     assert decode_image((tmp_path / "pipeline.png").read_bytes()).std() > 10
@@ -65,17 +65,6 @@ def test_a_pipeline_s_measurement_holds_exactly_the_images_it_took(
         assert records.reads() == full + 24
     assert used.wall > 0
     assert used.cpu > 0
-
-
-def test_alternatives_take_turns_at_being_the_first():
-    order = []
-
-    def work(name):
-        return lambda: order.append(name) or pipeline_speed.Used(1.0, 2.0)
-
-    used = pipeline_speed.measure_in_turn({n: work(n) for n in "abc"}, 4, "")
-    assert "".join(order) == "abc" + "bca" + "cab" + "abc"
-    assert used == {n: [(1.0, 2.0)] * 4 for n in "abc"}
 
 
 def test_photographs_are_photographs_of_one_size_and_the_same_each_time(tmp_path):
@@ -114,7 +103,7 @@ def test_second_starts_are_compared_with_first_ones_round_by_round(
     assert ratio["median"] == np.median([12 / 3, 36 / 3, 60 / 3])
     assert totals[1]["first / second"] == ratio["median"]
     assert not list(tmp_path.iterdir())
-    show(report, Setting(3, True, tmp_path / "out"))
+    show(report, Timing(3, True, tmp_path / "out"))
     assert decode_image((tmp_path / "out/startup.png").read_bytes()).std() > 10
 
 
@@ -145,8 +134,8 @@ def test_a_training_s_imports_hold_neither_pyplot_nor_pytorch():
     """They'd take seconds of every start."""
     code = (
         "import sys\n"
-        "from sppnet_jax import cli, train, from_config\n"
-        "from sppnet_jax.training import loop\n"
+        "from sppnet_jax import cli, train\n"
+        "from sppnet_jax.training import networks\n"
         "heavy = 'torch', 'matplotlib', 'sklearn', 'tensorboardX', 'scipy.optimize'\n"
         "print([name for name in heavy if name in sys.modules])\n"
     )

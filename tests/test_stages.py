@@ -2,16 +2,14 @@
 
 import json
 import logging
-import shutil
 import subprocess
 import sys
-from pathlib import Path
-from typing import Any
 
 import pytest
 
-from sppnet_jax.detection import stages
-from sppnet_jax.detection.stages import digest_of, is_done, locked, run_stage
+from sppnet_jax.run import stages
+from sppnet_jax.run.run_folder import locked
+from sppnet_jax.run.stages import digest_of, is_done, run_stage
 from tests.conftest import REPOSITORY
 
 
@@ -22,11 +20,11 @@ class Killed(BaseException):
 class Work:
     """A stage's work in two parts, each a file; notes what it finds and does."""
 
-    def __init__(self) -> None:
-        self.found: list[set[str]] = []
+    def __init__(self):
+        self.found = []
         self.dies = False
 
-    def __call__(self, folder: Path) -> Any:
+    def __call__(self, folder):
         self.found.append({p.name for p in folder.iterdir()} - {"stage.json"})
         (folder / "first").write_text("1")
         if self.dies:
@@ -36,12 +34,12 @@ class Work:
 
 
 @pytest.fixture
-def work() -> Work:
+def work():
     return Work()
 
 
 @pytest.fixture(autouse=True)
-def log(caplog: pytest.LogCaptureFixture) -> pytest.LogCaptureFixture:
+def log(caplog):
     caplog.set_level(logging.INFO, logger="sppnet_jax")
     return caplog
 
@@ -49,9 +47,7 @@ def log(caplog: pytest.LogCaptureFixture) -> pytest.LogCaptureFixture:
 INPUTS = {"seed": 0, "scales": (96, 128), "finetune": {"steps": 5}}
 
 
-def test_a_stage_that_is_done_is_not_run_again(
-    tmp_path: Path, work: Work, log: pytest.LogCaptureFixture
-) -> None:
+def test_a_stage_that_is_done_is_not_run_again(tmp_path, work, log):
     digest = run_stage(tmp_path, "svm", INPUTS, work)
     assert is_done(tmp_path, "svm")
     assert run_stage(tmp_path, "svm", INPUTS, work) == digest
@@ -60,9 +56,7 @@ def test_a_stage_that_is_done_is_not_run_again(
     assert log.messages[-1] == "stage svm is done"
 
 
-def test_one_that_was_killed_finds_what_it_had_left(
-    tmp_path: Path, work: Work, log: pytest.LogCaptureFixture
-) -> None:
+def test_one_that_was_killed_finds_what_it_had_left(tmp_path, work, log):
     work.dies = True
     with pytest.raises(Killed):
         run_stage(tmp_path, "svm", INPUTS, work)
@@ -76,8 +70,8 @@ def test_one_that_was_killed_finds_what_it_had_left(
 
 @pytest.mark.parametrize("dies", [False, True])
 def test_changed_inputs_redo_it_from_nothing_and_the_log_says_why(
-    dies: bool, tmp_path: Path, work: Work, log: pytest.LogCaptureFixture
-) -> None:
+    dies, tmp_path, work, log
+):
     if dies:
         work.dies = True
         with pytest.raises(Killed):
@@ -96,9 +90,7 @@ def test_changed_inputs_redo_it_from_nothing_and_the_log_says_why(
     assert is_done(tmp_path, "svm")
 
 
-def test_a_changed_setting_of_a_group_is_named_alone(
-    tmp_path: Path, work: Work, log: pytest.LogCaptureFixture
-) -> None:
+def test_a_changed_setting_of_a_group_is_named_alone(tmp_path, work, log):
     before = {"seed": 0, "finetune": {"learning_rate": 0.01, "steps": 5, "deep": {}}}
     now = {"seed": 0, "finetune": {"learning_rate": 0.02, "steps": 5, "deep": {"C": 1}}}
     run_stage(tmp_path, "svm", before, work)
@@ -109,7 +101,7 @@ def test_a_changed_setting_of_a_group_is_named_alone(
     )
 
 
-def test_only_one_trains_in_a_folder_at_a_time(tmp_path: Path) -> None:
+def test_only_one_trains_in_a_folder_at_a_time(tmp_path):
     with locked(tmp_path / "run"):
         with (
             pytest.raises(ValueError, match=f"training in {tmp_path}/run: wait"),
@@ -124,11 +116,11 @@ def test_only_one_trains_in_a_folder_at_a_time(tmp_path: Path) -> None:
         pass
 
 
-def test_a_killed_process_locks_its_folder_no_longer(tmp_path: Path) -> None:
+def test_a_killed_process_locks_its_folder_no_longer(tmp_path):
     script = (
         "import sys, time\n"
         "from pathlib import Path\n"
-        "from sppnet_jax.detection.stages import locked\n"
+        "from sppnet_jax.run.run_folder import locked\n"
         "with locked(Path(sys.argv[1])):\n"
         "    print('locked', flush=True)\n"
         "    time.sleep(300)\n"
@@ -140,7 +132,6 @@ def test_a_killed_process_locks_its_folder_no_longer(tmp_path: Path) -> None:
         text=True,
     )
     try:
-        assert process.stdout is not None
         assert process.stdout.readline() == "locked\n"
         with pytest.raises(ValueError, match="another process"), locked(tmp_path):
             pass
@@ -151,22 +142,14 @@ def test_a_killed_process_locks_its_folder_no_longer(tmp_path: Path) -> None:
         pass
 
 
-def test_a_removed_folder_is_made_anew(tmp_path: Path, work: Work) -> None:
-    run_stage(tmp_path, "svm", INPUTS, work)
-    shutil.rmtree(tmp_path / "svm")
-    assert not is_done(tmp_path, "svm")
-    run_stage(tmp_path, "svm", INPUTS, work)
-    assert work.found == [set(), set()]
-
-
 @pytest.mark.parametrize("how_far", [0, 1])
 def test_a_run_killed_while_it_removes_the_old_results_begins_from_nothing(
-    how_far: int, tmp_path: Path, work: Work, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    how_far, tmp_path, work, monkeypatch
+):
     """Killed before the first file is gone, and in the middle."""
     run_stage(tmp_path, "svm", INPUTS, work)
 
-    def die(path: Path) -> None:
+    def die(path):
         for file in sorted(path.iterdir())[:how_far]:
             file.unlink()
         raise Killed
@@ -182,9 +165,7 @@ def test_a_run_killed_while_it_removes_the_old_results_begins_from_nothing(
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"inputs": {}}', "null"])
-def test_a_record_that_cannot_be_read_is_no_record(
-    text: str, tmp_path: Path, work: Work
-) -> None:
+def test_a_record_that_cannot_be_read_is_no_record(text, tmp_path, work):
     run_stage(tmp_path, "svm", INPUTS, work)
     (tmp_path / "svm/stage.json").write_text(text)
     assert not is_done(tmp_path, "svm")
@@ -193,9 +174,7 @@ def test_a_record_that_cannot_be_read_is_no_record(
 
 
 @pytest.mark.parametrize("left", [(), ("stage.partial",)])
-def test_a_run_killed_before_its_first_record_is_no_obstacle(
-    left: tuple[str, ...], tmp_path: Path, work: Work
-) -> None:
+def test_a_run_killed_before_its_first_record_is_no_obstacle(left, tmp_path, work):
     (tmp_path / "svm").mkdir()
     for name in left:
         (tmp_path / "svm" / name).write_text("{")
@@ -203,9 +182,7 @@ def test_a_run_killed_before_its_first_record_is_no_obstacle(
     assert is_done(tmp_path, "svm")
 
 
-def test_a_folder_that_no_stage_has_made_is_not_removed(
-    tmp_path: Path, work: Work
-) -> None:
+def test_a_folder_that_no_stage_has_made_is_not_removed(tmp_path, work):
     """--workdir=runs beside a trained classifier in runs/network."""
     (tmp_path / "network").mkdir()
     (tmp_path / "network/config.json").write_text("{}")
@@ -215,7 +192,7 @@ def test_a_folder_that_no_stage_has_made_is_not_removed(
     assert not work.found
 
 
-def test_the_record_is_for_people_to_read(tmp_path: Path, work: Work) -> None:
+def test_the_record_is_for_people_to_read(tmp_path, work):
     digest = run_stage(tmp_path, "svm", INPUTS, work)
     record = json.loads((tmp_path / "svm/stage.json").read_text())
     assert record["inputs"] == {**INPUTS, "scales": [96, 128]}
@@ -224,7 +201,7 @@ def test_the_record_is_for_people_to_read(tmp_path: Path, work: Work) -> None:
     assert record["report"] == {"parts": 2}
 
 
-def test_a_digest_depends_on_values_not_on_their_order_or_kind_of_list() -> None:
+def test_a_digest_depends_on_values_not_on_their_order_or_kind_of_list():
     assert digest_of({"a": (1, 2), "b": 3}) == digest_of({"b": 3, "a": [1, 2]})
     assert digest_of({"a": 1}) != digest_of({"a": 2})
     assert digest_of({"a": 1}) != digest_of({"b": 1})

@@ -1,11 +1,10 @@
 """The statistics of a training set: by their definition, and found again."""
 
-import os
 from pathlib import Path
 
 import numpy as np
 import pytest
-from data_helpers import encode, picture
+from data_helpers import encode, picture, write_class_folders
 
 from sppnet_jax.data import statistics
 from sppnet_jax.data.images import crop, decode_image, resize_shorter_side
@@ -17,18 +16,12 @@ SIZES = {"image_size": 16, "resize_side": 18}
 
 @pytest.fixture
 def folder(tmp_path):
-    for kind in ("a", "b"):
-        (tmp_path / "images" / kind).mkdir(parents=True)
-        for number in range(10):
-            image = picture(20 + number, 24, seed=number)
-            path = tmp_path / "images" / kind / f"{number}.png"
-            path.write_bytes(encode(image))
+    write_class_folders(tmp_path / "images", 10, "a b")
     return tmp_path / "images"
 
 
 def opened(folder):
-    data_dir = str(folder.parent / "prepared")
-    return open_source("image_folder", "train", root=str(folder), data_dir=data_dir)
+    return open_source("image_folder", "train", root=str(folder))
 
 
 def test_they_are_the_mean_image_and_the_covariance_of_all_pixels(folder):
@@ -44,7 +37,9 @@ def test_they_are_the_mean_image_and_the_covariance_of_all_pixels(folder):
     np.testing.assert_allclose(found.covariance, expected, rtol=1e-4, atol=1e-2)
 
 
-def count_computations(monkeypatch):
+@pytest.fixture
+def computed(monkeypatch):
+    """The settings of each computation from here on."""
     computed = []
 
     def counted(source, **settings):
@@ -56,9 +51,8 @@ def count_computations(monkeypatch):
 
 
 def test_they_are_computed_once_for_the_same_images_and_sizes(
-    folder, tmp_path, monkeypatch
+    folder, tmp_path, computed
 ):
-    computed = count_computations(monkeypatch)
     source = opened(folder)
     kept = tmp_path / "kept"
     first = kept_statistics(source, kept, **SIZES)
@@ -71,8 +65,7 @@ def test_they_are_computed_once_for_the_same_images_and_sizes(
     assert len(computed) == 3
 
 
-def test_images_that_were_changed_are_read_anew(folder, tmp_path, monkeypatch):
-    computed = count_computations(monkeypatch)
+def test_images_that_were_changed_are_read_anew(folder, tmp_path, computed):
     kept = tmp_path / "kept"
     before = kept_statistics(opened(folder), kept, **SIZES)
     for path in folder.rglob("*.png"):
@@ -82,31 +75,17 @@ def test_images_that_were_changed_are_read_anew(folder, tmp_path, monkeypatch):
     assert np.abs(before.mean_image - after.mean_image).max() > 1
 
 
-def test_files_made_anew_in_the_same_place_are_read_anew(folder):
-    source = opened(folder)
-    state = source.records.state()
-    assert state
-    assert opened(folder).records.state() == state
-    data_dir = folder.parent / "prepared"
-    (file,) = data_dir.rglob("*train*array_record*")
-    os.utime(file, ns=(0, 0))
-    assert source.records.state() != state
-
-
 def test_a_damaged_file_is_made_again_and_an_unwritable_folder_is_a_warning(
-    folder, tmp_path, monkeypatch, caplog
+    folder, tmp_path, computed, caplog
 ):
-    computed = count_computations(monkeypatch)
     source = opened(folder)
     kept = tmp_path / "kept"
     kept_statistics(source, kept, **SIZES)
     (path,) = kept.iterdir()
     path.write_bytes(b"not an archive")
     kept_statistics(source, kept, **SIZES)
-    assert "can't be read, so it is made again" in caplog.text
     kept_statistics(source, kept, **SIZES)
     assert len(computed) == 2
-    caplog.clear()
     kept_statistics(source, path / "below a file", **SIZES)
     assert "are not kept" in caplog.text
     assert len(computed) == 3
@@ -117,6 +96,11 @@ class ClosedPath(type(Path())):
 
     def exists(self, **_):
         raise PermissionError(f"no entry to {self}")
+
+
+def test_of_images_that_nothing_identifies_none_are_kept(folder, tmp_path):
+    kept_statistics(opened(folder)._replace(digest=""), tmp_path / "kept", **SIZES)
+    assert not (tmp_path / "kept").exists()
 
 
 def test_without_a_folder_or_in_a_closed_one_they_are_computed(folder, tmp_path):

@@ -1,18 +1,15 @@
 """The solver for all classes against scikit-learn's, and its own certificate."""
 
 import logging
-from typing import Any
 
 import numpy as np
 import pytest
 from sklearn.svm import LinearSVC
 
-from sppnet_jax.detection.svm_solver import SolvedSVMs, solve_svms
+from sppnet_jax.detection.svm_solver import solve_svms
 
 
-def windows_of_classes(
-    count: int = 400, classes: int = 4, dimensions: int = 60, seed: int = 0
-) -> tuple[np.ndarray, np.ndarray]:
+def windows_of_classes(count=400, classes=4, dimensions=60, seed=0):
     """Sparse features as after a ReLU, mean length 20, that overlap between classes."""
     rng = np.random.default_rng(seed)
     owner = np.where(rng.random(count) < 0.1, rng.integers(0, classes, count), -1)
@@ -27,14 +24,8 @@ def windows_of_classes(
 
 
 def primal_and_dual(
-    solved: SolvedSVMs,
-    features: np.ndarray,
-    labels: np.ndarray,
-    number: int,
-    C: float,
-    positive_weight: float,
-    bias_multiplier: float,
-) -> tuple[float, float]:
+    solved, features, labels, number, C, positive_weight, bias_multiplier
+):
     """Both objectives of one class, term by term from their definitions, in float64."""
     w = solved.svms.weights[number].astype(np.float64)
     v = float(solved.svms.biases[number]) / bias_multiplier
@@ -55,13 +46,14 @@ def primal_and_dual(
     return primal, dual - 0.5 * (combined @ combined)
 
 
-def scikit_learns(
-    features: np.ndarray,
-    labels: np.ndarray,
-    C: float,
-    positive_weight: float,
-    bias_multiplier: float,
-) -> float:
+def hinge_objective(w, b, features, signs, C, positive_weight, bias_multiplier):
+    """The objective of one class, from its definition."""
+    hinge = np.maximum(0, 1 - signs * (features @ w + b))
+    weights = np.where(signs > 0, positive_weight, 1.0)
+    return 0.5 * (w @ w + (b / bias_multiplier) ** 2) + C * (weights @ hinge)
+
+
+def scikit_learns(features, labels, C, positive_weight, bias_multiplier):
     """The least objective of one class that liblinear finds."""
     own, signs = features[labels != 0].astype(np.float64), labels[labels != 0]
     model = LinearSVC(
@@ -73,19 +65,15 @@ def scikit_learns(
         max_iter=200_000,
         random_state=0,
     ).fit(own, signs)
-    w, b = model.coef_[0], model.intercept_[0]
-    hinge = np.maximum(0, 1 - signs * (own @ w + b))
-    weights = np.where(signs > 0, positive_weight, 1.0)
-    return 0.5 * (w @ w + (b / bias_multiplier) ** 2) + C * (weights @ hinge)
+    settings = (C, positive_weight, bias_multiplier)
+    return hinge_objective(model.coef_[0], model.intercept_[0], own, signs, *settings)
 
 
 @pytest.mark.parametrize(
     ("C", "positive_weight", "bias_multiplier"),
     [(1e-3, 2.0, 10.0), (1e-4, 1.0, 1.0), (1e-2, 5.0, 3.0)],
 )
-def test_every_class_is_as_good_as_scikit_learns(
-    C: float, positive_weight: float, bias_multiplier: float
-) -> None:
+def test_every_class_is_as_good_as_scikit_learns(C, positive_weight, bias_multiplier):
     features, labels = windows_of_classes()
     solved = solve_svms(
         features,
@@ -101,7 +89,7 @@ def test_every_class_is_as_good_as_scikit_learns(
         assert best * (1 - 1e-6) <= primal <= best * 1.001
 
 
-def test_objectives_and_gaps_are_what_their_definitions_give() -> None:
+def test_objectives_and_gaps_are_what_their_definitions_give():
     features, labels = windows_of_classes()
     for tolerance in (0.3, 1e-4):
         solved = solve_svms(features, labels, tolerance=tolerance)
@@ -115,7 +103,7 @@ def test_objectives_and_gaps_are_what_their_definitions_give() -> None:
             assert gap <= tolerance * primal
 
 
-def test_an_example_left_out_of_a_class_is_as_good_as_absent() -> None:
+def test_an_example_left_out_of_a_class_is_as_good_as_absent():
     features, labels = windows_of_classes()
     together = solve_svms(features, labels, tolerance=1e-5)
     for number in range(4):
@@ -130,9 +118,7 @@ def test_an_example_left_out_of_a_class_is_as_good_as_absent() -> None:
         assert distance @ distance / 4 <= gaps
 
 
-def test_a_start_from_the_solution_needs_no_epoch_and_one_with_more_rows_fewer() -> (
-    None
-):
+def test_a_start_from_the_solution_needs_no_epoch_and_one_with_more_rows_fewer():
     features, labels = windows_of_classes(count=600)
     solved = solve_svms(features, labels)
     assert solve_svms(features, labels, start=solved.duals).epochs == 0
@@ -143,14 +129,14 @@ def test_a_start_from_the_solution_needs_no_epoch_and_one_with_more_rows_fewer()
     np.testing.assert_allclose(warm.objectives, solved.objectives, rtol=2e-3)
 
 
-def test_equal_seeds_give_equal_svms() -> None:
+def test_equal_seeds_give_equal_svms():
     features, labels = windows_of_classes()
     first, again = (solve_svms(features, labels, seed=3) for _ in range(2))
     np.testing.assert_array_equal(first.svms.weights, again.svms.weights)
     np.testing.assert_array_equal(first.duals, again.duals)
 
 
-def test_a_class_without_examples_gets_zeros_and_the_others_do_not_notice() -> None:
+def test_a_class_without_examples_gets_zeros_and_the_others_do_not_notice():
     features, labels = windows_of_classes()
     labels[:, 2] = 0
     solved = solve_svms(features, labels)
@@ -159,7 +145,7 @@ def test_a_class_without_examples_gets_zeros_and_the_others_do_not_notice() -> N
     assert solved.svms.weights[[0, 1, 3]].any(axis=1).all()
 
 
-def test_blank_and_equal_examples_do_no_harm() -> None:
+def test_blank_and_equal_examples_do_no_harm():
     features = np.zeros((6, 3), np.float32)
     features[4:] = 1
     labels = np.array([[1], [1], [-1], [-1], [1], [-1]], np.int8)
@@ -169,9 +155,7 @@ def test_blank_and_equal_examples_do_no_harm() -> None:
         assert solved.gaps[0] <= 1e-3 * solved.objectives[0]
 
 
-def test_the_log_names_classes_that_are_not_solved(
-    caplog: pytest.LogCaptureFixture,
-) -> None:
+def test_the_log_names_classes_that_are_not_solved(caplog):
     caplog.set_level(logging.WARNING)
     features, labels = windows_of_classes()
     solve_svms(features, labels)
@@ -188,15 +172,11 @@ def test_the_log_names_classes_that_are_not_solved(
         ({"labels": np.full((5, 2), 3)}, r"there are \[3\]"),
         ({"features": np.full((5, 3), np.nan)}, "first in row 0"),
         ({"labels": np.ones((5, 0))}, "nothing to train on"),
-        ({"C": 0.0}, "must be above 0"),
-        ({"bias_multiplier": -1.0}, "at least 0"),
         ({"start": np.zeros((4, 2))}, "append rows of zeros"),
     ],
 )
-def test_arguments_that_make_no_sense_are_errors(
-    change: dict[str, Any], message: str
-) -> None:
-    arguments: dict[str, Any] = {
+def test_arguments_that_make_no_sense_are_errors(change, message):
+    arguments = {
         "features": np.ones((5, 3)),
         "labels": np.ones((5, 2), np.int8),
     }

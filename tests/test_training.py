@@ -11,24 +11,24 @@ import numpy as np
 import PIL.Image
 import pytest
 
-from sppnet_jax.classification.accuracy import count_correct
 from sppnet_jax.data.batches import eval_batches, train_batches
 from sppnet_jax.data.sources import Source
 from sppnet_jax.network.model import create_model
 from sppnet_jax.network.preprocess import Preprocessing
 from sppnet_jax.run import parallel
 from sppnet_jax.run.checkpoints import Checkpoints
+from sppnet_jax.run.interrupt import Interrupted
 from sppnet_jax.run.metrics import read_metrics
-from sppnet_jax.training.loop import Run, train
-from sppnet_jax.training.schedule import Schedule
+from sppnet_jax.training.loop import train
 from sppnet_jax.training.sizes import epoch_size
-from sppnet_jax.training.step_log import DivergedError
+from sppnet_jax.training.step_log import DivergedError, Pace
 from sppnet_jax.training.steps import (
     Optimizer,
     create_state,
-    make_test_step,
     make_train_step,
+    shard_batch,
 )
+from sppnet_jax.training.validation import count_correct, make_test_step
 
 SIDE = 32
 PLAIN = Preprocessing(np.float32(128), 64.0, np.zeros((3, 3), np.float32))
@@ -40,13 +40,13 @@ MODEL = create_model(
 class Squares:
     """Records whose class is the brightest colour channel, as PNG bytes."""
 
-    def __init__(self, count: int) -> None:
+    def __init__(self, count):
         self._count = count
 
-    def __len__(self) -> int:
+    def __len__(self):
         return self._count
 
-    def __getitem__(self, index: int) -> dict:
+    def __getitem__(self, index):
         import cv2
 
         image = np.random.default_rng(index).integers(0, 100, (40, 36, 3), np.uint8)
@@ -138,37 +138,53 @@ def test_top_1_and_top_5_equal_a_count_by_hand(test_step):
     batch = random_batch(12, seed=3)
     batch["mask"][-1] = False
     state = create_state(MODEL, Optimizer(), seed=1)
-    counts, scores = test_step(state.params, parallel.shard(batch))
-    scores = np.asarray(scores).reshape(12, 3)
-    best = scores.argmax(axis=1)
-    counts = first(counts)
+    counts = first(test_step(state.params, parallel.shard(batch)))
+    inputs = (jnp.asarray(batch["image"], jnp.float32) - 128) / 64
+    logits, _ = MODEL.apply({"params": first(state.params)}, inputs)
+    best = np.asarray(logits).argmax(axis=1)
     assert counts["top1"] == (best == batch["label"])[:11].sum()
     assert counts["top5"] == counts["count"] == 11
-    np.testing.assert_allclose(scores.sum(axis=1), 1, rtol=1e-5)
 
 
-def run_training(workdir, *, epochs=2, seed=0, rate=0.05, workers=0, **run):
+def run_training(
+    workdir,
+    *,
+    epochs=2,
+    seed=0,
+    rate=0.05,
+    workers=0,
+    sizes=(),
+    size_multiple=1,
+    **pace,
+):
     """Trains on the squares: 5 steps an epoch."""
-    settings = Run(epochs=epochs, batch_size=8, seed=seed, log_steps=1, **run)
     shape = {"batch_size": 8, "image_size": SIDE, "resize_side": SIDE}
     test = make_test_step(MODEL, PLAIN)
 
     def validate(params):
         return count_correct(test, params, eval_batches(SOURCE, **shape), records=40)
 
+    def size_of(epoch):
+        if not sizes:
+            return None
+        return epoch_size(sizes, epoch, seed=seed, multiple=size_multiple)
+
     with train_batches(
         SOURCE, seed=seed, epochs=epochs, workers=workers, **shape
     ) as batches:
         train(
             workdir,
-            MODEL,
-            SOURCE,
-            batches,
+            "training",
+            Pace(5 * epochs, batch_size=8, epoch_steps=5, **{"log_steps": 1, **pace}),
+            make_state=lambda: create_state(MODEL, Optimizer(), seed),
+            batches=batches,
+            place=shard_batch,
+            make_program=lambda size: make_train_step(
+                MODEL, Optimizer(), PLAIN, size=size
+            ),
+            rate=lambda step, errors: rate,
+            size_of=size_of,
             validate=validate,
-            run=settings,
-            optimizer=Optimizer(),
-            schedule=Schedule(rate, "constant"),
-            preprocessing=PLAIN,
         )
     return read_metrics(workdir)
 
@@ -218,7 +234,8 @@ def test_an_interrupt_saves_a_checkpoint_and_the_run_goes_on(
 
     original = MetricsLog.write
     monkeypatch.setattr(MetricsLog, "write", interrupt_at_step_4)
-    run_training(tmp_path)
+    with pytest.raises(Interrupted, match="at step 4 of 10; the same command goes on"):
+        run_training(tmp_path)
     monkeypatch.undo()
     with Checkpoints(tmp_path / "checkpoints") as checkpoints:
         assert checkpoints.latest_step() == 4
@@ -334,32 +351,6 @@ def test_every_example_counts_once_whatever_the_batch(test_step):
         results.append(count_correct(test_step, params, batches, records=40))
     assert [result["count"] for result in results] == [40, 40, 40]
     assert len({result["top1"] for result in results}) == 1
-
-
-def test_a_batch_that_does_not_split_over_the_devices_is_refused():
-    with pytest.raises(ValueError, match="multiple of the number of devices, 4; got 6"):
-        parallel.check_batch_size(6)
-
-
-def test_broken_images_are_named_once_and_counted(caplog):
-    from sppnet_jax.data.broken import BrokenImages
-
-    class Broken(Squares):
-        def __getitem__(self, index):
-            record = super().__getitem__(index)
-            return record | {"image": record["image"][:-40]} if index == 2 else record
-
-    source = SOURCE._replace(records=Broken(5))
-    broken = BrokenImages(source)
-    batch = {"index": np.array([0, 2, -1]), "mask": np.array([True, False, False])}
-    with caplog.at_level(logging.WARNING, logger="sppnet_jax"):
-        broken.report(batch)
-        broken.report(batch)
-        broken.summarize()
-    assert len(broken) == 1
-    named, total = caplog.messages
-    assert "2.png: truncated" in named
-    assert "skipped 1 broken images of the 5" in total
 
 
 def traces(workdir):

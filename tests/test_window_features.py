@@ -1,9 +1,7 @@
 """Pooled features from files are those of a plain loop over images and windows."""
 
+import functools
 import math
-from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
 
 import cv2
 import jax
@@ -11,6 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from data_helpers import encode, picture
+from network_helpers import drawn_params
+from test_geometry import search_span
+from test_spp import loop_pool
 
 from sppnet_jax.data.sources import Source
 from sppnet_jax.detection import window_features
@@ -25,13 +26,14 @@ from sppnet_jax.detection.maps import (
 from sppnet_jax.detection.rcnn import (
     convolve_windows,
     fill_color,
+    kept_as,
+    load_windows,
     stores_pooled,
     windows_function,
 )
 from sppnet_jax.detection.warp import warp_windows
 from sppnet_jax.detection.window_features import (
     CHUNK,
-    WindowFeatures,
     from_maps,
     from_warped,
     in_chunks,
@@ -39,8 +41,9 @@ from sppnet_jax.detection.window_features import (
     pooled_rows,
     rows_of,
 )
-from sppnet_jax.network.model import SPPNet, create_model
+from sppnet_jax.network.model import create_model
 from sppnet_jax.network.preprocess import Preprocessing
+from sppnet_jax.network.trained import as_network
 from sppnet_jax.network.trunks import layers_geometry
 
 SIDE = 64
@@ -51,25 +54,16 @@ BROKEN = 3
 SCALES = (64, 110)
 
 
-def network(levels: tuple[int, ...] | None = LEVELS) -> tuple[SPPNet, Any]:
-    """A network and random weights, drawn without compiling anything."""
-    model = create_model(*("zf5", levels, 4), width=1 / 32, image_size=SIDE)
-    images = jnp.zeros((1, SIDE, SIDE, 3))
-    shapes = jax.eval_shape(model.init, jax.random.key(0), images)["params"]
-    rng = np.random.default_rng(0)
-
-    def draw(leaf: Any) -> np.ndarray:
-        spread = np.sqrt(2 / max(1, np.prod(leaf.shape[:-1])))
-        return rng.normal(0, spread, leaf.shape).astype(np.float32)
-
-    return model, jax.tree.map(draw, shapes)
+def network(levels=LEVELS):
+    model = create_model("zf5", levels, 4, width=1 / 32, image_size=SIDE)
+    return model, drawn_params(model)
 
 
 MODEL, PARAMS = network()
 GEOMETRY = layers_geometry(MODEL.backbone.layers)
 
 
-def make_source() -> Source:
+def make_source():
     records = []
     for number, size in enumerate(SIZES):
         noise = np.random.default_rng(number).integers(0, 60, (*size, 3), np.uint8)
@@ -83,13 +77,13 @@ def make_source() -> Source:
 SOURCE = make_source()
 
 
-def pixels(number: int) -> np.ndarray:
+def pixels(number):
     """The image, decoded by OpenCV."""
     encoded = np.frombuffer(SOURCE.records[number]["image"], np.uint8)
     return cv2.imdecode(encoded, cv2.IMREAD_COLOR)[..., ::-1]
 
 
-def random_boxes(number: int, count: int = 60) -> np.ndarray:
+def random_boxes(number, count=60):
     """Boxes of an image, some of them there twice; none of the broken one."""
     if number == BROKEN:
         return np.zeros((0, 4), np.float32)
@@ -103,31 +97,30 @@ def random_boxes(number: int, count: int = 60) -> np.ndarray:
 BOXES = [random_boxes(number) for number in range(len(SIZES))]
 
 
-def convolve(folder: Path, source: Source = SOURCE, **options: Any) -> dict[str, Any]:
-    return convolve_split(
-        *(MODEL, PARAMS, PLAIN, source, folder),
+def convolve(folder, source=SOURCE, **options):
+    convolve_split(
+        *(as_network(MODEL, PARAMS, PLAIN), source, folder),
         **{"sides": SCALES, "batch_size": 4, "max_buckets": 2, "threads": 2, **options},
     )
 
 
-def features_from(folder: Path, **options: Any) -> WindowFeatures:
+def features_from(folder, **options):
     sizes = image_sizes(SOURCE)
     sizes[BROKEN] = 0
     given = {"sides": SCALES, "geometry": GEOMETRY, "levels": LEVELS, **options}
-    return from_maps(folder, BOXES, sizes, area=SIDE**2, **given)
+    load = functools.partial(load_maps, folder, given["sides"])
+    return from_maps(load, BOXES, sizes, area=SIDE**2, **given)
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("maps")
-    report = convolve(folder)
-    assert (report["images"], report["broken"]) == (5, 1)
-    assert set(report["scales"]) == {"64", "110"}
+    convolve(folder)
     return folder
 
 
 @pytest.fixture(scope="module")
-def plain_maps() -> dict[tuple[int, int], tuple[tuple[int, int], np.ndarray]]:
+def plain_maps():
     """Each image, resized and convolved by itself at each scale: (size, map)."""
     found = {}
     apply = jax.jit(lambda x: MODEL.apply({"params": PARAMS}, x, method="features")[0])
@@ -148,54 +141,31 @@ def plain_maps() -> dict[tuple[int, int], tuple[tuple[int, int], np.ndarray]]:
     return found
 
 
-def pyramid(part: np.ndarray) -> np.ndarray:
-    """Every bin sliced out of a window's cells, by appendix A's rule."""
-    rows, columns = part.shape[:2]
-    bins = []
-    for n in LEVELS:
-        for i in range(n):
-            for j in range(n):
-                top, bottom = i * rows // n, -(-(i + 1) * rows // n)
-                left, right = j * columns // n, -(-(j + 1) * columns // n)
-                bins.append(part[top:bottom, left:right].max(axis=(0, 1)))
-    return np.concatenate(bins)
-
-
-def cells(start: float, stop: float, count: int) -> slice:
-    """The units whose centres lie in a side, or the one closest to its middle."""
-    units = range(-20, count + 20)
-    centre = {unit: GEOMETRY.center + GEOMETRY.stride * unit for unit in units}
-    inside = [unit for unit in units if start < centre[unit] < stop]
-    if not inside:
-        middle = (start + stop) / 2
-        inside = [min(units, key=lambda unit: (abs(centre[unit] - middle), unit))]
-    first, last = (min(max(unit, 0), count - 1) for unit in (inside[0], inside[-1]))
-    return slice(first, last + 1)
-
-
-def plain_rows(number: int, maps: Any, sides: Sequence[int] = SCALES) -> np.ndarray:
+def plain_rows(number, maps, sides=SCALES):
     """The pooled features of an image's boxes, one box after the other."""
     height, width = SIZES[number]
     rows = []
     for box in BOXES[number].astype(float):
         shape = (box[2] - box[0]) * (box[3] - box[1])
 
-        def distance(side: int, shape: float = shape) -> float:
+        def distance(side, shape=shape):
             size, _ = maps[number, side]
             return abs(shape * size[0] / height * size[1] / width - SIDE**2)
 
         size, found = maps[number, min(sides, key=distance)]
         y, x = size[0] / height, size[1] / width
-        vertical = cells(box[0] * y, box[2] * y, found.shape[0])
-        horizontal = cells(box[1] * x, box[3] * x, found.shape[1])
-        rows.append(pyramid(found[vertical, horizontal]))
+        edges = (box[0] * y, box[2] * y), (box[1] * x, box[3] * x)
+        (top, bottom), (left, right) = (
+            search_span(*edge, GEOMETRY, size, "paper")
+            for edge, size in zip(edges, found.shape, strict=False)
+        )
+        part = found[top : bottom + 1, left : right + 1]
+        rows.append(loop_pool(part, LEVELS).reshape(-1))
     return np.stack(rows)
 
 
 @pytest.mark.parametrize("sides", [SCALES, SCALES[1:]])
-def test_pooled_features_are_those_of_a_plain_loop(
-    sides: tuple[int, ...], folder: Path, plain_maps: Any
-) -> None:
+def test_pooled_features_are_those_of_a_plain_loop(sides, folder, plain_maps):
     features = features_from(folder, sides=sides, max_buckets=2)
     program = make_program(features, pooled_rows)
     for number in range(len(SIZES)):
@@ -209,9 +179,7 @@ def test_pooled_features_are_those_of_a_plain_loop(
         assert found.std() > 0.01 * largest
 
 
-def test_chosen_rows_come_back_in_their_order_and_as_often_as_chosen(
-    folder: Path,
-) -> None:
+def test_chosen_rows_come_back_in_their_order_and_as_often_as_chosen(folder):
     features = features_from(folder)
     program = make_program(features, pooled_rows)
     everything = rows_of(features, program, None, 0, np.arange(len(BOXES[0])))
@@ -223,16 +191,16 @@ def test_chosen_rows_come_back_in_their_order_and_as_often_as_chosen(
         rows_of(features, program, None, 2, np.zeros(0, int))
 
 
-def test_boxes_of_the_same_cells_go_through_the_head_once(folder: Path) -> None:
+def test_boxes_of_the_same_cells_go_through_the_head_once(folder):
     features = features_from(folder)
     _, count, which = features.inputs(0, np.arange(len(BOXES[0])))
     assert count == len(set(which)) < len(BOXES[0])
 
 
-def test_a_head_may_give_several_arrays(folder: Path) -> None:
+def test_a_head_may_give_several_arrays(folder):
     features = features_from(folder)
 
-    def head(weights: Any, pooled: jax.Array) -> Any:
+    def head(weights, pooled):
         return {"sum": pooled.sum(axis=1), "product": pooled @ weights}
 
     weights = np.random.default_rng(0).normal(size=(14 * 8, 3)).astype(np.float32)
@@ -252,12 +220,12 @@ def test_a_head_may_give_several_arrays(folder: Path) -> None:
         (3 * CHUNK, 2 * CHUNK),
     ],
 )
-def test_rows_in_chunks_are_those_of_one_call(rows: int, count: int) -> None:
+def test_rows_in_chunks_are_those_of_one_call(rows, count):
     rng = np.random.default_rng(0)
     pooled = jnp.asarray(rng.normal(size=(rows, 5)), jnp.float32)
     weights = jnp.asarray(rng.normal(size=(5, 2)), jnp.float32)
 
-    def head(weights: jax.Array, pooled: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def head(weights, pooled):
         return jnp.tanh(pooled @ weights), pooled.argmax(axis=1)
 
     found = jax.jit(lambda n: in_chunks(head, weights, pooled, n))(count)
@@ -269,30 +237,25 @@ def test_rows_in_chunks_are_those_of_one_call(rows: int, count: int) -> None:
 
 
 @pytest.mark.parametrize("count", [1, 16, 17, 255, 256, 257, 513])
-def test_windows_are_padded_to_few_different_numbers(count: int) -> None:
-    padded = window_features._padded(count)
+def test_windows_are_padded_to_few_different_numbers(count):
+    padded = window_features.padded_count(count)
     assert count <= padded <= max(16, 2 * count - 1)
     whole = padded % CHUNK == 0
     assert whole if count > CHUNK else padded in (16, 32, 64, 128, 256)
 
 
-def test_a_broken_image_is_named_has_no_map_and_stops_nothing(
-    folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_broken_image_is_named_has_no_map_and_stops_nothing(folder, tmp_path, caplog):
     for loaded in load_maps(folder, SCALES, BROKEN):
         assert loaded.size == 0
     assert decodable(SOURCE).tolist() == [True, True, True, False, True]
     assert image_sizes(SOURCE).tolist()[BROKEN] == [0, 0]
     part = SOURCE._replace(records=SOURCE.records[BROKEN : BROKEN + 1])
-    report = convolve(tmp_path, part, sides=(64,))
-    assert (report["images"], report["broken"]) == (1, 1)
+    convolve(tmp_path, part, sides=(64,))
     assert "skipping a broken image" in caplog.text
     assert "3.png" in caplog.text
 
 
-def test_an_interrupted_run_computes_what_is_missing_only(
-    folder: Path, tmp_path: Path
-) -> None:
+def test_an_interrupted_run_computes_what_is_missing_only(folder, tmp_path):
     convolve(tmp_path)
     gone = {(0, 64), (2, 64), (BROKEN, 64), (4, 110)}
     before = {}
@@ -310,12 +273,9 @@ def test_an_interrupted_run_computes_what_is_missing_only(
         assert (path.stat().st_ino != inode) == ((number, side) in gone)
         expected = np.load(map_file(folder, side, number))
         np.testing.assert_array_equal(np.load(path), expected)
-    assert convolve(tmp_path)["scales"] == {}
 
 
-def test_float16_files_are_half_as_large_and_nearly_the_same(
-    folder: Path, tmp_path: Path
-) -> None:
+def test_float16_files_are_half_as_large_and_nearly_the_same(folder, tmp_path):
     convolve(tmp_path, dtype="float16", sides=SCALES[:1])
     for number in set(range(len(SIZES))) - {BROKEN}:
         exact = np.load(map_file(folder, SCALES[0], number))
@@ -329,18 +289,16 @@ def test_float16_files_are_half_as_large_and_nearly_the_same(
     assert found.dtype == np.float32
 
 
-def test_sizes_at_a_scale_are_bounded_to_4_to_1() -> None:
+def test_sizes_at_a_scale_are_bounded_to_4_to_1():
     sizes = np.array([(60, 80), (40, 230), (200, 40), (0, 0)])
     expected = [[64, 85], [64, 256], [256, 64], [64, 64]]
     assert scaled_sizes(sizes, 64).tolist() == expected
 
 
-def test_a_network_without_a_pyramid_and_a_scale_too_small_are_refused(
-    tmp_path: Path,
-) -> None:
-    given = (PLAIN, SOURCE, tmp_path)
+def test_a_network_without_a_pyramid_and_a_scale_too_small_are_refused(tmp_path):
+    given = (as_network(*network(None), PLAIN), SOURCE, tmp_path)
     with pytest.raises(ValueError, match="no spatial pyramid"):
-        convolve_split(*network(None), *given, sides=(64,), batch_size=4)
+        convolve_split(*given, sides=(64,), batch_size=4)
     with pytest.raises(ValueError, match="side of 20 pixels are too small"):
         convolve(tmp_path, sides=(20,))
 
@@ -348,18 +306,16 @@ def test_a_network_without_a_pyramid_and_a_scale_too_small_are_refused(
 @pytest.mark.parametrize(
     ("levels", "pooled"), [(LEVELS, False), ((1,), True), (None, True)]
 )
-def test_warped_windows_give_what_each_gives_alone(
-    levels: tuple[int, ...] | None, pooled: bool, tmp_path: Path
-) -> None:
+def test_warped_windows_give_what_each_gives_alone(levels, pooled, tmp_path):
     model, params = network(levels)
     assert stores_pooled(model) == pooled
     boxes = [own[:11] for own in BOXES]
-    report = convolve_windows(
-        *(model, params, PLAIN, SOURCE, boxes, tmp_path), context=4, batch_size=8
-    )
-    assert (report["images"], report["windows"], report["broken"]) == (5, 44, 1)
-    assert report["stored"].startswith("pooled" if pooled else "maps")
-    features = from_warped(tmp_path, boxes, None if pooled else levels)
+    seen = as_network(model, params, PLAIN)
+    convolve_windows(seen, SOURCE, boxes, tmp_path, context=4, batch_size=8)
+    assert kept_as(model).startswith("pooled" if pooled else "maps")
+    assert len(list(tmp_path.iterdir())) == len(BOXES)
+    load = functools.partial(load_windows, tmp_path)
+    features = from_warped(load, boxes, None if pooled else levels)
     program = make_program(features, pooled_rows)
     apply = jax.jit(
         lambda x: model.apply({"params": params}, x)[1]["pyramid"],
@@ -379,9 +335,9 @@ def test_warped_windows_give_what_each_gives_alone(
         )
 
 
-def test_an_interrupted_run_warps_what_is_missing_only(tmp_path: Path) -> None:
+def test_an_interrupted_run_warps_what_is_missing_only(tmp_path):
     boxes = [own[:3] for own in BOXES]
-    given = (MODEL, PARAMS, PLAIN, SOURCE, boxes, tmp_path)
+    given = (as_network(MODEL, PARAMS, PLAIN), SOURCE, boxes, tmp_path)
     convolve_windows(*given, context=4, batch_size=4, dtype="float16")
     files = sorted(tmp_path.iterdir())
     assert len(files) == 5
@@ -390,18 +346,17 @@ def test_an_interrupted_run_warps_what_is_missing_only(tmp_path: Path) -> None:
     assert np.load(files[BROKEN]).size == 0
     files[1].unlink()
     stamps = {path: path.stat().st_ino for path in files if path != files[1]}
-    report = convolve_windows(*given, context=4, batch_size=4, dtype="float16")
-    assert report["windows"] == 3
+    convolve_windows(*given, context=4, batch_size=4, dtype="float16")
     np.testing.assert_array_equal(np.load(files[1]), before)
     assert stamps == {path: path.stat().st_ino for path in stamps}
 
 
-def test_an_image_without_windows_takes_part(tmp_path: Path) -> None:
-    run = windows_function(MODEL, PARAMS, PLAIN, batch_size=4)
+def test_an_image_without_windows_takes_part(tmp_path):
+    run = windows_function(as_network(MODEL, PARAMS, PLAIN), batch_size=4)
     assert run(np.zeros((0, SIDE, SIDE, 3), np.uint8)).shape[0] == 0
 
 
-def test_what_lies_outside_an_image_is_zero_after_the_mean() -> None:
+def test_what_lies_outside_an_image_is_zero_after_the_mean():
     assert fill_color(PLAIN).tolist() == [100, 100, 100]
     mean = np.random.default_rng(0).random((8, 8, 3)).astype(np.float32)
     image = PLAIN._replace(mean=mean)

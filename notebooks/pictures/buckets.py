@@ -21,6 +21,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import PercentFormatter
 
+from notebooks.pictures.maps import FEATURES_COLORS, SCORES_COLORS
 from sppnet_jax.buckets.choice import Bucket, Sizes, check_sizes
 from sppnet_jax.buckets.table import (
     BucketRow,
@@ -28,15 +29,10 @@ from sppnet_jax.buckets.table import (
     padding_waste,
     smallest_bucket,
 )
+from sppnet_jax.run.figures import SMALL, TITLE, color_of, tidy
 
 WIDTH = 9.0  # of a figure, in inches
-COLORS = (
-    "#e6194b", "#3cb44b", "#4363d8", "#f58231", "#911eb4", "#008080", "#9a6324",
-    "#808000",
-)  # fmt: skip
 LEAST = 1e-9  # where what is equal to the last bit is drawn on a logarithmic axis
-_TITLE, _SMALL = 9, 7  # points
-_FEATURES_MAP = "magma"
 
 
 def plot_padded(images: Sequence[np.ndarray], buckets: Sequence[Bucket]) -> Figure:
@@ -66,7 +62,7 @@ def plot_padded(images: Sequence[np.ndarray], buckets: Sequence[Bucket]) -> Figu
         axes.set(xlim=(0, bucket[1]), ylim=(tallest, 0), xticks=[], yticks=[])
         axes.set_title(
             f"{height}×{width}\nin {bucket[0]}×{bucket[1]}\n{share:.0%} padding",
-            fontsize=_SMALL,
+            fontsize=SMALL,
         )
         axes.spines[:].set_visible(False)
     return figure
@@ -96,10 +92,10 @@ def plot_choices(sizes: Sizes, choices: Sequence[Sequence[Bucket]]) -> Figure:
     last.plot([len(choice) for choice in ordered], waste, "o-", color="black")
     last.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     last.set(ylim=(0, None))
-    last.set_xlabel("buckets", fontsize=_SMALL)
-    last.set_title("padded share of the pixels", fontsize=_TITLE)
+    last.set_xlabel("buckets", fontsize=SMALL)
+    last.set_title("padded share of the pixels", fontsize=TITLE)
     last.grid(alpha=0.3)
-    _tidy(last)
+    tidy(last, labelsize=SMALL)
     return figure
 
 
@@ -121,7 +117,7 @@ def plot_costs(tables: Mapping[str, Sequence[BucketRow]], images: int = 500) -> 
     for place, (name, (programs, to_compile, to_run, alone)) in enumerate(
         costs.items()
     ):
-        color = COLORS[place % len(COLORS)]
+        color = color_of(place)
         spots = place + np.linspace(-0.3, 0.3, len(to_compile) + 2)[1:-1]
         compiled.bar(spots, to_compile, 0.6 / len(to_compile), color=color)
         run.bar(spots, to_run * 1e3, 0.6 / len(to_run), color=color)
@@ -131,16 +127,16 @@ def plot_costs(tables: Mapping[str, Sequence[BucketRow]], images: int = 500) -> 
         seconds = needed * to_compile.mean() + np.cumsum(each)
         total.plot(count, seconds, color=color, label=name)
     for axes in (compiled, run):
-        axes.set_xticks(range(len(costs)), list(costs), fontsize=_SMALL)
-    compiled.set_title("seconds to compile a program", fontsize=_TITLE)
-    run.set_title("milliseconds to run an image", fontsize=_TITLE)
-    total.set_title("seconds for N images of N sizes", fontsize=_TITLE)
+        axes.set_xticks(range(len(costs)), list(costs), fontsize=SMALL)
+    compiled.set_title("seconds to compile a program", fontsize=TITLE)
+    run.set_title("milliseconds to run an image", fontsize=TITLE)
+    total.set_title("seconds for N images of N sizes", fontsize=TITLE)
     total.set(yscale="log", xlim=(1, images))
-    total.set_xlabel("N", fontsize=_SMALL)
-    total.legend(fontsize=_SMALL, frameon=False)
+    total.set_xlabel("N", fontsize=SMALL)
+    total.legend(fontsize=SMALL, frameon=False)
     total.grid(alpha=0.3)
     for axes in (compiled, run, total):
-        _tidy(axes)
+        tidy(axes, labelsize=SMALL)
     return figure
 
 
@@ -184,15 +180,15 @@ def plot_features(alone: Any, padded: Any) -> Figure:
             "in its bucket: {}×{} cells".format(*padded.shape[:2]),
         ),
     ):
-        picture = axes.imshow(values, cmap=_FEATURES_MAP, vmin=0, vmax=top or 1)
-        axes.set_title(title, fontsize=_TITLE)
+        picture = axes.imshow(values, cmap=FEATURES_COLORS, vmin=0, vmax=top or 1)
+        axes.set_title(title, fontsize=TITLE)
     figure.colorbar(picture, ax=panels[:2], shrink=0.7, label="mean of channels")
     picture = panels[2].imshow(
-        difference / largest, cmap="viridis", vmin=0, vmax=max(inside, 1e-7)
+        difference / largest, cmap=SCORES_COLORS, vmin=0, vmax=max(inside, 1e-7)
     )
     panels[2].set_title(
         f"difference, at most {inside:.1g} of the largest;\nbeyond: {beyond:g}",
-        fontsize=_TITLE,
+        fontsize=TITLE,
     )
     figure.colorbar(picture, ax=panels[2], shrink=0.7)
     for axes, size in zip(panels, (alone, padded, padded), strict=True):
@@ -229,17 +225,17 @@ def plot_differences(reference: Any, ways: Mapping[str, Any]) -> Figure:
         worst = np.abs(values - reference).max(axis=1) / largest
         equal = (values.argmax(axis=1) == reference.argmax(axis=1)).mean()
         spots = place + random.uniform(-0.25, 0.25, len(worst))
-        color = COLORS[place % len(COLORS)]
+        color = color_of(place)
         axes.plot(np.maximum(worst, LEAST), spots, ".", color=color, alpha=0.6)
-        axes.text(3, place, f"same class: {equal:.0%}", va="center", fontsize=_SMALL)
+        axes.text(3, place, f"same class: {equal:.0%}", va="center", fontsize=SMALL)
     axes.axvline(float(np.finfo(np.float32).eps), color="0.5", linestyle=":")
     axes.set(xscale="log", xlim=(LEAST / 2, 40), ylim=(len(ways) - 0.5, -0.5))
-    axes.set_yticks(range(len(ways)), list(ways), fontsize=_TITLE)
+    axes.set_yticks(range(len(ways)), list(ways), fontsize=TITLE)
     axes.set_xlabel(
         "largest difference of an image's logits, relative; dotted: float32's last bit",
-        fontsize=_SMALL,
+        fontsize=SMALL,
     )
-    _tidy(axes)
+    tidy(axes, labelsize=SMALL)
     return figure
 
 
@@ -248,21 +244,21 @@ def _draw_choice(axes: Axes, sizes: Sizes, choice: Sequence[Bucket]) -> None:
     held = [smallest_bucket((int(h), int(w)), choice) for h, w in distinct]
     area = 4 + 40 * counts / counts.max()
     for number, bucket in enumerate(sorted(choice, key=np.prod, reverse=True)):
-        color = COLORS[number % len(COLORS)]
-        box = Rectangle((0, 0), bucket[1], bucket[0], ec=color, fc=(*_rgb(color), 0.06))
+        color = color_of(number)
+        box = Rectangle((0, 0), bucket[1], bucket[0], ec=color, fc=(color, 0.06))
         axes.add_patch(box)
         own = np.array([one == bucket for one in held])
         heights, widths = distinct[own].T
         axes.scatter(widths, heights, area[own], color=color, linewidths=0, alpha=0.6)
     longest = max(max(bucket) for bucket in choice) * 1.05
     axes.set(xlim=(0, longest), ylim=(longest, 0), aspect="equal")
-    axes.set_xlabel("width, pixels", fontsize=_SMALL)
-    axes.set_ylabel("height, pixels", fontsize=_SMALL)
+    axes.set_xlabel("width, pixels", fontsize=SMALL)
+    axes.set_ylabel("height, pixels", fontsize=SMALL)
     share, several = padding_waste(sizes, choice), "s" if len(choice) > 1 else ""
     axes.set_title(
-        f"{len(choice)} bucket{several}: {share:.0%} padding", fontsize=_TITLE
+        f"{len(choice)} bucket{several}: {share:.0%} padding", fontsize=TITLE
     )
-    _tidy(axes)
+    tidy(axes, labelsize=SMALL)
 
 
 def _cost(
@@ -283,12 +279,3 @@ def _cost(
 
 def _size(image: np.ndarray) -> Bucket:
     return int(image.shape[0]), int(image.shape[1])
-
-
-def _rgb(color: str) -> tuple[float, ...]:
-    return tuple(int(color[n : n + 2], 16) / 255 for n in (1, 3, 5))
-
-
-def _tidy(axes: Axes) -> None:
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.tick_params(labelsize=_SMALL)

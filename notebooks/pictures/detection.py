@@ -22,27 +22,35 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.patches import Rectangle
 
 from notebooks.pictures.maps import (
-    FEATURES_COLORS,
+    SCORES_COLORS,
+    centers,
     check_features,
     check_fits,
-    show_image,
     show_map,
+    show_vector,
 )
 from sppnet_jax.detection.boxes import iou
 from sppnet_jax.detection.detector import Detections
-from sppnet_jax.detection.pictures import COLORS
 from sppnet_jax.detection.scales import Size, scale_factors
 from sppnet_jax.pyramid.geometry import Geometry
 from sppnet_jax.pyramid.pooling import check_levels, num_bins
 from sppnet_jax.pyramid.windows import window_pyramid_pool
+from sppnet_jax.run.figures import (
+    SMALL,
+    TITLE,
+    color_of,
+    draw_box,
+    draw_label,
+    panels,
+    show_image,
+    tidy,
+)
 
 FOUND = 0.5  # the IoU from which a box counts as an object's
 WIDTH = 7.5  # of a figure, in inches
-_TITLE, _SMALL = 9, 7  # points
-_SCORES_MAP = "viridis"
+PIXELS = {"interpolation": "nearest"}  # smoothed scenes take twice the bytes
 # Where (top, left, bottom, right) counts rows.
 _ROWS = np.array([1, 0, 1, 0])
 
@@ -63,15 +71,16 @@ def plot_proposals(image: np.ndarray, proposals: np.ndarray, objects: Any) -> Fi
     overlaps = np.asarray(iou(proposals, objects))
     best, found = overlaps.max(axis=0), (overlaps.max(axis=0) >= FOUND).sum()
     figure, (left, middle, right) = _panels(image, 3)
-    show_image(left, image, f"{len(proposals):,} proposals")
+    show_image(left, image, f"{len(proposals):,} proposals", **PIXELS)
     for box in proposals:
-        _draw_box(left, box, "white", linewidth=0.5, alpha=0.15)
-    show_image(middle, image, f"{found} of {len(objects)} objects found")
+        draw_box(left, box, "white", linewidth=0.5, alpha=0.15)
+    title = f"{found} of {len(objects)} objects found"
+    show_image(middle, image, title, **PIXELS)
     for number, box in enumerate(objects):
-        _draw_box(middle, box, "white", linestyle="--")
-        color = COLORS[number % len(COLORS)]
+        draw_box(middle, box, "white", linestyle="--")
+        color = color_of(number)
         nearest = proposals[overlaps[:, number].argmax()]
-        _draw_box(middle, nearest, color, f"{best[number]:.2f}")
+        draw_box(middle, nearest, color)
         so_far = np.maximum.accumulate(overlaps[:, number])
         right.step(
             np.arange(1, len(proposals) + 1), so_far, where="post", color=color, lw=2
@@ -79,11 +88,14 @@ def plot_proposals(image: np.ndarray, proposals: np.ndarray, objects: Any) -> Fi
     right.axhline(FOUND, color="0.5", linestyle=":", linewidth=1)
     height, width = image.shape[:2]
     right.set(xscale="log", ylim=(0, 1), box_aspect=np.clip(height / width, 0.5, 1.4))
-    right.set_xlabel("proposals", fontsize=_SMALL)
-    right.tick_params(labelsize=_SMALL)
-    right.set_title("IoU with the best so far", fontsize=_TITLE)
-    right.spines[["top", "right"]].set_visible(False)
+    right.set_xlabel("proposals", fontsize=SMALL)
+    right.set_title("IoU with the best so far", fontsize=TITLE)
     right.grid(alpha=0.3)
+    tidy(right, labelsize=SMALL)
+    figure.draw_without_rendering()
+    taken: list[np.ndarray] = []
+    for number, box in enumerate(proposals[overlaps.argmax(axis=0)]):
+        draw_label(middle, box, f"{best[number]:.2f}", color_of(number), taken)
     return figure
 
 
@@ -110,13 +122,13 @@ def plot_channels(
     rows, columns = features.shape[:2]
     show_image(axes[0], image, f"receptive field: {geometry.receptive_field} pixels")
     for number, channel in enumerate(strongest):
-        color = COLORS[number % len(COLORS)]
+        color = color_of(number)
         peak = np.unravel_index(features[:, :, channel].argmax(), (rows, columns))
-        center = _centers(geometry, rows, columns)[peak]
+        y, x = centers(geometry, rows)[peak[0]], centers(geometry, columns)[peak[1]]
         half = geometry.receptive_field / 2
-        field = np.concatenate([center[::-1] - half, center[::-1] + half])
-        _draw_box(axes[0], field, color, linewidth=1)
-        axes[0].plot(*center, "o", color=color, markersize=4)
+        field = np.array([y - half, x - half, y + half, x + half])
+        draw_box(axes[0], field, color, linewidth=1)
+        axes[0].plot(x, y, "o", color=color, markersize=4)
         panel = axes[1 + number]
         show_map(panel, features[:, :, channel], f"channel {channel}")
         panel.plot(peak[1] + 0.5, peak[0] + 0.5, "o", color=color, markersize=4)
@@ -159,22 +171,27 @@ def plot_windows(
     figure, axes = _panels(images[0], 2 * len(maps), columns=max(2, len(maps)))
     for scale, (image, features) in enumerate(zip(images, maps, strict=True)):
         above, below = axes[scale], axes[len(maps) + scale]
-        rows, columns = features.shape[:2]
         show_image(above, image, "{}×{} pixels".format(*image.shape[:2]))
-        show_map(below, features.mean(axis=2), f"{rows}×{columns} cells")
-        centers = _centers(geometry, rows, columns)
-        x, y = centers.reshape(-1, 2).T
+        title = "{}×{} cells".format(*features.shape[:2])
+        show_map(below, features.mean(axis=2), title)
+    figure.draw_without_rendering()
+    for scale, features in enumerate(maps):
+        above, below = axes[scale], axes[len(maps) + scale]
+        ys, xs = (centers(geometry, count) for count in features.shape[:2])
+        x, y = np.meshgrid(xs, ys)
         above.scatter(x, y, s=1, color="white", alpha=0.7)
+        taken: list[np.ndarray] = []
         for number in np.flatnonzero(scales == scale):
-            color = COLORS[number % len(COLORS)]
-            _draw_box(above, boxes[number] * np.tile(factors[scale], 2), color)
+            color = color_of(number)
+            draw_box(above, boxes[number] * np.tile(factors[scale], 2), color)
             top, left, bottom, right = windows[number] - tops[scale] * _ROWS
-            x, y = centers[top:bottom, left:right].reshape(-1, 2).T
+            x, y = np.meshgrid(xs[left:right], ys[top:bottom])
             above.scatter(x, y, s=6, color=color)
             # A little smaller: windows with an edge in common can be told apart.
             inset = 0.06 * (1 + number % 3) * np.array([1, 1, -1, -1])
             cells = np.array([top, left, bottom, right]) + inset
-            _draw_box(below, cells, color, f"{bottom - top}×{right - left}")
+            draw_box(below, cells, color)
+            draw_label(below, cells, f"{bottom - top}×{right - left}", color, taken)
     return figure
 
 
@@ -209,18 +226,13 @@ def plot_pyramid(features: Any, window: np.ndarray, levels: Sequence[int]) -> Fi
         bins = means[ends[column] : ends[column + 1]].reshape(level, level)
         show_map(axes, bins, f"{level}×{level} bins", **limits)
     axes = figure.add_subplot(grid[1, :])
-    axes.imshow(pooled, cmap=FEATURES_COLORS, aspect="auto", interpolation="nearest")
-    for end in ends[1:-1]:
-        axes.axhline(end - 0.5, color="white", linewidth=1)
-    middles = (ends[:-1] + ends[1:] - 1) / 2
-    axes.set_yticks(middles, [f"{level}×{level}" for level in levels])
-    axes.tick_params(labelsize=_SMALL)
-    axes.tick_params(axis="y", length=0)
-    axes.set_xlabel("channel", fontsize=_SMALL)
+    show_vector(axes, pooled, levels)
+    tidy(axes, labelsize=SMALL)
+    axes.set_xlabel("channel", fontsize=SMALL)
     axes.set_title(
         f"pooled: {num_bins(levels)} bins × {pooled.shape[1]} channels = "
         f"{pooled.size:,} numbers for fc6",
-        fontsize=_TITLE,
+        fontsize=TITLE,
     )
     return figure
 
@@ -245,12 +257,11 @@ def plot_agreement(first: Any, second: Any, names: tuple[str, str]) -> Figure:
     axes.plot(ends, ends, color="0.8", linewidth=5, solid_capstyle="round")
     axes.plot(x, y, ".", color="C0", markersize=4)
     axes.set(xlabel=names[0], ylabel=names[1], aspect="equal")
-    axes.tick_params(labelsize=_SMALL)
     difference = np.abs(first.astype(np.float64) - second).max()
     axes.set_title(
-        f"{first.size:,} values, largest difference {difference:.2g}", fontsize=_TITLE
+        f"{first.size:,} values, largest difference {difference:.2g}", fontsize=TITLE
     )
-    axes.spines[["top", "right"]].set_visible(False)
+    tidy(axes, labelsize=SMALL)
     return figure
 
 
@@ -289,12 +300,14 @@ def plot_scores(
     for panel, label, heat in zip(axes, chosen, heats, strict=True):
         best = scores[:, label].argmax()
         title = f"{class_names[label]}: at best {scores[best, label]:.2f}"
-        show_image(panel, image.mean(axis=2), "", cmap="gray", vmin=0, vmax=255)
-        show_image(panel, heat, title, cmap=_SCORES_MAP, alpha=0.6, **limits)
-        _draw_box(panel, boxes[best], "white")
+        gray = image.mean(axis=2)
+        show_image(panel, gray, cmap="gray", vmin=0, vmax=255, **PIXELS)
+        style = {"cmap": SCORES_COLORS, "alpha": 0.6, **limits, **PIXELS}
+        show_image(panel, heat, title, **style)
+        draw_box(panel, boxes[best], "white")
     colors = axes[0].images[-1]
     bar = figure.colorbar(colors, ax=axes, shrink=0.8, pad=0.01, extend="min")
-    bar.ax.tick_params(labelsize=_SMALL)
+    bar.ax.tick_params(labelsize=SMALL)
     return figure
 
 
@@ -321,7 +334,9 @@ def plot_found(
         if len(truth) and len(step.boxes):
             overlaps = np.asarray(iou(step.boxes, truth)).max(axis=1)
             title += f"\nmean IoU with their objects {overlaps.mean():.2f}"
-        show_image(panel, image, title)
+        show_image(panel, image, title, **PIXELS)
+    figure.draw_without_rendering()
+    for panel, step in zip(axes, found.values(), strict=True):
         _draw_found(panel, step, class_names, truth)
     return figure
 
@@ -346,9 +361,10 @@ def plot_scenes(
         )
     tallest = max(images, key=lambda image: image.shape[0] / image.shape[1])
     figure, axes = _panels(tallest, len(images))
-    figure.set_layout_engine("constrained")  # "compressed" shrinks unequal panels
-    for panel, image, step, truth in zip(axes, images, found, objects, strict=True):
-        show_image(panel, image, "")
+    for panel, image in zip(axes, images, strict=True):
+        show_image(panel, image, **PIXELS)
+    figure.draw_without_rendering()
+    for panel, step, truth in zip(axes, found, objects, strict=True):
         _draw_found(panel, step, class_names, truth)
     return figure
 
@@ -358,12 +374,17 @@ def _draw_found(
 ) -> None:
     """Draws detections, with labels if they are few, and the objects' boxes dashed."""
     for box in truth:
-        _draw_box(axes, box, "white", linestyle="--", linewidth=1)
-    few = len(found.boxes) <= 12
-    for k in np.argsort(found.scores, kind="stable"):  # the best above the others
-        color = COLORS[found.labels[k] % len(COLORS)]
-        text = f"{class_names[found.labels[k]]}  {found.scores[k]:.1f}" if few else ""
-        _draw_box(axes, found.boxes[k], color, text, linewidth=2.0 if few else 1.0)
+        draw_box(axes, box, "white", linestyle="--", linewidth=1)
+    few, order = len(found.boxes) <= 12, np.argsort(-found.scores, kind="stable")
+    for k in order[::-1]:  # the best above the others
+        color = color_of(found.labels[k])
+        draw_box(axes, found.boxes[k], color, linewidth=2.0 if few else 1.0)
+    taken: list[np.ndarray] = []
+    for k in order if few else []:
+        name, color = class_names[found.labels[k]], color_of(found.labels[k])
+        draw_label(
+            axes, found.boxes[k], name, color, taken, value=f"{found.scores[k]:.1f}"
+        )
 
 
 def _best_around(
@@ -378,15 +399,6 @@ def _best_around(
     return heat
 
 
-def _centers(geometry: Geometry, rows: int, columns: int) -> np.ndarray:
-    """The (x, y) of all units' receptive-field centres, [rows, columns, 2].
-
-    A pixel's middle is half a pixel from its edges, where boxes begin.
-    """
-    ys, xs = (geometry.center + geometry.stride * np.arange(n) for n in (rows, columns))
-    return np.stack(np.meshgrid(xs, ys), axis=-1) + 0.5
-
-
 def _panels(
     image: np.ndarray, count: int, columns: int = 4
 ) -> tuple[Figure, list[Axes]]:
@@ -396,49 +408,9 @@ def _panels(
             f"image must be uint8 [height, width, 3], got {image.dtype} "
             f"{list(image.shape)}"
         )
-    height, width = image.shape[:2]
-    columns = min(columns, count)
-    lines = -(-count // columns)
-    size = WIDTH / columns
-    high = size * float(np.clip(height / width, 0.5, 1.4)) + 0.4
-    figure = Figure(figsize=(WIDTH, lines * high), layout="compressed")
-    axes = list(figure.subplots(lines, columns, squeeze=False).flat)
-    for empty in axes[count:]:
-        empty.axis("off")
-    return figure, axes[:count]
-
-
-def _draw_box(
-    axes: Axes, box: np.ndarray, color: str, text: str = "", **style: Any
-) -> None:
-    """Draws a frame, and a label at its upper edge, inside the picture."""
-    ymin, xmin, ymax, xmax = (float(edge) for edge in box)
-    given = {"linewidth": 2.0, **style}
-    frame = Rectangle(
-        (xmin, ymin), xmax - xmin, ymax - ymin, fill=False, edgecolor=color, **given
-    )
-    axes.add_patch(frame)
-    if text:
-        paper = {"facecolor": color, "edgecolor": "none", "pad": 1.0}
-        place = (max(xmin, axes.get_xlim()[0]), max(ymin, axes.get_ylim()[1]))
-        axes.text(
-            *place,
-            text,
-            fontsize=_SMALL,
-            va="top",
-            color=_ink(color),
-            bbox=paper,
-            clip_on=True,
-            parse_math=False,
-        )
-
-
-def _ink(color: str) -> str:
-    """Black or white, whichever can be read on a colour such as "#e6194b"."""
-    if not color.startswith("#"):
-        return "black"
-    red, green, blue = (int(color[k : k + 2], 16) for k in (1, 3, 5))
-    return "black" if 0.299 * red + 0.587 * green + 0.114 * blue > 140 else "white"
+    ratio = image.shape[0] / image.shape[1]
+    figure, axes = panels(count, min(columns, count), ratio, width=WIDTH)
+    return figure, list(axes)
 
 
 def _check_boxes(boxes: Any, name: str) -> np.ndarray:

@@ -22,14 +22,14 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
-from matplotlib.patches import Rectangle
 
 from notebooks.pictures.maps import (
-    FEATURES_COLORS,
+    SCORES_COLORS,
+    centers,
     check_features,
     check_fits,
-    show_image,
     show_map,
+    show_vector,
 )
 from sppnet_jax.pyramid.geometry import Geometry
 from sppnet_jax.pyramid.pooling import (
@@ -38,10 +38,7 @@ from sppnet_jax.pyramid.pooling import (
     pyramid_bins,
     spatial_pyramid_pool,
 )
-
-WIDTH = 9.0  # of a figure, in inches
-COLORS = ("#e6194b", "#3cb44b", "#4363d8", "#f58231", "#911eb4", "#008080")
-_GRADIENT_MAP = "viridis"
+from sppnet_jax.run.figures import TITLE, color_of, draw_box, panels, show_image
 
 
 def plot_levels(
@@ -61,7 +58,7 @@ def plot_levels(
     means = features.mean(axis=2)
     figure, axes = _panels(image, 2, 1 + len(levels))
     show_image(axes[0, 0], image, "{}×{} pixels".format(*image.shape[:2]))
-    x, y = np.meshgrid(_centers(geometry, columns), _centers(geometry, rows))
+    x, y = np.meshgrid(centers(geometry, columns), centers(geometry, rows))
     axes[0, 0].plot(x.ravel(), y.ravel(), ".", color="white", markersize=4)
     show_map(axes[1, 0], means, f"{rows}×{columns} cells", cmap="gray")
     for number, level in enumerate(levels):
@@ -69,7 +66,7 @@ def plot_levels(
         show_image(above, image, f"level {level}: {level}×{level} bins")
         show_map(below, means, "", cmap="gray")
         windows = bin_windows((rows, columns), (level,))
-        color = COLORS[number % len(COLORS)]
+        color = color_of(number)
         _draw_bins(above, bin_boxes((rows, columns), (level,), geometry), level, color)
         _draw_bins(below, windows, level, color)
     return figure
@@ -98,9 +95,9 @@ def plot_winners(features: Any, levels: Sequence[int]) -> Figure:
         wins = np.zeros(size)
         np.add.at(wins, (rows, columns), 1 / channels)
         panel = axes[0, number]
-        show_map(panel, wins, f"level {level}", cmap=_GRADIENT_MAP, vmin=0.0)
+        show_map(panel, wins, f"level {level}", cmap=SCORES_COLORS, vmin=0.0)
         for window in bin_windows(size, (level,)):
-            _draw_box(panel, window, "white", linewidth=0.8)
+            draw_box(panel, window, "white", linewidth=0.8)
     share = reached.sum() / max(1, (features > 0).sum())
     title = f"all: {share:.0%} of what is above 0"
     show_map(axes[0, -1], reached.mean(axis=2), title, vmin=0.0)
@@ -140,16 +137,16 @@ def plot_gradients(
     for line, number in zip(axes, bins, strict=True):
         _check_bin(number, levels)
         show_image(line[0], image, names[number])
-        _draw_box(line[0], boxes[number], "white")
+        draw_box(line[0], boxes[number], "white")
         for column, reducer in enumerate(("max", "mean")):
             on_map = bin_gradient(features, levels, number, reducer=reducer)
             on_map = on_map * won[number]
             (on_image,) = back(jnp.asarray(on_map, mapped.dtype))
             heat = np.abs(np.asarray(on_image)).sum(axis=2)
-            style = {"cmap": _GRADIENT_MAP, "vmin": 0.0}
+            style = {"cmap": SCORES_COLORS, "vmin": 0.0}
             left, right = line[1 + column], line[3 + column]
             show_image(left, abs(on_map).sum(axis=2), f"{reducer}, features", **style)
-            _draw_box(left, windows[number], "white")
+            draw_box(left, windows[number], "white")
             show_image(right, _blocks(heat, 4), f"{reducer}, image", **style)
         rows, columns = np.unique(winners[number][won[number]], axis=0).T
         line[1].plot(columns + 0.5, rows + 0.5, "x", color="white", markersize=5)
@@ -178,7 +175,7 @@ def plot_sizes(
             f"{len(maps)} maps"
         )
     pooled = [np.asarray(spatial_pyramid_pool(one, levels)) for one in checked]
-    figure = Figure(figsize=(WIDTH, 6.4), layout="constrained")
+    figure = Figure((9.0, 6.4), layout="constrained")
     axes = figure.subplots(3, len(images), squeeze=False, height_ratios=(1.2, 1, 1.4))
     limits = Normalize(0.0, float(max(vector.max() for vector in pooled)) or 1.0)
     tall, wide = (max(image.shape[k] for image in images) for k in (0, 1))
@@ -194,7 +191,10 @@ def plot_sizes(
         axes[1, number].set(xlim=(0, broad), ylim=(high, 0))
         for panel in axes[:2, number]:
             panel.axis("off")
-        _draw_vector(axes[2, number], vector, levels, limits, names=number == 0)
+        show_vector(axes[2, number], vector, levels, norm=limits)
+        axes[2, number].set_xticks([])
+        axes[2, number].tick_params(labelleft=number == 0)
+        axes[2, number].set_title("{}×{} numbers".format(*vector.shape), fontsize=TITLE)
     return figure
 
 
@@ -275,14 +275,8 @@ def _draw_bins(axes: Axes, boxes: np.ndarray, level: int, color: str) -> None:
     for number, box in enumerate(boxes):
         inside = box + gap * np.array([1, 1, -1, -1])
         tint = 0.5 if number == middle else 0.12
-        _draw_box(axes, inside, color, fill=True, alpha=tint, linewidth=0)
-        _draw_box(axes, inside, color)
-
-
-def _draw_box(axes: Axes, box: np.ndarray, color: str, **style: Any) -> None:
-    top, left, bottom, right = (float(edge) for edge in box)
-    given = {"fill": False, "linewidth": 1.5, "color": color, **style}
-    axes.add_patch(Rectangle((left, top), right - left, bottom - top, **given))
+        draw_box(axes, inside, color, fill=True, alpha=tint, linewidth=0)
+        draw_box(axes, inside, color)
 
 
 def _has_winner(features: np.ndarray, levels: tuple[int, ...]) -> np.ndarray:
@@ -309,43 +303,11 @@ def _blocks(values: np.ndarray, side: int) -> np.ndarray:
     return values
 
 
-def _draw_vector(
-    axes: Axes,
-    vector: np.ndarray,
-    levels: tuple[int, ...],
-    limits: Normalize,
-    *,
-    names: bool,
-) -> None:
-    """Shows a pyramid's numbers, with its levels beside them if `names`."""
-    axes.imshow(
-        vector,
-        cmap=FEATURES_COLORS,
-        norm=limits,
-        aspect="auto",
-        interpolation="nearest",
-    )
-    ends = np.cumsum([0, *(level * level for level in levels)])
-    for end in ends[1:-1]:
-        axes.axhline(end - 0.5, color="white", linewidth=1)
-    middles = (ends[:-1] + ends[1:] - 1) / 2
-    axes.set_yticks(middles, [f"{n}×{n}" for n in levels] if names else [])
-    axes.set_xticks([])
-    axes.tick_params(axis="y", length=0)
-    axes.set_title("{}×{} numbers".format(*vector.shape), fontsize=10)
-
-
 def _panels(picture: np.ndarray, lines: int, columns: int) -> tuple[Figure, Any]:
     """A figure of panels for pictures of one shape, and its axes [lines, columns]."""
-    height, width = picture.shape[:2]
-    high = WIDTH / columns * float(np.clip(height / width, 0.4, 2.0)) + 0.3
-    figure = Figure(figsize=(WIDTH, lines * high), layout="compressed")
-    return figure, figure.subplots(lines, columns, squeeze=False)
-
-
-def _centers(geometry: Geometry, count: int) -> np.ndarray:
-    """Where units' receptive-field centres lie, counted as boxes are."""
-    return geometry.center + geometry.stride * np.arange(count) + 0.5
+    ratio = picture.shape[0] / picture.shape[1]
+    figure, axes = panels(lines * columns, columns, ratio)
+    return figure, axes.reshape(lines, columns)
 
 
 def _bin_names(levels: tuple[int, ...]) -> list[str]:

@@ -1,30 +1,42 @@
-"""Images and their features on axes, drawn alike in every picture."""
+"""Features and the vectors that are pooled from them, drawn alike in every picture."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
 
 from sppnet_jax.pyramid.geometry import Geometry
+from sppnet_jax.run.figures import show_image
 
-FEATURES_COLORS = "magma"
-
-
-def show_image(axes: Axes, picture: np.ndarray, title: str, **style: Any) -> None:
-    """Shows an image [height, width, …]; pixel k goes from k to k + 1, as boxes count.
-
-    `style`: of matplotlib's `imshow`.
-    """
-    height, width = picture.shape[:2]
-    extent = (0.0, float(width), float(height), 0.0)
-    axes.imshow(picture, extent=extent, interpolation="nearest", **style)
-    axes.set(xticks=[], yticks=[], xlim=(0, width), ylim=(height, 0))
-    axes.set_title(title, fontsize=9)
+FEATURES_COLORS, SCORES_COLORS = "magma", "viridis"
 
 
 def show_map(axes: Axes, values: np.ndarray, title: str, **style: Any) -> None:
     """Shows one number for each cell of a map [rows, columns]: a cell is a square."""
-    show_image(axes, values, title, **{"cmap": FEATURES_COLORS, **style})
+    given = {"cmap": FEATURES_COLORS, "interpolation": "nearest", **style}
+    show_image(axes, values, title, **given)
+
+
+def show_vector(
+    axes: Axes, vector: np.ndarray, levels: Sequence[int], **style: Any
+) -> None:
+    """Shows a pyramid [bins, channels] as fc6 takes it, levels named at the left."""
+    given = {"cmap": FEATURES_COLORS, "interpolation": "nearest", **style}
+    axes.imshow(vector, aspect="auto", **given)
+    ends = np.cumsum([0, *(level * level for level in levels)])
+    for end in ends[1:-1]:
+        axes.axhline(end - 0.5, color="white", linewidth=1)
+    axes.set_yticks((ends[:-1] + ends[1:] - 1) / 2, [f"{n}×{n}" for n in levels])
+    axes.tick_params(axis="y", length=0)
+
+
+def centers(geometry: Geometry, count: int) -> np.ndarray:
+    """Where units' receptive-field centres lie, counted as boxes are: float [count].
+
+    A pixel's middle is half a pixel from its edges, where boxes begin.
+    """
+    return geometry.center + geometry.stride * np.arange(count) + 0.5
 
 
 def check_features(features: Any) -> np.ndarray:

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from sppnet_jax.benchmarks.report import Row, table
+from sppnet_jax.benchmarks.report import Measurements, table
 from sppnet_jax.network.model import create_model, init_params
 from sppnet_jax.network.trunks import Conv, get_backbone, output_size
 
@@ -58,33 +58,23 @@ CLUSTERS = (
 SHARE_OF_PEAK = 0.4  # that a training step reaches
 
 
-def scaling_table(
-    batch: int,
-    clusters: Sequence[Cluster] = CLUSTERS,
-    share_of_peak: float = SHARE_OF_PEAK,
-) -> list[Row]:
+def scaling_table(batch: int) -> list[Measurements]:
     """Time of the all-reduce beside that of the step, for each network and cluster.
 
-    `batch`: images per accelerator. `share_of_peak`: of the accelerators' FLOP/s.
+    `batch`: images per accelerator.
 
     Returns: rows; "efficiency" is the share of the time that computes when the
     all-reduce waits for the gradients, "overlapped" when all of it hides behind the
     computation.
-    Raises: ValueError for a batch below 1 or a share outside of (0, 1].
     """
-    if batch < 1 or not 0 < share_of_peak <= 1:
-        raise ValueError(
-            "batch must be at least 1 and share_of_peak in (0, 1], got "
-            f"{batch=}, {share_of_peak=}"
-        )
-    rows: list[Row] = []
+    rows: list[Measurements] = []
     for name, levels in NETWORKS:
-        sizes = parameter_counts(name, levels)
+        parameters = sum(parameter_counts(name, levels).values())
         flops = batch * training_flops(name, levels)
-        for cluster in clusters:
-            compute = flops / (share_of_peak * cluster.peak)
+        for cluster in CLUSTERS:
+            compute = flops / (SHARE_OF_PEAK * cluster.peak)
             for dtype, width in BYTES.items():
-                sent = width * sum(sizes.values())
+                sent = width * parameters
                 wait = two_level_seconds(sent, cluster)
                 rows.append(
                     {
@@ -117,10 +107,8 @@ def two_level_seconds(size: float, cluster: Cluster) -> float:
     Reduce-scatter in each node, a ring between the nodes for each accelerator's part,
     all-gather in each node: the first and the last make one ring all-reduce.
     """
-    part = size / cluster.per_node
-    return ring_seconds(size, cluster.per_node, cluster.inner) + ring_seconds(
-        part, cluster.nodes, cluster.outer
-    )
+    inside = ring_seconds(size, cluster.per_node, cluster.inner)
+    return inside + ring_seconds(size / cluster.per_node, cluster.nodes, cluster.outer)
 
 
 def parameter_counts(name: str, levels: Sequence[int] | None) -> dict[str, int]:
@@ -160,7 +148,7 @@ def fc_share(name: str, levels: Sequence[int] | None) -> float:
     return sum(counts[fc] for fc in ("fc6", "fc7", "fc8")) / sum(counts.values())
 
 
-def network_table() -> list[Row]:
+def network_table() -> list[Measurements]:
     """Parameters, FLOPs and the fc layers' share of the networks."""
     return [
         {

@@ -22,20 +22,23 @@ import jax.numpy as jnp
 import numpy as np
 from matplotlib.figure import Figure
 
-from sppnet_jax.benchmarks.cold import no_persistent_cache
-from sppnet_jax.benchmarks.flops import count_flops
-from sppnet_jax.benchmarks.networks import random_network, scorer
-from sppnet_jax.benchmarks.peak import measured_bandwidth, measured_peak
-from sppnet_jax.benchmarks.report import Report, Row, Setting
-from sppnet_jax.benchmarks.sample_images import sample_image, sample_sizes
-from sppnet_jax.benchmarks.timing import spread, time_in_turn
+from sppnet_jax.benchmarks.peak import count_flops, measured_bandwidth, measured_peak
+from sppnet_jax.benchmarks.report import Measurements, Report, Timing, draw_bars
+from sppnet_jax.benchmarks.samples import (
+    random_network,
+    sample_image,
+    sample_sizes,
+    scorer,
+)
+from sppnet_jax.benchmarks.timing import milliseconds, no_persistent_cache, time_in_turn
 from sppnet_jax.buckets import BucketTable, choose_buckets, padding_waste
 from sppnet_jax.buckets.choice import Bucket
 
+REPOSITORY = Path(__file__).resolve().parents[2]
 PATIENCE = 900  # seconds for a process that compiles all buckets
 
 
-class Case(NamedTuple):
+class _Case(NamedTuple):
     """ZF-5 of a width, images of a shorter side in batches, so many buckets at most."""
 
     width: float
@@ -47,10 +50,10 @@ class Case(NamedTuple):
 
 
 CASES = {
-    "cpu": [Case(1.0, 224, 400, 4, 6, "float32")],
-    "other": [Case(1.0, 224, 400, 128, 6, t) for t in ("float32", "bfloat16")],
+    "cpu": [_Case(1.0, 224, 400, 4, 6, "float32")],
+    "other": [_Case(1.0, 224, 400, 128, 6, t) for t in ("float32", "bfloat16")],
 }
-QUICK = [Case(1 / 16, 64, 40, 2, 2, "float32")]
+QUICK = [_Case(1 / 16, 64, 40, 2, 2, "float32")]
 STARTS = {  # what a process does: its persistent cache, and whether it compiles ahead
     "no cache, on demand": (False, False),
     "empty cache, ahead": (True, True),
@@ -58,16 +61,16 @@ STARTS = {  # what a process does: its persistent cache, and whether it compiles
 }
 
 
-def run(setting: Setting) -> Report:
+def run(timing: Timing) -> Report:
     """Measures every bucket of the cases for this device."""
     platform = jax.devices()[0].platform
-    cases = QUICK if setting.quick else CASES.get(platform, CASES["other"])
-    rows: list[Row] = []
+    cases = QUICK if timing.quick else CASES.get(platform, CASES["other"])
+    rows: list[Measurements] = []
     notes: list[str] = []
     results: dict[str, Any] = {}
-    bandwidth = measured_bandwidth(16 if setting.quick else 512)
+    bandwidth = measured_bandwidth(16 if timing.quick else 512)
     for case in cases:
-        own, noted, result = _measure(case, bandwidth, setting)
+        own, noted, result = _measure(case, bandwidth, timing)
         rows += own
         notes += noted
         results[case.dtype] = result
@@ -75,8 +78,8 @@ def run(setting: Setting) -> Report:
 
 
 def _measure(
-    case: Case, bandwidth: float, setting: Setting
-) -> tuple[list[Row], list[str], dict[str, Any]]:
+    case: _Case, bandwidth: float, timing: Timing
+) -> tuple[list[Measurements], list[str], dict[str, Any]]:
     sizes = sample_sizes(case.images, case.side)
     buckets = choose_buckets(sizes, case.buckets, multiple=8)
     starts, notes = _starts(case, buckets)
@@ -84,16 +87,17 @@ def _measure(
         table = _table(case, buckets)
         table.compile()
     peak = measured_peak(case.dtype)
-    seconds = _seconds(table, case, setting)
+    seconds = _seconds(table, case, timing)
     # Other work may have slowed one of them.
     peak = max(peak, measured_peak(case.dtype))
-    _serve(table, sizes)
-    rows: list[Row] = []
+    images = (sample_image(*size, n) for n, size in enumerate(sizes))
+    for _ in table.map(enumerate(images)):  # the table counts them
+        pass
+    rows: list[Measurements] = []
     for row in table.rows():
-        middle = spread(seconds[row.bucket])
-        flops = row.flops or _flops(case, row.bucket)
-        rate = flops / middle.median
         name = _name(row.bucket)
+        took = milliseconds(seconds[name])
+        flops = row.flops or _flops(case, row.bucket)
         rows.append(
             {
                 "bucket": name,
@@ -106,12 +110,10 @@ def _measure(
                 "GB": row.bytes / 1e9 if row.flops and row.bytes else None,
                 "compile s": row.compile_seconds,
                 **_start_columns(starts, name),
-                "ms": middle.median * 1e3,
-                "low": middle.low * 1e3,
-                "high": middle.high * 1e3,
+                **took,
                 "ms, served": row.seconds_per_call and row.seconds_per_call * 1e3,
-                "images/s": row.batch_size / middle.median,
-                "of peak": rate / peak,
+                "images/s": row.batch_size / took["ms"] * 1e3,
+                "of peak": flops / took["ms"] * 1e3 / peak,
             }
         )
     result: dict[str, Any] = {
@@ -129,37 +131,36 @@ def _measure(
     return rows, notes, result
 
 
-def _on_starts(case: Case, rows: Sequence[Row], result: dict[str, Any]) -> list[str]:
+def _on_starts(
+    case: _Case, rows: Sequence[Measurements], result: dict[str, Any]
+) -> list[str]:
     """What the starts come to over all buckets, in words; also put into `result`."""
-    total = {
-        name: sum(row[name] for row in rows)
-        for name in ("empty cache s", "filled cache s", "ahead s", "on demand s")
-        if all(row.get(name) is not None for row in rows)
-    }
+
+    def total(column: str) -> float | None:
+        seconds = [row[column] for row in rows if row.get(column) is not None]
+        return sum(seconds) if len(seconds) == len(rows) else None
+
     notes = []
-    if {"empty cache s", "filled cache s"} <= set(total):
-        ratio = total["empty cache s"] / total["filled cache s"]
-        result["filled cache is × as fast"] = ratio
+    empty, filled = total("empty cache s"), total("filled cache s")
+    if empty and filled:
+        ratio = result["filled cache is × as fast"] = empty / filled
         notes.append(
-            f"{case.dtype}: all programs are there after "
-            f"{total['empty cache s']:.3g} s with an empty persistent cache and "
-            f"{total['filled cache s']:.3g} s with a filled one, {ratio:.3g} times as "
-            "fast"
+            f"{case.dtype}: all programs are there after {empty:.3g} s with an empty "
+            f"persistent cache and {filled:.3g} s with a filled one, {ratio:.3g} times "
+            "as fast"
         )
-    if {"ahead s", "on demand s"} <= set(total):
-        ratio = total["on demand s"] / total["ahead s"]
-        result["first results ahead are × as fast"] = ratio
+    ahead, demand = total("ahead s"), total("on demand s")
+    if ahead and demand:
+        result["first results ahead are × as fast"] = demand / ahead
         notes.append(
-            f"{case.dtype}: a bucket's first batch takes "
-            f"{total['ahead s'] / len(rows):.3g} s where its program was compiled "
-            f"ahead, {total['on demand s'] / len(rows):.3g} s where it was not"
+            f"{case.dtype}: a bucket's first batch takes {ahead / len(rows):.3g} s "
+            f"where its program was compiled ahead, {demand / len(rows):.3g} s where "
+            "it was not"
         )
     return notes
 
 
-def _seconds(
-    table: BucketTable, case: Case, setting: Setting
-) -> dict[Bucket, np.ndarray]:
+def _seconds(table: BucketTable, case: _Case, timing: Timing) -> dict[str, np.ndarray]:
     """Seconds of each call of each bucket's program, the buckets in turn."""
 
     def call(bucket: Bucket) -> Any:
@@ -168,21 +169,12 @@ def _seconds(
         sizes = jnp.asarray(np.full((table.batch_size, 2), bucket, np.int32))
         return lambda: program(images, sizes)
 
-    named = {_name(bucket): bucket for bucket in table.buckets}
-    calls = {name: call(bucket) for name, bucket in named.items()}
-    seconds = time_in_turn(calls, rounds=setting.rounds, label=f"calls {case.dtype}")
-    return {named[name]: times for name, times in seconds.items()}
-
-
-def _serve(table: BucketTable, sizes: Sequence[Bucket]) -> None:
-    """Runs an image of each size through the table, which counts them."""
-    images = (sample_image(*size, n) for n, size in enumerate(sizes))
-    for _ in table.map(enumerate(images)):
-        pass
+    calls = {_name(bucket): call(bucket) for bucket in table.buckets}
+    return time_in_turn(calls, rounds=timing.rounds, label=f"calls {case.dtype}")
 
 
 def _starts(
-    case: Case, buckets: Sequence[Bucket]
+    case: _Case, buckets: Sequence[Bucket]
 ) -> tuple[dict[str, dict[str, Any]], list[str]]:
     """What processes of their own measured, by start and bucket; notes on failures."""
     found: dict[str, dict[str, Any]] = {}
@@ -203,11 +195,8 @@ def _in_a_process(given: Mapping[str, Any], cache: Path | None) -> dict[str, Any
         "import json; from sppnet_jax.benchmarks.bucket_costs import start; "
         "print(json.dumps(start(**json.loads(input()))))"
     )
-    package = str(Path(__file__).resolve().parents[2])
-    paths = [package, os.environ.get("PYTHONPATH", "")]
     environment = {
         **os.environ,
-        "PYTHONPATH": os.pathsep.join(filter(None, paths)),
         "XLA_PYTHON_CLIENT_PREALLOCATE": "false",  # this process has its share already
         "JAX_ENABLE_COMPILATION_CACHE": "true" if cache else "false",
     }
@@ -220,6 +209,7 @@ def _in_a_process(given: Mapping[str, Any], cache: Path | None) -> dict[str, Any
     done = subprocess.run(
         [sys.executable, "-c", code],
         input=json.dumps(given),
+        cwd=REPOSITORY,  # where it finds this package
         env=environment,
         capture_output=True,
         text=True,
@@ -240,7 +230,7 @@ def start(
     Returns: for each bucket, by its name, seconds to "compile" it and to the "first"
     result of a batch that waits for it.
     """
-    fields = Case(*case)
+    fields = _Case(*case)
     table = _table(fields, [(int(height), int(width)) for height, width in buckets])
     if ahead:
         table.compile()
@@ -253,23 +243,19 @@ def start(
             pass
         first[bucket] = time.perf_counter() - started
     return {
-        _name(row.bucket): {
-            "compile": row.compile_seconds,
-            "first": first[row.bucket],
-        }
+        _name(row.bucket): {"compile": row.compile_seconds, "first": first[row.bucket]}
         for row in table.rows()
     }
 
 
-def _table(case: Case, buckets: Sequence[Bucket]) -> BucketTable:
+def _table(case: _Case, buckets: Sequence[Bucket]) -> BucketTable:
     """A table of programs that are not compiled yet, of one device."""
     model, params = random_network(case.width, case.side, case.dtype)
-    return BucketTable(
-        scorer(model), params, buckets, case.batch, devices=jax.devices()[:1]
-    )
+    one = jax.devices()[:1]
+    return BucketTable(scorer(model), params, buckets, case.batch, devices=one)
 
 
-def _flops(case: Case, bucket: Bucket) -> float:
+def _flops(case: _Case, bucket: Bucket) -> float:
     """Of a bucket's program, for a device whose compiler doesn't count them."""
     model, params = random_network(case.width, case.side, case.dtype)
     images = jax.ShapeDtypeStruct((case.batch, *bucket, 3), np.uint8)
@@ -296,53 +282,38 @@ def _name(bucket: Bucket) -> str:
     return f"{bucket[0]}×{bucket[1]}"
 
 
-def plot(rows: Sequence[Row]) -> Figure:
+def plot(rows: Sequence[Measurements]) -> Figure:
     """Seconds to a program and to a first result, and images a second, by bucket."""
     figure = Figure(figsize=(13, 1.6 + 0.45 * len(rows)), layout="constrained")
     left, middle, right = figure.subplots(1, 3, sharey=True)
-    _bars(
-        left,
-        rows,
-        {
-            "compile s": "no persistent cache",
-            "empty cache s": "empty cache",
-            "filled cache s": "filled cache",
-        },
-    )
+    caches = {"compile s": "no persistent cache", "empty cache s": "empty cache"}
+    _bars(left, rows, {**caches, "filled cache s": "filled cache"})
     left.set(title="until the program is there", xlabel="seconds")
     _bars(middle, rows, {"on demand s": "on demand", "ahead s": "compiled ahead"})
     middle.set(title="first batch of the bucket", xlabel="seconds")
     _bars(right, rows, {"images/s": "images/s"})
     for place, row in enumerate(rows):
-        batch, share = row["batch"], row["of peak"]
-        fastest, slowest = batch / row["low"] * 1e3, batch / row["high"] * 1e3
+        fastest, slowest = (row["batch"] / row[end] * 1e3 for end in ("low", "high"))
         right.plot([slowest, fastest], [place, place], color="black", linewidth=1.5)
-        if share is not None:
-            text = f" {share:.0%} of peak"
-            right.text(fastest, place, text, va="center", fontsize=8)
+        text = f" {row['of peak']:.0%} of peak"
+        right.text(fastest, place, text, va="center", fontsize=8)
     right.set(title="full batches, median and quartiles", xlabel="images/s")
     right.margins(x=0.35)
     right.set_xlim(left=0)
-    names = [f"{row['bucket']}\n{row['dtype']}" for row in rows]
-    left.set_yticks(range(len(rows)), names, fontsize=8)
-    left.invert_yaxis()
+    left.tick_params(axis="y", labelsize=8)
     for axes in (left, middle):
         # Below the axis' label, whatever the height of the figure.
-        axes.legend(
-            fontsize=8,
-            loc="upper center",
-            bbox_to_anchor=(0.5, 0),
-            borderaxespad=5.5,
-            ncols=3,
-        )
+        below: Any = {"loc": "upper center", "bbox_to_anchor": (0.5, 0)}
+        axes.legend(fontsize=8, ncols=3, borderaxespad=5.5, **below)
     return figure
 
 
-def _bars(axes: Any, rows: Sequence[Row], columns: Mapping[str, str]) -> None:
+def _bars(axes: Any, rows: Sequence[Measurements], columns: Mapping[str, str]) -> None:
     """Bars of some columns beside each other; what is missing has none."""
-    height = 0.8 / len(columns)
-    for number, (column, label) in enumerate(columns.items()):
-        places = [n - 0.4 + height * (number + 0.5) for n in range(len(rows))]
-        values = [row.get(column) or 0 for row in rows]
-        axes.barh(places, values, height * 0.9, color=f"C{number}", label=label)
+    bars = [
+        (label, f"{row['bucket']}\n{row['dtype']}", row.get(column))
+        for column, label in columns.items()
+        for row in rows
+    ]
+    draw_bars(axes, bars)
     axes.spines[["top", "right"]].set_visible(False)

@@ -1,8 +1,8 @@
-"""What the default device can do at most, as measured: the two lines of a roofline.
+"""FLOPs of a function, and what the default device can do at most, as measured.
 
-A published peak is of another clock, another precision or another number of cores. A
-large matrix product and a large copy, each at its best of several, are bounds that
-programs on this very device can be compared with.
+The two rates are the lines of a roofline. A published peak is of another clock, another
+precision or another number of cores. A large matrix product and a large copy, each at
+its best of several, are bounds that programs on this very device can be compared with.
 """
 
 import functools
@@ -18,6 +18,22 @@ LONG = 0.05  # seconds: a product that takes as long is large enough
 LARGEST = 16384
 REPEATS = 7
 AT_LEAST = 0.01  # seconds of work before it is waited for: waiting takes a while too
+
+
+def count_flops(function: Callable[..., Any], *arguments: Any) -> float:
+    """As XLA counts them in the program for a CPU; nothing is compiled or run.
+
+    For an accelerator XLA doesn't count at all, or leaves out the convolutions that a
+    library computes. The CPU's own algorithms are counted, where the package has some.
+
+    `arguments`: arrays or `jax.ShapeDtypeStruct`s, in trees.
+    """
+    shapes = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), arguments
+    )  # without the devices that arrays are on
+    with jax.default_device(jax.devices("cpu")[0]):
+        costs: Any = jax.jit(function).lower(*shapes).cost_analysis()
+    return float(costs["flops"])
 
 
 def measured_peak(dtype: Any = "float32") -> float:

@@ -5,6 +5,7 @@ import os
 from typing import Any
 
 import jax
+import numpy as np
 
 
 def find_peers(*names: str) -> tuple[dict[str, Any], list[str]]:
@@ -34,6 +35,21 @@ def find_torch() -> tuple[Any, list[str]]:
     if platform not in ("cpu", "gpu"):
         return None, [f"PyTorch has no {platform} here, so its rows are missing"]
     return torch, notes
+
+
+def as_numpy(result: Any) -> np.ndarray:
+    """A result as float32, channels last; a peer's, not JAX's, has them second."""
+    if isinstance(result, jax.Array):
+        return np.asarray(result, np.float32)
+    if not isinstance(result, np.ndarray):
+        result = result.float().cpu().numpy()
+    return np.moveaxis(result, 1, -1)
+
+
+def wait_for(torch: Any) -> None:
+    """Waits until PyTorch's device has done its work."""
+    if torch_device() == "cuda":
+        torch.cuda.synchronize()
 
 
 def torch_device() -> str:

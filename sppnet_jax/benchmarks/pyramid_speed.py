@@ -14,16 +14,16 @@ import jax.numpy as jnp
 import numpy as np
 from matplotlib.figure import Figure
 
-from sppnet_jax.benchmarks.peers import find_torch, torch_device
-from sppnet_jax.benchmarks.report import Report, Row, Setting
-from sppnet_jax.benchmarks.timing import spread, time_in_turn, times_as_fast
+from sppnet_jax.benchmarks.peers import as_numpy, find_torch, torch_device, wait_for
+from sppnet_jax.benchmarks.report import Measurements, Report, Timing, draw_bars
+from sppnet_jax.benchmarks.timing import milliseconds, time_in_turn, times_as_fast
 from sppnet_jax.pyramid.pooling import spatial_pyramid_pool
 
 OURS, FIRST, LAST = "sppnet_jax", "PyTorch, contiguous", "PyTorch, channels_last"
 PASSES = ("forward", "forward + backward")
 
 
-class Case(NamedTuple):
+class _Case(NamedTuple):
     """A batch of maps, and the pyramid."""
 
     batch: int
@@ -33,56 +33,52 @@ class Case(NamedTuple):
 
 
 PAPER = (  # training batches: conv5 at 224 and 180 pixels of ZF-5, 224 of Overfeat
-    Case(128, 13, 256, (6, 3, 2, 1)),
-    Case(128, 10, 256, (6, 3, 2, 1)),
-    Case(128, 13, 256, (4, 3, 2, 1)),
-    Case(128, 18, 512, (6, 3, 2, 1)),
+    _Case(128, 13, 256, (6, 3, 2, 1)),
+    _Case(128, 10, 256, (6, 3, 2, 1)),
+    _Case(128, 13, 256, (4, 3, 2, 1)),
+    _Case(128, 18, 512, (6, 3, 2, 1)),
 )
-QUICK = (Case(2, 13, 8, (6, 3, 2, 1)),)
+QUICK = (_Case(2, 13, 8, (6, 3, 2, 1)),)
 
 
-def run(setting: Setting) -> Report:
+def run(timing: Timing) -> Report:
     """Times every case in float32 and bfloat16."""
     torch, notes = find_torch()
-    rows: list[Row] = []
-    for case in QUICK if setting.quick else PAPER:
+    rows: list[Measurements] = []
+    for case in QUICK if timing.quick else PAPER:
         for dtype in ("float32", "bfloat16"):
-            rows += _rows(case, dtype, torch, setting)
-    return Report(
-        "pyramid", "Spatial pyramid pooling of a batch of maps", rows, plot, notes
-    )
+            rows += _rows(case, dtype, torch, timing)
+    title = "Spatial pyramid pooling of a batch of maps"
+    return Report("pyramid", title, rows, plot, notes)
 
 
-def _rows(case: Case, dtype: str, torch: Any, setting: Setting) -> list[Row]:
+def _rows(case: _Case, dtype: str, torch: Any, timing: Timing) -> list[Measurements]:
     maps, weights = _inputs(case)
     passes = _ours(maps, weights, case.levels, dtype)
     alternatives = {OURS: passes}
     if torch is not None:
         for name, form in ((FIRST, "contiguous_format"), (LAST, "channels_last")):
-            alternatives[name] = _torch_passes(
-                torch, maps, weights, case.levels, dtype, getattr(torch, form)
-            )
+            layout = getattr(torch, form)
+            alternatives[name] = _torchs(torch, maps, weights, case, dtype, layout)
     differ = {name: _difference(other, passes) for name, other in alternatives.items()}
-    rows: list[Row] = []
+    rows: list[Measurements] = []
+    batch, side, channels, levels = case
     for number, pass_name in enumerate(PASSES):
         seconds = time_in_turn(
             {name: calls[number] for name, calls in alternatives.items()},
-            rounds=setting.rounds,
-            label=f"{case.side}×{case.side}×{case.channels} {dtype} {pass_name}",
+            rounds=timing.rounds,
+            label=f"{side}×{side}×{channels} {dtype} {pass_name}",
         )
         for name, times in seconds.items():
-            middle = spread(times * 1e3)
             ratio = times_as_fast(seconds[OURS], times)
             rows.append(
                 {
-                    "maps": f"{case.batch}×{case.side}×{case.side}×{case.channels}",
-                    "levels": ",".join(map(str, case.levels)),
+                    "maps": f"{batch}×{side}×{side}×{channels}",
+                    "levels": ",".join(map(str, levels)),
                     "dtype": dtype,
                     "pass": pass_name,
                     "what": name,
-                    "ms": middle.median,
-                    "low": middle.low,
-                    "high": middle.high,
+                    **milliseconds(times),
                     "ours is × as fast": None if name == OURS else ratio.median,
                     "differs by": differ[name][number],
                 }
@@ -90,7 +86,7 @@ def _rows(case: Case, dtype: str, torch: Any, setting: Setting) -> list[Row]:
     return rows
 
 
-def _inputs(case: Case) -> tuple[np.ndarray, np.ndarray]:
+def _inputs(case: _Case) -> tuple[np.ndarray, np.ndarray]:
     """Maps of distinct values in a channel, exact in bfloat16, and weights of bins."""
     random = np.random.default_rng(0)
     shape = (case.batch, case.side, case.side, case.channels)
@@ -122,41 +118,31 @@ def _ours(
     return [lambda: (forward(x),), lambda: both(x, w)]
 
 
-def _torch_passes(
-    torch: Any,
-    maps: np.ndarray,
-    weights: np.ndarray,
-    levels: Sequence[int],
-    dtype: str,
-    layout: Any,
+def _torchs(
+    torch: Any, maps: Any, weights: Any, case: _Case, dtype: str, layout: Any
 ) -> list[Callable[[], Any]]:
-    """The same of PyTorch: results in our layout, but for [batch, channels, bins]."""
-    device = torch_device()
-    kind = getattr(torch, dtype)
+    """The same of PyTorch: results have channels before bins, or before the cells."""
+    device, kind = torch_device(), getattr(torch, dtype)
     x = torch.from_numpy(maps).permute(0, 3, 1, 2).to(device, kind)
     x = x.contiguous(memory_format=layout)
     w = torch.from_numpy(weights).permute(0, 2, 1).contiguous().to(device, kind)
     needs = x.detach().clone(memory_format=torch.preserve_format).requires_grad_()
 
     def pool(x: Any) -> Any:
-        pooled = [torch.nn.functional.adaptive_max_pool2d(x, n) for n in levels]
+        pooled = [torch.nn.functional.adaptive_max_pool2d(x, n) for n in case.levels]
         return torch.cat([level.flatten(2) for level in pooled], dim=2)
-
-    def wait() -> None:
-        if device == "cuda":
-            torch.cuda.synchronize()
 
     def forward() -> Any:
         with torch.no_grad():
             pooled = pool(x)
-        wait()
+        wait_for(torch)
         return (pooled,)
 
     def both() -> Any:
         needs.grad = None
         pooled = pool(needs)
         pooled.backward(w)
-        wait()
+        wait_for(torch)
         return pooled.detach(), needs.grad
 
     return [forward, both]
@@ -168,20 +154,13 @@ def _difference(theirs: Sequence[Callable], ours: Sequence[Callable]) -> list[fl
     for call, own in zip(theirs, ours, strict=True):
         worst = 0.0
         for other, mine in zip(call(), own(), strict=True):
-            a, b = _as_numpy(other), _as_numpy(mine)
+            a, b = as_numpy(other), as_numpy(mine)
             worst = max(worst, float(np.abs(a - b).max() / np.abs(b).max()))
         found.append(worst)
     return found
 
 
-def _as_numpy(value: Any) -> np.ndarray:
-    """A result as float32, channels last."""
-    if isinstance(value, jax.Array):
-        return np.asarray(value, np.float32)
-    return value.float().cpu().movedim(1, -1).numpy()
-
-
-def plot(rows: Sequence[Row]) -> Figure:
+def plot(rows: Sequence[Measurements]) -> Figure:
     """Milliseconds of each alternative, a panel for each case."""
     cases = list(dict.fromkeys((r["maps"], r["levels"]) for r in rows))
     figure = Figure(figsize=(4.2 * len(cases), 4.6), layout="constrained")
@@ -189,26 +168,9 @@ def plot(rows: Sequence[Row]) -> Figure:
         figure.subplots(1, len(cases), squeeze=False)[0], cases, strict=True
     ):
         own = [r for r in rows if (r["maps"], r["levels"]) == case]
-        groups = list(dict.fromkeys((r["dtype"], r["pass"]) for r in own))
-        names = list(dict.fromkeys(r["what"] for r in own))
-        height = 0.8 / len(names)
-        for n, name in enumerate(names):
-            for g, group in enumerate(groups):
-                for r in own:
-                    if r["what"] == name and (r["dtype"], r["pass"]) == group:
-                        axes.barh(
-                            g + n * height,
-                            r["ms"],
-                            height * 0.9,
-                            color=f"C{n}",
-                            label=name if not g else None,
-                        )
-        axes.set_yticks(
-            [g + 0.4 - height / 2 for g in range(len(groups))],
-            [f"{d}\n{p}" for d, p in groups],
-            fontsize=8,
-        )
-        axes.invert_yaxis()
+        bars = [(r["what"], f"{r['dtype']}\n{r['pass']}", r["ms"]) for r in own]
+        draw_bars(axes, bars)
+        axes.tick_params(axis="y", labelsize=8)
         axes.set_xlabel("ms")
         axes.set_title(f"{case[0]}, {{{case[1]}}}", fontsize=10)
     labels = figure.axes[0].get_legend_handles_labels()

@@ -1,23 +1,25 @@
 """What a suite found, as a table on the screen, JSON and a picture in a folder."""
 
 import argparse
+import datetime
 import os
 import platform
-from collections.abc import Callable, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 
-from sppnet_jax.run.run_folder import write_json
+from sppnet_jax.run.files import write_json
 
-Row = Mapping[str, Any]
+Measurements = Mapping[str, Any]
 PACKAGES = ("jax", "jaxlib", "flax", "numpy", "torch", "torchvision", "onnxruntime")
 
 
-class Setting(NamedTuple):
-    """How a suite runs.
+class Timing(NamedTuple):
+    """How a suite is timed.
 
     `rounds`: how often each alternative is timed. `quick`: small shapes, to see that
     everything runs; its numbers mean nothing. `folder`: where files go.
@@ -39,13 +41,44 @@ class Report(NamedTuple):
 
     suite: str
     title: str
-    rows: Sequence[Row]
-    plot: Callable[[Sequence[Row]], Any]
+    rows: Sequence[Measurements]
+    plot: Callable[[Sequence[Measurements]], Any]
     notes: Sequence[str] = ()
     results: Mapping[str, Any] = {}
 
 
-def result_folder(path: str) -> Path:
+def timing_parser(
+    module: str, description: str | None, *, out: str, rounds: int, **options: Any
+) -> argparse.ArgumentParser:
+    """The command line of `python -m MODULE`, a script that measures; see `timing_of`.
+
+    `out`: the usual folder of the results. `rounds`: the usual number of them.
+    `options`: others of the parser.
+    """
+    parser = argparse.ArgumentParser(
+        prog=f"python -m {module}",
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        **options,
+    )
+    parser.add_argument(
+        "--out", type=_result_folder, default=out, help="folder of the results"
+    )
+    parser.add_argument("--rounds", type=int, default=rounds, help="timings of each")
+    parser.add_argument("--quick", action="store_true", help="small, to see it run")
+    parser.add_argument("--traceback", action="store_true")
+    return parser
+
+
+def timing_of(parser: argparse.ArgumentParser) -> tuple[argparse.Namespace, Timing]:
+    """What the command line says; its errors are those of argparse."""
+    given = parser.parse_args()
+    if given.rounds < 1:
+        parser.error(f"--rounds must be at least 1, got {given.rounds}")
+    return given, Timing(given.rounds, given.quick, given.out)
+
+
+def _result_folder(path: str) -> Path:
     """The folder of --out, made before anything is measured: a type for argparse."""
     folder = Path(path).expanduser()
     try:
@@ -56,7 +89,7 @@ def result_folder(path: str) -> Path:
 
 
 def machine() -> dict[str, Any]:
-    """What the numbers of a report depend on: device, cores, versions."""
+    """What the numbers of a report depend on: device, cores, versions; and when."""
     device = jax.devices()[0]
     versions = {}
     for name in PACKAGES:
@@ -65,6 +98,7 @@ def machine() -> dict[str, Any]:
         except metadata.PackageNotFoundError:
             continue
     return {
+        "written": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "device": device.device_kind if device.platform != "cpu" else _processor(),
         "platform": device.platform,
         "devices": jax.device_count(),
@@ -75,8 +109,8 @@ def machine() -> dict[str, Any]:
     }
 
 
-def show(report: Report, setting: Setting) -> None:
-    """Prints a report and writes SUITE.json and SUITE.png into the setting's folder."""
+def show(report: Report, timing: Timing) -> None:
+    """Prints a report and writes SUITE.json and SUITE.png into the timing's folder."""
     seen = machine()
     versions = ", ".join(f"{name} {v}" for name, v in seen["versions"].items())
     print(f"\n{report.title}")
@@ -84,17 +118,17 @@ def show(report: Report, setting: Setting) -> None:
     print(table(report.rows))
     for note in report.notes:
         print(note)
-    if setting.quick:
+    if timing.quick:
         print("quick: small shapes, these numbers mean nothing")
-    path = setting.folder / f"{report.suite}.json"
+    path = timing.folder / f"{report.suite}.json"
     write_json(
         path,
         {
             "suite": report.suite,
             "title": report.title,
             "machine": seen,
-            "rounds": setting.rounds,
-            "quick": setting.quick,
+            "rounds": timing.rounds,
+            "quick": timing.quick,
             "rows": [dict(row) for row in report.rows],
             "notes": list(report.notes),
             **report.results,
@@ -105,7 +139,7 @@ def show(report: Report, setting: Setting) -> None:
     print(f"written: {path}, {picture}", flush=True)
 
 
-def table(rows: Sequence[Row]) -> str:
+def table(rows: Sequence[Measurements]) -> str:
     """Rows as aligned text; the columns of all rows, in the order they appear."""
     columns = list(dict.fromkeys(name for row in rows for name in row))
     lines = [columns, *([cell(row.get(name)) for name in columns] for row in rows)]
@@ -129,6 +163,38 @@ def cell(value: Any) -> str:
     if isinstance(value, int) and not isinstance(value, bool):
         return f"{value:,}"
     return str(value)
+
+
+def draw_bars(
+    axes: Any,
+    bars: Iterable[tuple[str, str, float | None]],
+    *,
+    upright: bool = False,
+) -> list[Any]:
+    """Bars of each group beside each other, a colour for each name; None has no bar.
+
+    `bars`: (name, group, length). `upright`: they stand, else they lie, the first on
+    top.
+
+    Returns: matplotlib's containers of bars, one for each name.
+    """
+    values: dict[str, dict[str, float | None]] = defaultdict(dict)
+    for name, group, length in bars:
+        values[name][group] = length
+    groups = list(dict.fromkeys(group for own in values.values() for group in own))
+    width, drawn = 0.8 / len(values), []
+    draw = axes.bar if upright else axes.barh
+    for number, (name, own) in enumerate(values.items()):
+        places = [n - 0.4 + (number + 0.5) * width for n in range(len(groups))]
+        lengths = [own.get(group) or 0.0 for group in groups]
+        color = f"C{number}"
+        drawn.append(draw(places, lengths, width * 0.9, label=name, color=color))
+    if upright:
+        axes.set_xticks(range(len(groups)), groups)
+    else:
+        axes.set_yticks(range(len(groups)), groups)
+        axes.set_ylim(len(groups) - 0.4, -0.6)
+    return drawn
 
 
 def _processor() -> str:

@@ -27,8 +27,8 @@ import jax
 import numpy as np
 from matplotlib.figure import Figure
 
-from sppnet_jax.benchmarks.report import Report, Row, Setting
-from sppnet_jax.benchmarks.timing import spread, time_in_turn
+from sppnet_jax.benchmarks.report import Measurements, Report, Timing, draw_bars
+from sppnet_jax.benchmarks.timing import milliseconds, spread, time_in_turn
 from sppnet_jax.network.model import create_model
 from sppnet_jax.network.preprocess import Preprocessing
 from sppnet_jax.run import caches, parallel
@@ -41,7 +41,7 @@ from sppnet_jax.training.steps import (
 
 STEPS = 5  # a measurement times so many steps: the pipe to the workers costs nothing
 TIMEOUT = 300.0  # seconds without an answer: a worker hangs
-PACKAGE = Path(__file__).parent.parent.parent
+REPOSITORY = Path(__file__).resolve().parents[2]
 LEVELS = (3, 2, 1)
 
 
@@ -52,7 +52,7 @@ class Layout(NamedTuple):
     devices: int  # in all processes together
 
 
-class Network(NamedTuple):
+class _Case(NamedTuple):
     """What is trained: ZF-5 of some width, and the batches.
 
     `batch`: images of all devices together in strong scaling; `per_device`: images of
@@ -65,27 +65,24 @@ class Network(NamedTuple):
     per_device: int
 
 
-SMALL = Network(1 / 6, 64, 64, 16)
-QUICK = Network(1 / 48, 40, 4, 2)
-LARGE = Network(1.0, 224, 512, 128)  # on accelerators
+SMALL = _Case(1 / 6, 64, 64, 16)
+QUICK = _Case(1 / 48, 40, 4, 2)
+LARGE = _Case(1.0, 224, 512, 128)  # on accelerators
 
 
-def run(setting: Setting) -> Report:
+def run(timing: Timing) -> Report:
     """Times every layout that this machine can have."""
     on_gpu = jax.devices()[0].platform == "gpu"
-    most = jax.local_device_count() if on_gpu else 2 if setting.quick else 4
+    most = jax.local_device_count() if on_gpu else 2 if timing.quick else 4
     layouts = _layouts(most)
-    network = QUICK if setting.quick else LARGE if on_gpu else SMALL
+    case = QUICK if timing.quick else LARGE if on_gpu else SMALL
     with contextlib.ExitStack() as stack:
         groups = {
-            layout: stack.enter_context(workers(layout, network, on_gpu=on_gpu))
+            layout: stack.enter_context(workers(layout, case, on_gpu=on_gpu))
             for layout in layouts
         }
-        rows = [
-            row
-            for kind in ("strong", "weak")
-            for row in _rows(kind, groups, network, setting)
-        ]
+        rows = _rows("strong", groups, case, timing)
+        rows += _rows("weak", groups, case, timing)
     notes = [
         f"rate: images/s beside those of one device. {_perfect(on_gpu)}",
         "differs by: the loss of the first steps from that of the first layout with "
@@ -93,7 +90,7 @@ def run(setting: Setting) -> Report:
     ]
     if on_gpu and len(layouts) == 1:
         notes.append("there is one GPU: nothing to scale over")
-    title = f"A training step of ZF-5, width {network.width:.3g}, over devices"
+    title = f"A training step of ZF-5, width {case.width:.3g}, over devices"
     return Report("scaling", title, _compared(rows), plot, notes)
 
 
@@ -115,8 +112,8 @@ def _layouts(devices: int) -> list[Layout]:
 
 
 def _rows(
-    kind: str, groups: dict[Layout, "Workers"], network: Network, setting: Setting
-) -> list[Row]:
+    kind: str, groups: dict[Layout, "Workers"], case: _Case, timing: Timing
+) -> list[Measurements]:
     """Times of all layouts in turn, in one kind of scaling."""
     losses = {layout: group.ask(f"loss {kind}")[0] for layout, group in groups.items()}
     names = {f"{p} × {d // p}": Layout(p, d) for p, d in groups}
@@ -125,14 +122,14 @@ def _rows(
             name: functools.partial(groups[layout].ask, f"time {kind}")
             for name, layout in names.items()
         },
-        rounds=setting.rounds,
+        rounds=timing.rounds,
         label=f"{kind} scaling",
     )
-    rows: list[Row] = []
-    one = seconds["1 × 1"] / _global_batch(kind, network, 1)
+    rows: list[Measurements] = []
+    one = seconds["1 × 1"] / _global_batch(kind, case, 1)
     for name, layout in names.items():
-        batch = _global_batch(kind, network, layout.devices)
-        middle = spread(seconds[name] / STEPS * 1e3)
+        batch = _global_batch(kind, case, layout.devices)
+        took = milliseconds(seconds[name] / STEPS)
         rows.append(
             {
                 "processes × devices": name,
@@ -140,10 +137,8 @@ def _rows(
                 "devices": layout.devices,
                 "processes": layout.processes,
                 "batch": batch,
-                "ms": middle.median,
-                "low": middle.low,
-                "high": middle.high,
-                "images/s": batch / middle.median * 1e3,
+                **took,
+                "images/s": batch / took["ms"] * 1e3,
                 "rate": spread(one / (seconds[name] / batch)).median,
                 "loss": losses[layout],
             }
@@ -151,7 +146,7 @@ def _rows(
     return rows
 
 
-def _compared(rows: Sequence[Row]) -> list[Row]:
+def _compared(rows: Sequence[Measurements]) -> list[Measurements]:
     """The rows with the difference of each loss from the first of its batch."""
     first: dict[int, float] = {}
     for row in rows:
@@ -162,8 +157,8 @@ def _compared(rows: Sequence[Row]) -> list[Row]:
     ]
 
 
-def _global_batch(kind: str, network: Network, devices: int) -> int:
-    return network.batch if kind == "strong" else network.per_device * devices
+def _global_batch(kind: str, case: _Case, devices: int) -> int:
+    return case.batch if kind == "strong" else case.per_device * devices
 
 
 class Workers(NamedTuple):
@@ -187,19 +182,19 @@ class Workers(NamedTuple):
                 process.stdin.flush()
         deadline = time.monotonic() + self.timeout
         answers: dict[int, float] = {}
-        while len(answers) < len(self.processes):
-            for number, process in enumerate(self.processes):
-                if number in answers:
-                    continue
-                assert process.stdout is not None
-                if select.select([process.stdout], [], [], 0.005)[0]:
-                    line = process.stdout.readline()
-                    if not line:
-                        self._fail(number, f"ended with {process.wait(self.timeout)}")
-                    answers[number] = float(line)
-            if time.monotonic() > deadline:
-                silent = next(n for n in range(len(self.processes)) if n not in answers)
+        waiting: dict[Any, int] = {p.stdout: n for n, p in enumerate(self.processes)}
+        while waiting:
+            left = max(0.0, deadline - time.monotonic())
+            ready = select.select(list(waiting), [], [], left)[0]
+            if not ready:
+                silent = min(waiting.values())
                 self._fail(silent, f"has not answered for {self.timeout:.0f} s")
+            for pipe in ready:
+                number, line = waiting.pop(pipe), pipe.readline()
+                if not line:
+                    ended = self.processes[number].wait(self.timeout)
+                    self._fail(number, f"ended with {ended}")
+                answers[number] = float(line)
         return [answers[number] for number in sorted(answers)]
 
     def _fail(self, number: int, what: str) -> None:
@@ -214,7 +209,7 @@ class Workers(NamedTuple):
 
 @contextlib.contextmanager
 def workers(
-    layout: Layout, network: Network, *, on_gpu: bool = False, timeout: float = TIMEOUT
+    layout: Layout, case: _Case, *, on_gpu: bool = False, timeout: float = TIMEOUT
 ) -> Iterator[Workers]:
     """Starts the processes of a layout; they are killed at the end.
 
@@ -226,61 +221,57 @@ def workers(
     with contextlib.ExitStack() as stack:
         logs = [stack.enter_context(tempfile.TemporaryFile()) for _ in range(layout[0])]
         started: list[subprocess.Popen] = []
-        try:
-            for index in range(layout.processes):
-                job = {
-                    "index": index,
-                    "processes": layout.processes,
-                    "coordinator": f"localhost:{port}" if layout.processes > 1 else "",
-                    "network": network._asdict(),
-                }
-                started.append(
-                    subprocess.Popen(
-                        [sys.executable, "-m", __spec__.name, json.dumps(job)],
-                        env=_environment(layout, index, on_gpu),
-                        stdin=subprocess.PIPE,
-                        stdout=subprocess.PIPE,
-                        stderr=logs[index],
-                        bufsize=0,
-                    )
-                )
-            yield Workers(layout, started, logs, timeout)
-        finally:
-            for process in started:
-                process.kill()
-                process.communicate()
+        for index, log in enumerate(logs):
+            job = {
+                "index": index,
+                "processes": layout.processes,
+                "coordinator": f"localhost:{port}" if layout.processes > 1 else "",
+                "case": case._asdict(),
+            }
+            process = subprocess.Popen(
+                [sys.executable, "-m", __spec__.name, json.dumps(job)],
+                cwd=REPOSITORY,  # where it finds this package
+                env=_environment(layout, index, on_gpu),
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                bufsize=0,
+            )
+            started.append(stack.enter_context(process))
+            stack.callback(process.kill)
+        yield Workers(layout, started, logs, timeout)
 
 
 def _environment(layout: Layout, index: int, on_gpu: bool) -> dict[str, str]:
     """What gives a worker its own devices."""
     own = layout.devices // layout.processes
-    paths = [str(PACKAGE), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
     if on_gpu:
         visible = os.environ.get("CUDA_VISIBLE_DEVICES")
         numbers = visible.split(",") if visible else list(map(str, range(1024)))
         chosen = numbers[index * own : (index + 1) * own]
-        environment["CUDA_VISIBLE_DEVICES"] = ",".join(chosen)
-        # Several workers, and the process that asks, share a GPU.
-        environment["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
-        return environment
+        return {
+            **os.environ,
+            "CUDA_VISIBLE_DEVICES": ",".join(chosen),
+            # Several workers, and the process that asks, share a GPU.
+            "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
+        }
     flags = os.environ.get("XLA_FLAGS", "").split()
     flags = [f for f in flags if "xla_force_host_platform_device_count" not in f]
     flags.append(f"--xla_force_host_platform_device_count={own}")
-    return {**environment, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": " ".join(flags)}
+    return {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": " ".join(flags)}
 
 
 def _work(job: dict[str, Any], questions: IO[str], answers: IO[str]) -> None:
     """Answers "loss KIND" with a sum of losses, "time KIND" with 0 after some steps."""
     caches.use_compilation_cache()
     parallel.join_processes(job["coordinator"], job["index"], job["processes"])
-    network = Network(**job["network"])
+    case = _Case(**job["case"])
     model = create_model(
         "zf5",
         LEVELS,
         10,
-        width=network.width,
-        image_size=network.image_size,
+        width=case.width,
+        image_size=case.image_size,
         dropout=0.0,  # its random numbers go by device
         weight_init="he",
     )
@@ -289,9 +280,8 @@ def _work(job: dict[str, Any], questions: IO[str], answers: IO[str]) -> None:
     step = make_train_step(model, optimizer, preprocessing)
     for question in questions:
         what, kind = question.split()
-        batch = shard_batch(
-            _own_batch(_global_batch(kind, network, jax.device_count()), network, job)
-        )
+        size = _global_batch(kind, case, jax.device_count())
+        batch = shard_batch(_own_batch(size, case, job))
         if what == "loss":
             state, total = create_state(model, optimizer, seed=0), 0.0
         for _ in range(STEPS):
@@ -302,12 +292,10 @@ def _work(job: dict[str, Any], questions: IO[str], answers: IO[str]) -> None:
         print(total if what == "loss" else 0.0, file=answers, flush=True)
 
 
-def _own_batch(
-    size: int, network: Network, job: dict[str, Any]
-) -> dict[str, np.ndarray]:
+def _own_batch(size: int, case: _Case, job: dict[str, Any]) -> dict[str, np.ndarray]:
     """This process's rows of the global batch, which is the same for all layouts."""
     random = np.random.default_rng(0)
-    shape = (size, network.image_size, network.image_size, 3)
+    shape = (size, case.image_size, case.image_size, 3)
     batch = {
         "image": random.integers(0, 256, shape, np.uint8),
         "label": random.integers(0, 10, size),
@@ -317,16 +305,15 @@ def _own_batch(
     return {name: values[own] for name, values in batch.items()}
 
 
-def plot(rows: Sequence[Row]) -> Figure:
+def plot(rows: Sequence[Measurements]) -> Figure:
     """Milliseconds of a step and images/s beside one device, by layout."""
     figure = Figure(figsize=(9, 4), layout="constrained")
-    kinds = list(dict.fromkeys(r["scaling"] for r in rows))
     for axes, column in zip(figure.subplots(1, 2), ("ms", "rate"), strict=True):
-        for n, kind in enumerate(kinds):
-            own = [r for r in rows if r["scaling"] == kind]
-            places = np.arange(len(own)) + 0.4 * n - 0.2
-            axes.bar(places, [r[column] for r in own], 0.36, label=f"{kind} scaling")
-            axes.set_xticks(range(len(own)), [r["processes × devices"] for r in own])
+        bars = [
+            (f"{r['scaling']} scaling", r["processes × devices"], r[column])
+            for r in rows
+        ]
+        draw_bars(axes, bars, upright=True)
         axes.set_xlabel("processes × devices of each")
         axes.grid(axis="y", alpha=0.3)
     figure.axes[0].set_ylabel("ms of a step")

@@ -4,16 +4,19 @@ In every round each alternative runs once. What slows the machine for a while sl
 of a round, so a ratio is taken round by round, and its median is reported.
 """
 
-import sys
+import contextlib
+import functools
 import time
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import numpy as np
+from jax.experimental.compilation_cache import compilation_cache
 from tqdm import tqdm
 
 Alternative = Callable[[], Any]
+T = TypeVar("T")
 # An alternative faster than this is repeated within a round: clocks have a grain.
 SHORTEST = 2e-3
 
@@ -41,30 +44,60 @@ def time_in_turn(
     `label`: of the progress bar; none is shown without.
     """
     repeats = {name: _repeats(call, warmup) for name, call in alternatives.items()}
-    seconds: dict[str, list[float]] = {name: [] for name in alternatives}
-    names = list(alternatives)
-    shown = tqdm(
-        range(rounds),
-        desc=label,
-        leave=False,
-        disable=not label or not sys.stderr.isatty(),
-    )
-    for number in shown:
+
+    def timed(name: str) -> float:
+        call, count = alternatives[name], repeats[name]
+        started = time.perf_counter()
+        for _ in range(count):
+            jax.block_until_ready(call())
+        return (time.perf_counter() - started) / count
+
+    work = {name: functools.partial(timed, name) for name in alternatives}
+    seconds = in_turn(work, rounds=rounds, label=label)
+    return {name: np.array(times) for name, times in seconds.items()}
+
+
+def in_turn(
+    work: Mapping[str, Callable[[], T]], *, rounds: int, label: str = ""
+) -> dict[str, list[T]]:
+    """What each piece of work returned in every round, by name.
+
+    `label`: of the progress bar; none is shown without.
+    """
+    names = list(work)
+    found: dict[str, list[T]] = {name: [] for name in names}
+    off = None if label else True
+    for number in tqdm(range(rounds), desc=label, leave=False, disable=off):
         # Whoever comes first finds caches that the last one left: take turns at that.
         shift = number % len(names)
         for name in names[shift:] + names[:shift]:
-            call, count = alternatives[name], repeats[name]
-            started = time.perf_counter()
-            for _ in range(count):
-                jax.block_until_ready(call())
-            seconds[name].append((time.perf_counter() - started) / count)
-    return {name: np.array(times) for name, times in seconds.items()}
+            found[name].append(work[name]())
+    return found
+
+
+@contextlib.contextmanager
+def no_persistent_cache() -> Iterator[None]:
+    """Within this context nothing compiled comes from, or goes to, a folder."""
+    before = jax.config.values["jax_enable_compilation_cache"]
+    jax.config.update("jax_enable_compilation_cache", False)
+    compilation_cache.reset_cache()  # JAX asks the setting once, at its first program
+    try:
+        yield
+    finally:
+        jax.config.update("jax_enable_compilation_cache", before)
+        compilation_cache.reset_cache()
 
 
 def spread(values: np.ndarray) -> Spread:
     """Median and quartiles of measurements."""
     low, median, high = np.percentile(values, [25, 50, 75])
     return Spread(float(median), float(low), float(high))
+
+
+def milliseconds(seconds: np.ndarray) -> dict[str, float]:
+    """The columns "ms", "low" and "high" of a table: the spread of some seconds."""
+    middle = spread(seconds * 1e3)
+    return {"ms": middle.median, "low": middle.low, "high": middle.high}
 
 
 def times_as_fast(ours: np.ndarray, theirs: np.ndarray) -> Spread:

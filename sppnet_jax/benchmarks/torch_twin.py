@@ -8,7 +8,7 @@ This is the only module that imports PyTorch, which is optional.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,26 +16,28 @@ from torch import nn
 from torch.nn import functional
 
 from sppnet_jax.network.trunks import LRN, Conv, MaxPool, get_backbone, layers_geometry
-from sppnet_jax.pyramid.pooling import check_levels, num_bins
+from sppnet_jax.pyramid.pooling import num_bins
 from sppnet_jax.training.steps import Optimizer
 
 Params = Mapping[str, Mapping[str, np.ndarray]]  # layer → kernel, bias
 
 
 class Twin(nn.Module):
-    """`sppnet_jax.network.model.SPPNet` in PyTorch; made by `create_twin`.
+    """The network that `create_model` makes of the same arguments, in PyTorch.
 
     Images: float [batch, 3, height, width]. Returns float logits [batch, classes].
+    Raises: ValueError for an unknown backbone or levels that are none.
     """
 
     def __init__(
         self,
         name: str,
-        levels: tuple[int, ...] | None,
-        num_classes: int,
-        width: float,
-        image_size: int,
-        dropout: float,
+        levels: Sequence[int] | None = (6, 3, 2, 1),
+        num_classes: int = 1000,
+        *,
+        width: float = 1.0,
+        image_size: int = 224,
+        dropout: float = 0.5,
     ) -> None:
         super().__init__()
         backbone = get_backbone(name)
@@ -44,20 +46,15 @@ class Twin(nn.Module):
         for layer in backbone.layers:
             if isinstance(layer, Conv):
                 filters = _scaled(layer.filters, width)
-                layers += [
-                    nn.Conv2d(
-                        channels, filters, layer.kernel, layer.stride, layer.padding
-                    ),
-                    nn.ReLU(inplace=True),
-                ]
+                sliding = layer.kernel, layer.stride, layer.padding
+                layers.append(nn.Conv2d(channels, filters, *sliding))
+                layers.append(nn.ReLU(inplace=True))
                 channels = filters
             elif isinstance(layer, LRN):
                 # PyTorch divides α by the number of channels in the window.
-                layers.append(
-                    nn.LocalResponseNorm(
-                        layer.size, layer.alpha * layer.size, layer.beta, layer.k
-                    )
-                )
+                alpha = layer.alpha * layer.size
+                lrn = nn.LocalResponseNorm(layer.size, alpha, layer.beta, layer.k)
+                layers.append(lrn)
             else:
                 layers.append(_pool(layer))
         self.stack = nn.Sequential(*layers)
@@ -71,7 +68,7 @@ class Twin(nn.Module):
         self.fc6 = nn.Linear(self.bins * channels, _scaled(4096, width))
         self.fc7 = nn.Linear(self.fc6.out_features, _scaled(4096, width))
         self.fc8 = nn.Linear(self.fc7.out_features, num_classes)
-        self.dropout = dropout
+        self.drop = nn.Dropout(dropout)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         pooled = self.pool(self.stack(images))
@@ -88,40 +85,11 @@ class Twin(nn.Module):
         ]
         return torch.cat(pooled, dim=2).flatten(1)
 
-    def drop(self, values: torch.Tensor) -> torch.Tensor:
-        return functional.dropout(values, self.dropout, self.training)
-
     def named_layers(self) -> dict[str, Any]:  # Conv2d or Linear
         """The layers with parameters, by the names of the Flax model."""
         convs = [layer for layer in self.stack if isinstance(layer, nn.Conv2d)]
-        named: dict[str, Any] = {
-            f"conv{n}": conv for n, conv in enumerate(convs, start=1)
-        }
+        named = {f"conv{n}": conv for n, conv in enumerate(convs, start=1)}
         return {**named, "fc6": self.fc6, "fc7": self.fc7, "fc8": self.fc8}
-
-
-class TwinState(NamedTuple):
-    """A network and its optimizer; both are changed in place by a step."""
-
-    twin: Twin
-    optimizer: torch.optim.SGD
-
-
-def create_twin(
-    name: str,
-    levels: Sequence[int] | None = (6, 3, 2, 1),
-    num_classes: int = 1000,
-    *,
-    width: float = 1.0,
-    image_size: int = 224,
-    dropout: float = 0.5,
-) -> Twin:
-    """The network that `create_model` makes of the same arguments, in PyTorch.
-
-    Raises: ValueError for an unknown backbone or levels that are none.
-    """
-    checked = None if levels is None else check_levels(levels)
-    return Twin(name, checked, num_classes, width, image_size, dropout)
 
 
 def load_params(twin: Twin, params: Params) -> None:
@@ -149,47 +117,9 @@ def load_params(twin: Twin, params: Params) -> None:
             layer.bias.copy_(torch.from_numpy(bias))
 
 
-def flax_arrays(twin: Twin, *, gradients: bool = False) -> dict[str, Any]:
-    """The twin's parameters, or their gradients, named and ordered as in Flax."""
-    found = {}
-    for name, layer in twin.named_layers().items():
-        weight, bias = [p.grad if gradients else p for p in layer.parameters()]
-        kernel = weight.detach().float().cpu().numpy()
-        if kernel.ndim == 4:
-            kernel = kernel.transpose(2, 3, 1, 0)
-        else:
-            bins = twin.bins if name == "fc6" else 1
-            kernel = kernel.reshape(len(kernel), -1, bins).transpose(2, 1, 0)
-            kernel = kernel.reshape(-1, kernel.shape[-1])
-        found[name] = {"kernel": kernel, "bias": bias.detach().float().cpu().numpy()}
-    return found
-
-
-def create_twin_state(twin: Twin, optimizer: Optimizer) -> TwinState:
-    """SGD as ours: momentum, and weight decay on kernels only.
-
-    Raises: ValueError for label smoothing, which `make_twin_step` does not do.
-    """
-    if optimizer.label_smoothing:
-        raise ValueError("the twin has no label smoothing, set it to 0")
-    kernels = [layer.weight for layer in twin.named_layers().values()]
-    biases = [layer.bias for layer in twin.named_layers().values()]
-    groups = [
-        {"params": kernels, "weight_decay": optimizer.weight_decay},
-        {"params": biases, "weight_decay": 0.0},
-    ]
-    sgd = torch.optim.SGD(
-        groups,
-        lr=0.0,
-        momentum=optimizer.momentum,
-        nesterov=optimizer.nesterov,
-        fused=True,  # several times as fast as a pass for each operation
-    )
-    return TwinState(twin, sgd)
-
-
 def make_twin_step(
-    state: TwinState,
+    twin: Twin,
+    optimizer: Optimizer,
     mean: float,
     *,
     layout: str = "contiguous_format",
@@ -198,31 +128,48 @@ def make_twin_step(
 ) -> Callable[[torch.Tensor, torch.Tensor, float], tuple[torch.Tensor, torch.Tensor]]:
     """The step `(images, labels, learning_rate) -> (sum of losses, correct)`.
 
+    SGD as ours: momentum, and weight decay on kernels only; it changes the twin.
+
     `images`: uint8 [batch, 3, height, width] in the layout that the maps are to have;
     `labels`: int64 [batch]. They are brought to the twin's device if they aren't there.
     `layout`: "contiguous_format" or "channels_last", of the weights.
     `bfloat16`: under autocast. `compiled`: the network through `torch.compile`.
     The results stay on the device.
+    Raises: ValueError for label smoothing, which it does not do.
     """
+    if optimizer.label_smoothing:
+        raise ValueError("the twin has no label smoothing, set it to 0")
     form = getattr(torch, layout)
     # PyTorch's annotations don't know this argument.
-    device = _device(state.twin.to(memory_format=form))  # type: ignore[call-overload]
-    network = torch.compile(state.twin) if compiled else state.twin
+    device = _device(twin.to(memory_format=form))  # type: ignore[call-overload]
+    network = torch.compile(twin) if compiled else twin
+    layers = twin.named_layers().values()
+    decay = optimizer.weight_decay
+    sgd = torch.optim.SGD(
+        [
+            {"params": [layer.weight for layer in layers], "weight_decay": decay},
+            {"params": [layer.bias for layer in layers], "weight_decay": 0.0},
+        ],
+        lr=0.0,
+        momentum=optimizer.momentum,
+        nesterov=optimizer.nesterov,
+        fused=True,  # several times as fast as a pass for each operation
+    )
 
     def step(
         images: torch.Tensor, labels: torch.Tensor, learning_rate: float
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        state.twin.train()
-        for group in state.optimizer.param_groups:
+        twin.train()
+        for group in sgd.param_groups:
             group["lr"] = learning_rate
-        state.optimizer.zero_grad(set_to_none=True)
+        sgd.zero_grad(set_to_none=True)
         pixels = images.to(device, non_blocking=True).float() - mean
         labels = labels.to(device, non_blocking=True)
         with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
             logits = network(pixels)
         loss = functional.cross_entropy(logits.float(), labels)
         loss.backward()
-        state.optimizer.step()
+        sgd.step()
         correct = (logits.detach().argmax(dim=1) == labels).sum()
         return loss.detach() * len(labels), correct
 

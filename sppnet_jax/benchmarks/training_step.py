@@ -19,11 +19,10 @@ import jax.numpy as jnp
 import numpy as np
 from matplotlib.figure import Figure
 
-from sppnet_jax.benchmarks.flops import count_flops
-from sppnet_jax.benchmarks.peak import measured_peak
-from sppnet_jax.benchmarks.peers import find_peers, find_torch, torch_device
-from sppnet_jax.benchmarks.report import Report, Row, Setting
-from sppnet_jax.benchmarks.timing import spread, time_in_turn, times_as_fast
+from sppnet_jax.benchmarks.peak import count_flops, measured_peak
+from sppnet_jax.benchmarks.peers import find_peers, find_torch, torch_device, wait_for
+from sppnet_jax.benchmarks.report import Measurements, Report, Timing, draw_bars
+from sppnet_jax.benchmarks.timing import milliseconds, time_in_turn, times_as_fast
 from sppnet_jax.network.model import SPPNet, create_model
 from sppnet_jax.network.preprocess import Preprocessing
 from sppnet_jax.network.trunks import BACKBONES
@@ -80,17 +79,17 @@ class Step(NamedTuple):
     peak_bytes: int | None
 
 
-def run(setting: Setting) -> Report:
+def run(timing: Timing) -> Report:
     """Times every backbone, and measures the memory of each alternative."""
     platform = jax.devices()[0].platform
-    size = QUICK if setting.quick else SIZES.get(platform, SIZES["cpu"])
+    size = QUICK if timing.quick else SIZES.get(platform, SIZES["cpu"])
     torch, notes = find_torch()
-    rounds = min(setting.rounds, size.rounds)
-    if rounds < setting.rounds:
-        notes.append(f"{rounds} rounds, not {setting.rounds}: a step takes seconds")
+    rounds = min(timing.rounds, size.rounds)
+    if rounds < timing.rounds:
+        notes.append(f"{rounds} rounds, not {timing.rounds}: a step takes seconds")
     if "bfloat16" not in size.dtypes:
         notes.append("bfloat16 is left out: processors are slower in it")
-    rows: list[Row] = []
+    rows: list[Measurements] = []
     for dtype in size.dtypes:
         peak = measured_peak(dtype)
         for name in size.networks:
@@ -129,7 +128,7 @@ def _explanations(platform: str, torch: Any) -> list[str]:
 
 def _rows(
     name: str, dtype: str, size: Size, torch: Any, rounds: int, peak: float
-) -> tuple[list[Row], list[str]]:
+) -> tuple[list[Measurements], list[str]]:
     """The rows of one backbone in one dtype, and notes on what did not work."""
     peers = {peer.name(): peer for peer in _peers(dtype)} if torch is not None else {}
     params = _random_params(name, dtype, size)
@@ -155,23 +154,21 @@ def _rows(
     running.clear()  # frees their states
     if jax.devices()[0].platform == "cpu":
         peaks = _resident_peaks(name, dtype, size, [None, *peers.values()])
-    rows: list[Row] = []
+    rows: list[Measurements] = []
     for what, times in seconds.items():
-        middle = spread(times * 1e3)
+        took, peak_bytes = milliseconds(times), peaks.get(what)
         ratio = times_as_fast(seconds[OURS], times)
         rows.append(
             {
                 "network": name,
                 "dtype": dtype,
                 "what": what,
-                "images/s": size.batch / middle.median * 1e3,
-                "ms": middle.median,
-                "low": middle.low,
-                "high": middle.high,
+                "images/s": size.batch / took["ms"] * 1e3,
+                **took,
                 "ours is × as fast": None if what == OURS else ratio.median,
-                "peak MB": _megabytes(peaks.get(what)),
+                "peak MB": None if peak_bytes is None else peak_bytes / 2**20,
                 "GFLOP": flops / 1e9,
-                "share of peak": flops / (middle.median / 1e3) / peak,
+                "share of peak": flops / (took["ms"] / 1e3) / peak,
                 "differs by": differ.get(what),
             }
         )
@@ -180,14 +177,10 @@ def _rows(
 
 def _peers(dtype: str) -> list[Peer]:
     """PyTorch's layouts; on a GPU also what `torch.compile` makes of the faster."""
-    bfloat16 = dtype == "bfloat16"
-    peers = [
-        Peer("contiguous_format", bfloat16, False),
-        Peer("channels_last", bfloat16, False),
-    ]
+    ways = [("contiguous_format", False), ("channels_last", False)]
     if jax.devices()[0].platform == "gpu":
-        peers.append(Peer("channels_last", bfloat16, True))
-    return peers
+        ways.append(("channels_last", True))
+    return [Peer(layout, dtype == "bfloat16", compiled) for layout, compiled in ways]
 
 
 def _model(name: str, dtype: str, size: Size) -> SPPNet:
@@ -232,17 +225,13 @@ def _flops(name: str, dtype: str, size: Size, params: Any) -> float:
 def _our_step(name: str, dtype: str, size: Size, params: Any) -> Step:
     """Our step on the first device."""
     preprocessing = Preprocessing(np.array(MEAN), 1.0, np.zeros((3, 3), np.float32))
-    optimizer = Optimizer()
+    optimizer, rate = Optimizer(), np.float32(LEARNING_RATE)
     train_step = make_train_step(_model(name, dtype, size), optimizer, preprocessing)
     images, labels = _batch(size)
     mask = np.ones(size.batch, bool)
-    rate = np.float32(LEARNING_RATE)
-    fresh = TrainState(
-        jnp.zeros((), jnp.int32),
-        params,
-        optimizer.transform().init(params),
-        jax.random.PRNGKey(1),
-    )
+    momentum = optimizer.transform().init(params)
+    zero, rng = jnp.zeros((), jnp.int32), jax.random.PRNGKey(1)
+    fresh = TrainState(zero, params, momentum, rng)
     # A leading axis of one takes the first device, however many there are.
     copy = jax.pmap(lambda _, tree: tree, in_axes=(0, None))
     held = [copy(np.arange(1), fresh)]
@@ -282,16 +271,11 @@ def _torch_step(
         before = torch.cuda.memory_allocated()
     if peer.compiled:
         torch.compiler.reset()  # it gives up on a function after eight networks
-    twin = twins.create_twin(
-        name,
-        LEVELS,
-        size.num_classes,
-        width=size.width,
-        image_size=size.image_size,
-    )
+    sizes = {"width": size.width, "image_size": size.image_size}
+    twin = twins.Twin(name, LEVELS, size.num_classes, **sizes)
     twins.load_params(twin, params)
-    state = twins.create_twin_state(twin.to(device), Optimizer())
-    train_step = twins.make_twin_step(state, MEAN, **peer._asdict())
+    twin.to(device)
+    train_step = twins.make_twin_step(twin, Optimizer(), MEAN, **peer._asdict())
     form = getattr(torch, peer.layout)
     images, labels = _batch(size)
     pixels = torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(memory_format=form)
@@ -300,12 +284,11 @@ def _torch_step(
 
     def step() -> Any:
         results = train_step(pixels, targets, LEARNING_RATE)
-        if on_gpu:
-            torch.cuda.synchronize()
+        wait_for(torch)
         return results
 
-    peak_bytes = None
     step()
+    peak_bytes = None
     if on_gpu:
         torch.cuda.reset_peak_memory_stats()
         step()
@@ -351,37 +334,22 @@ def _resident_peak(name: str, dtype: str, size: Size, peer: Peer | None) -> int:
     return _memory_status("VmHWM") - before
 
 
-def _megabytes(size: int | None) -> float | None:
-    return None if size is None else size / 2**20
-
-
 def _memory_status(field: str) -> int:
     """Bytes of a field of Linux's account of this process."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
 
 
-def plot(rows: Sequence[Row]) -> Figure:
+def plot(rows: Sequence[Measurements]) -> Figure:
     """Images/s and peak memory of each alternative, by network."""
-    names = list(dict.fromkeys(r["network"] for r in rows))
-    kinds = list(dict.fromkeys((r["what"], r["dtype"]) for r in rows))
     figure = Figure(figsize=(10, 4.6), layout="constrained")
     left, right = figure.subplots(1, 2)
-    width = 0.8 / max(1, len(kinds))
-    for n, (what, dtype) in enumerate(kinds):
-        own = {
-            r["network"]: r for r in rows if (r["what"], r["dtype"]) == (what, dtype)
-        }
-        for axes, column in ((left, "images/s"), (right, "peak MB")):
-            heights = [own.get(name, {}).get(column) or 0.0 for name in names]
-            places = np.arange(len(names)) + (n + 0.5) * width - 0.4
-            axes.bar(places, heights, width * 0.9, label=f"{what}, {dtype}")
+    for axes, column in ((left, "images/s"), (right, "peak MB")):
+        bars = [(f"{r['what']}, {r['dtype']}", r["network"], r[column]) for r in rows]
+        draw_bars(axes, bars, upright=True)
+        axes.grid(axis="y", alpha=0.3)
     left.set_ylabel("images/s")
     right.set_ylabel("peak memory, MB")
-    for axes in (left, right):
-        axes.set_xticks(range(len(names)), names)
-        axes.grid(axis="y", alpha=0.3)
-    figure.legend(
-        *left.get_legend_handles_labels(), loc="outside lower center", ncols=3
-    )
+    labels = left.get_legend_handles_labels()
+    figure.legend(*labels, loc="outside lower center", ncols=3)
     return figure

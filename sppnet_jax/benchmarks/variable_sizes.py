@@ -24,11 +24,14 @@ import numpy as np
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
-from sppnet_jax.benchmarks.cold import no_persistent_cache
-from sppnet_jax.benchmarks.networks import random_network, scorer
-from sppnet_jax.benchmarks.report import Report, Row, Setting
-from sppnet_jax.benchmarks.sample_images import sample_image, sample_sizes
-from sppnet_jax.benchmarks.timing import spread, time_in_turn
+from sppnet_jax.benchmarks.report import Measurements, Report, Timing
+from sppnet_jax.benchmarks.samples import (
+    random_network,
+    sample_image,
+    sample_sizes,
+    scorer,
+)
+from sppnet_jax.benchmarks.timing import no_persistent_cache, spread, time_in_turn
 from sppnet_jax.buckets import BucketTable, choose_buckets, padding_waste
 from sppnet_jax.network.model import SPPNet
 
@@ -37,7 +40,7 @@ ALONE = "batch of one, compiled before"
 MULTIPLE = 8  # of the buckets' sides: found in no time, and padded hardly more
 
 
-class Case(NamedTuple):
+class _Case(NamedTuple):
     """ZF-5 of a width, images of a shorter side, and how they are run.
 
     `parts`: of one jit per shape; before each, the others start from cold.
@@ -54,13 +57,13 @@ class Case(NamedTuple):
 
 
 CASES = {
-    "cpu": Case(1 / 16, 192, 500, 8, 8, 5, 5),
-    "other": Case(1 / 4, 192, 500, 16, 8, 5, 10),
+    "cpu": _Case(1 / 16, 192, 500, 8, 8, 5, 5),
+    "other": _Case(1 / 4, 192, 500, 16, 8, 5, 10),
 }
-QUICK = Case(1 / 16, 64, 5, 2, 2, 2, 2)
+QUICK = _Case(1 / 16, 64, 5, 2, 2, 2, 2)
 
 
-class Run(NamedTuple):
+class Pass(NamedTuple):
     """One pass over all images: their logits [images, classes] and what it took."""
 
     logits: np.ndarray
@@ -70,17 +73,17 @@ class Run(NamedTuple):
     again: Callable[[], np.ndarray]  # the same with everything compiled
 
 
-def run(setting: Setting) -> Report:
+def run(timing: Timing) -> Report:
     """Runs all images each way, from cold and again."""
     platform = jax.devices()[0].platform
-    case = QUICK if setting.quick else CASES.get(platform, CASES["other"])
+    case = QUICK if timing.quick else CASES.get(platform, CASES["other"])
     sizes = sample_sizes(case.images, case.side)
     images = [sample_image(*size, n) for n, size in enumerate(sizes)]
     model, params = random_network(case.width, case.side, "float32")
     runs, cold = _from_cold(case, model, params, images)
     warm = time_in_turn(
         {name: found.again for name, found in runs.items()},
-        rounds=min(setting.rounds, case.most_rounds),
+        rounds=min(timing.rounds, case.most_rounds),
         label="everything compiled",
     )
     rows = _rows(runs, cold, warm)
@@ -102,26 +105,20 @@ def run(setting: Setting) -> Report:
         f"be padded {free['padded share']:.1%} by {case.buckets} buckets: resize to "
         "one shorter side first, as the paper does",
     ]
-    return Report(
-        "variable_sizes", "Images of distinct sizes", rows, plot, notes, results
-    )
+    title = "Images of distinct sizes"
+    return Report("variable_sizes", title, rows, plot, notes, results)
 
 
 def _from_cold(
-    case: Case, model: SPPNet, params: Any, images: Sequence[np.ndarray]
-) -> tuple[dict[str, Run], dict[str, np.ndarray]]:
+    case: _Case, model: SPPNet, params: Any, images: Sequence[np.ndarray]
+) -> tuple[dict[str, Pass], dict[str, np.ndarray]]:
     """The last run of each way, and its seconds from cold, one for each time."""
     parts = np.array_split(np.arange(len(images)), case.parts)
-    shapes: list[Run] = []
-    latest: dict[str, Run] = {}
+    shapes: list[Pass] = []
+    latest: dict[str, Pass] = {}
     seconds: dict[str, list[float]] = {BUCKETS: [], SHAPES: [], WARPED: []}
-    bar = tqdm(
-        total=len(images),
-        desc="one jit per shape",
-        unit="shape",
-        leave=False,
-        mininterval=0.5 if sys.stderr.isatty() else 20,
-    )
+    bar = tqdm(total=len(images), desc=SHAPES, unit="shape", leave=False)
+    bar.mininterval = 0.5 if sys.stderr.isatty() else 20
     jax.block_until_ready(jax.jit(lambda x: x + 1)(np.ones(3)))  # start the compiler
     with no_persistent_cache(), bar:
         for part in parts:
@@ -134,7 +131,7 @@ def _from_cold(
             started = time.perf_counter()
             shapes.append(_one_by_one(model, params, [images[n] for n in part], bar))
             seconds[SHAPES].append(time.perf_counter() - started)
-    latest[SHAPES] = Run(
+    latest[SHAPES] = Pass(
         np.concatenate([found.logits for found in shapes]),
         sum(found.programs for found in shapes),
         sum(found.compile_seconds for found in shapes),
@@ -146,8 +143,8 @@ def _from_cold(
 
 
 def _in_buckets(
-    case: Case, model: SPPNet, params: Any, images: Sequence[np.ndarray]
-) -> Run:
+    case: _Case, model: SPPNet, params: Any, images: Sequence[np.ndarray]
+) -> Pass:
     buckets = _fitted(case, [image.shape[:2] for image in images])
     one = jax.devices()[:1]
     table = BucketTable(scorer(model), params, buckets, case.batch, devices=one)
@@ -162,16 +159,16 @@ def _in_buckets(
     computed = sum(r.calls * r.batch_size * r.bucket[0] * r.bucket[1] for r in rows)
     pixels = sum(image.shape[0] * image.shape[1] for image in images)
     compiled = sum(row.compile_seconds or 0 for row in rows)
-    return Run(logits, table.programs, compiled, 1 - pixels / computed, serve)
+    return Pass(logits, table.programs, compiled, 1 - pixels / computed, serve)
 
 
-def _fitted(case: Case, sizes: Any) -> tuple[tuple[int, int], ...]:
+def _fitted(case: _Case, sizes: Any) -> tuple[tuple[int, int], ...]:
     return choose_buckets(sizes, case.buckets, multiple=MULTIPLE)
 
 
 def _one_by_one(
     model: SPPNet, params: Any, images: Sequence[np.ndarray], bar: tqdm
-) -> Run:
+) -> Pass:
     scores = jax.jit(scorer(model))
     programs: dict[tuple[int, ...], Any] = {}
 
@@ -189,50 +186,47 @@ def _one_by_one(
         compiled += time.perf_counter() - started
         logits.append(score(image))
         bar.update()
-    return Run(np.stack(logits), len(programs), compiled, 0.0, serve)
+    return Pass(np.stack(logits), len(programs), compiled, 0.0, serve)
 
 
 def _warped(
-    case: Case, model: SPPNet, params: Any, images: Sequence[np.ndarray]
-) -> Run:
+    case: _Case, model: SPPNet, params: Any, images: Sequence[np.ndarray]
+) -> Pass:
     from PIL import Image
 
-    side = case.side
-    shape = (case.batch, side, side, 3)
+    size = case.side, case.side
+    shape = (case.batch, *size, 3)
     started = time.perf_counter()
     blank = jax.ShapeDtypeStruct(shape, np.uint8)
     program = jax.jit(scorer(model)).lower(params, blank).compile()
     compiled = time.perf_counter() - started
-
-    def warp(image: np.ndarray) -> np.ndarray:
-        resized = Image.fromarray(image).resize((side, side), Image.Resampling.BILINEAR)
-        return np.asarray(resized)
 
     def serve() -> np.ndarray:
         logits = []
         for first in range(0, len(images), case.batch):
             inputs = np.zeros(shape, np.uint8)
             for row, image in enumerate(images[first : first + case.batch]):
-                inputs[row] = warp(image)
+                whole = Image.fromarray(image)
+                inputs[row] = np.asarray(whole.resize(size, Image.Resampling.BILINEAR))
             # Not waited for: the next batch is warped while the device works.
             logits.append(program(params, inputs))
         return np.concatenate(jax.device_get(logits))[: len(images)]
 
-    return Run(serve(), 1, compiled, 0.0, serve)
+    return Pass(serve(), 1, compiled, 0.0, serve)
 
 
 def _rows(
-    runs: dict[str, Run],
+    runs: dict[str, Pass],
     cold: dict[str, np.ndarray],
     warm: dict[str, np.ndarray],
-) -> list[Row]:
+) -> list[Measurements]:
     reference = runs[SHAPES].again()
-    rows: list[Row] = []
+    rows: list[Measurements] = []
     for name in (BUCKETS, SHAPES, WARPED, ALONE):
-        found = runs[SHAPES if name == ALONE else name]
+        way = SHAPES if name == ALONE else name
+        found, again = runs[way], spread(warm[way])
         logits = reference if name == ALONE else found.logits
         start = spread(cold[name]) if name in cold else None
-        again = spread(warm[SHAPES if name == ALONE else name])
         equal = logits.argmax(axis=1) == reference.argmax(axis=1)
         worst = np.abs(logits - reference).max() / np.abs(reference).max()
         rows.append(
@@ -256,7 +250,7 @@ def _rows(
     return rows
 
 
-def _free_sizes(case: Case) -> dict[str, Any]:
+def _free_sizes(case: _Case) -> dict[str, Any]:
     """The padding of images that were not resized to one shorter side."""
     random = np.random.default_rng(1)
     low, high = round(0.75 * case.side), round(1.25 * case.side)
@@ -269,7 +263,7 @@ def _free_sizes(case: Case) -> dict[str, Any]:
     }
 
 
-def plot(rows: Sequence[Row]) -> Figure:
+def plot(rows: Sequence[Measurements]) -> Figure:
     """Seconds from cold and with everything compiled, and how far off logits are."""
     figure = Figure(figsize=(13, 3.6), layout="constrained")
     panels = figure.subplots(1, 3)
@@ -291,20 +285,15 @@ def plot(rows: Sequence[Row]) -> Figure:
         last.plot(max(difference, least), place, "o", color=f"C{place}")
         shown = f"{difference:.1g}" if difference else "equal"
         text = f"  {shown}, top-1 equal {row['top-1 equal']:.0%}"
-        last.annotate(
-            text,
-            (max(difference, least), place),
-            va="center",
-            fontsize=8,
-            ha="right" if difference > 1e-4 else "left",
-        )
+        where, side = max(difference, least), "right" if difference > 1e-4 else "left"
+        last.annotate(text, (where, place), va="center", ha=side, fontsize=8)
     _name(last, rows)
     last.set(xscale="log", xlim=(least / 3, 10), title="agreement with a batch of one")
     last.set_xlabel("worst difference of logits, of the largest")
     return figure
 
 
-def _name(axes: Any, rows: Sequence[Row]) -> None:
+def _name(axes: Any, rows: Sequence[Measurements]) -> None:
     axes.set_yticks(range(len(rows)), [row["what"] for row in rows], fontsize=8)
     axes.set_ylim(len(rows) - 0.4, -0.6)
     axes.spines[["top", "right"]].set_visible(False)

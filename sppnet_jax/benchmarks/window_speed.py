@@ -22,9 +22,15 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from sppnet_jax.benchmarks.peak import measured_bandwidth
-from sppnet_jax.benchmarks.peers import find_peers, find_torch, torch_device
-from sppnet_jax.benchmarks.report import Report, Row, Setting, cell
-from sppnet_jax.benchmarks.timing import spread, time_in_turn, times_as_fast
+from sppnet_jax.benchmarks.peers import (
+    as_numpy,
+    find_peers,
+    find_torch,
+    torch_device,
+    wait_for,
+)
+from sppnet_jax.benchmarks.report import Measurements, Report, Timing, cell, draw_bars
+from sppnet_jax.benchmarks.timing import milliseconds, time_in_turn, times_as_fast
 from sppnet_jax.pyramid.pooling import adaptive_span, num_bins
 from sppnet_jax.pyramid.windows import block_counts, window_pyramid_pool
 
@@ -32,8 +38,10 @@ OURS, MASKS, WRITING = "sppnet_jax", "masks", "writing alone"
 MAX_ROI_POOL, ROI_POOL = "ONNX Runtime MaxRoiPool", "torchvision roi_pool"
 MASKED_ROUNDS = 3  # they take seconds
 
+Peers = dict[str, Any]  # modules by name
 
-class Case(NamedTuple):
+
+class _Case(NamedTuple):
     """A map (height, width, channels), the number of windows, the pyramid.
 
     `masked`: whether masks are timed too.
@@ -50,24 +58,24 @@ class Case(NamedTuple):
 ZF5, OVERFEAT = (43, 58, 256), (56, 75, 512)
 PAPER = (6, 3, 2, 1)
 FULL = (
-    Case(ZF5, 2_000, PAPER, masked=True),
-    Case(ZF5, 2_000, PAPER, "bfloat16"),
-    Case(ZF5, 100, PAPER, masked=True),
-    Case(ZF5, 500, PAPER),
-    Case(ZF5, 10_000, PAPER),
-    Case(ZF5, 2_000, (6, 3, 2)),
-    Case(ZF5, 2_000, (6, 3)),
-    Case(ZF5, 2_000, (6,)),
-    Case(ZF5, 2_000, (4, 3, 2, 1)),
-    Case(OVERFEAT, 2_000, PAPER),
+    _Case(ZF5, 2_000, PAPER, masked=True),
+    _Case(ZF5, 2_000, PAPER, "bfloat16"),
+    _Case(ZF5, 100, PAPER, masked=True),
+    _Case(ZF5, 500, PAPER),
+    _Case(ZF5, 10_000, PAPER),
+    _Case(ZF5, 2_000, (6, 3, 2)),
+    _Case(ZF5, 2_000, (6, 3)),
+    _Case(ZF5, 2_000, (6,)),
+    _Case(ZF5, 2_000, (4, 3, 2, 1)),
+    _Case(OVERFEAT, 2_000, PAPER),
 )
 QUICK = (
-    Case((9, 13, 16), 20, PAPER, masked=True),
-    Case((9, 13, 16), 20, (3,), "bfloat16", masked=True),
+    _Case((9, 13, 16), 20, PAPER, masked=True),
+    _Case((9, 13, 16), 20, (3,), "bfloat16", masked=True),
 )
 
 
-def run(setting: Setting) -> Report:
+def run(timing: Timing) -> Report:
     """Times every case."""
     peers, notes = find_peers("onnx", "onnxruntime")
     on_gpu = jax.devices()[0].platform == "gpu"
@@ -78,17 +86,17 @@ def run(setting: Setting) -> Report:
             more, said = find_peers("torchvision")
             peers, notes = {**peers, **more, "torch": torch}, notes + said
     bandwidth = measured_bandwidth()
-    rows: list[Row] = []
-    for case in QUICK if setting.quick else FULL:
-        rows += _rows(case, peers, bandwidth, on_gpu, setting)
+    rows: list[Measurements] = []
+    for case in QUICK if timing.quick else FULL:
+        rows += _rows(case, peers, bandwidth, on_gpu, timing)
     notes.append(f"measured bandwidth of a large copy: {bandwidth / 1e9:.1f} GB/s")
     title = "Windows of one map, pooled into a pyramid"
     return Report("windows", title, rows, plot, notes)
 
 
 def _rows(
-    case: Case, peers: dict[str, Any], bandwidth: float, on_gpu: bool, setting: Setting
-) -> list[Row]:
+    case: _Case, peers: Peers, bandwidth: float, on_gpu: bool, timing: Timing
+) -> list[Measurements]:
     features, windows = inputs(case)
     x, w = jnp.asarray(features, case.dtype), jnp.asarray(windows)
     ours = jax.jit(lambda x, w: window_pyramid_pool(x, w, case.levels))
@@ -104,44 +112,39 @@ def _rows(
     alternatives = dict(fast)
     if case.masked:
         alternatives[MASKS] = lambda: masks(x, w)
-    expected = _as_numpy(ours(x, w))
+    expected = as_numpy(ours(x, w))
     differ = {
-        name: float(np.abs(_as_numpy(call()) - expected).max())
+        name: float(np.abs(as_numpy(call()) - expected).max())
         for name, call in alternatives.items()
     }
     label = f"{case.windows} windows of {case.shape}"
     fast[WRITING] = lambda: fill(x)
-    seconds = time_in_turn(fast, rounds=setting.rounds, label=label)
+    seconds = time_in_turn(fast, rounds=timing.rounds, label=label)
     ratio = {name: times_as_fast(seconds[OURS], s) for name, s in seconds.items()}
     if MASKS in alternatives:
-        rounds = min(MASKED_ROUNDS, setting.rounds)
+        rounds = min(MASKED_ROUNDS, timing.rounds)
         pair = {OURS: fast[OURS], MASKS: alternatives[MASKS]}
         slow = time_in_turn(pair, rounds=rounds, warmup=0, label=label)
         seconds[MASKS] = slow[MASKS]
         ratio[MASKS] = times_as_fast(slow[OURS], slow[MASKS])
     bound = least_bytes(case) / bandwidth
-    rows: list[Row] = []
-    for name, times in seconds.items():
-        middle = spread(times * 1e3)
-        rows.append(
-            {
-                "map": "×".join(map(str, case.shape)),
-                "windows": case.windows,
-                "levels": ",".join(map(str, case.levels)),
-                "dtype": case.dtype,
-                "what": name,
-                "ms": middle.median,
-                "low": middle.low,
-                "high": middle.high,
-                "bound, ms": bound * 1e3 if name == OURS else None,
-                "ours is × as fast": None if name == OURS else ratio[name].median,
-                "differs by": differ.get(name),
-            }
-        )
-    return rows
+    return [
+        {
+            "map": "×".join(map(str, case.shape)),
+            "windows": case.windows,
+            "levels": ",".join(map(str, case.levels)),
+            "dtype": case.dtype,
+            "what": name,
+            **milliseconds(times),
+            "bound, ms": bound * 1e3 if name == OURS else None,
+            "ours is × as fast": None if name == OURS else ratio[name].median,
+            "differs by": differ.get(name),
+        }
+        for name, times in seconds.items()
+    ]
 
 
-def inputs(case: Case) -> tuple[np.ndarray, np.ndarray]:
+def inputs(case: _Case) -> tuple[np.ndarray, np.ndarray]:
     """A map whose values bfloat16 holds, and windows of all sizes."""
     random = np.random.default_rng(0)
     features = random.normal(size=case.shape).astype(np.float32)
@@ -151,7 +154,7 @@ def inputs(case: Case) -> tuple[np.ndarray, np.ndarray]:
     return features, windows.astype(np.int32)
 
 
-def least_bytes(case: Case) -> int:
+def least_bytes(case: _Case) -> int:
     """Bytes of the results and of the table, each once, in the dtype of the map."""
     height, width, channels = case.shape
     rows, columns = block_counts(case.shape, case.levels)
@@ -191,37 +194,30 @@ def _inside(start: jax.Array, stop: jax.Array, size: int) -> jax.Array:
 
 
 def max_roi_pool(
-    peers: dict[str, Any],
-    features: np.ndarray,
-    windows: np.ndarray,
-    levels: Sequence[int],
+    peers: Peers, features: np.ndarray, windows: np.ndarray, levels: Sequence[int]
 ) -> Callable[[], np.ndarray]:
     """One `MaxRoiPool` for each level; its results are [windows, channels, bins]."""
     onnx, runtime = peers["onnx"], peers["onnxruntime"]
     make, kinds = onnx.helper, onnx.TensorProto
     channels = features.shape[2]
-    nodes, shapes = [], []
+    both, nodes, shapes = ["maps", "rois"], [], []
     for n in levels:
-        nodes.append(
-            make.make_node(
-                "MaxRoiPool", ["maps", "rois"], [f"p{n}"], pooled_shape=[n, n]
-            )
+        pooled, shape, flat = f"p{n}", f"shape{n}", f"flat{n}"
+        nodes.append(make.make_node("MaxRoiPool", both, [pooled], pooled_shape=[n, n]))
+        nodes.append(make.make_node("Reshape", [pooled, shape], [flat]))
+        sides = [0, channels, n * n]
+        shapes.append(make.make_tensor(shape, kinds.INT64, [3], sides))
+    flats = [f"flat{n}" for n in levels]
+    nodes.append(make.make_node("Concat", flats, ["bins"], axis=2))
+    maps, rois, bins = (
+        make.make_tensor_value_info(name, kinds.FLOAT, shape)
+        for name, shape in (
+            ("maps", [1, channels, None, None]),
+            ("rois", [None, 5]),
+            ("bins", None),
         )
-        nodes.append(make.make_node("Reshape", [f"p{n}", f"shape{n}"], [f"flat{n}"]))
-        shape = [0, channels, n * n]
-        shapes.append(make.make_tensor(f"shape{n}", kinds.INT64, [3], shape))
-    flat = [f"flat{n}" for n in levels]
-    nodes.append(make.make_node("Concat", flat, ["bins"], axis=2))
-    graph = make.make_graph(
-        nodes,
-        "pyramid",
-        [
-            make.make_tensor_value_info("maps", kinds.FLOAT, [1, channels, None, None]),
-            make.make_tensor_value_info("rois", kinds.FLOAT, [None, 5]),
-        ],
-        [make.make_tensor_value_info("bins", kinds.FLOAT, None)],
-        shapes,
     )
+    graph = make.make_graph(nodes, "pyramid", [maps, rois], [bins], shapes)
     model = make.make_model(graph, opset_imports=[make.make_opsetid("", 17)])
     model.ir_version = 10
     options = runtime.SessionOptions()
@@ -238,10 +234,7 @@ def max_roi_pool(
 
 
 def _roi_pool(
-    peers: dict[str, Any],
-    features: np.ndarray,
-    windows: np.ndarray,
-    levels: Sequence[int],
+    peers: Peers, features: np.ndarray, windows: np.ndarray, levels: Sequence[int]
 ) -> Callable[[], Any]:
     """One `roi_pool` for each level, in float32: it has no bfloat16."""
     torch, roi_pool = peers["torch"], peers["torchvision"].ops.roi_pool
@@ -252,8 +245,7 @@ def _roi_pool(
     def pool() -> Any:
         bins = [roi_pool(maps, rois, n).flatten(2) for n in levels]
         joined = torch.cat(bins, dim=2)
-        if device == "cuda":
-            torch.cuda.synchronize()
+        wait_for(torch)
         return joined
 
     return pool
@@ -266,33 +258,15 @@ def _rois(windows: np.ndarray) -> np.ndarray:
     return np.stack([image, left, top, right - 1, bottom - 1], 1).astype(np.float32)
 
 
-def _as_numpy(value: Any) -> np.ndarray:
-    """A result as float32 [windows, bins, channels]."""
-    if isinstance(value, jax.Array):
-        return np.asarray(value, np.float32)
-    if not isinstance(value, np.ndarray):
-        value = value.float().cpu().numpy()
-    return value.transpose(0, 2, 1)
-
-
-def plot(rows: Sequence[Row]) -> Figure:
+def plot(rows: Sequence[Measurements]) -> Figure:
     """Milliseconds by case on a logarithmic axis, one bar for each alternative."""
-    cases = list(dict.fromkeys(_name(row) for row in rows))
-    names = list(dict.fromkeys(row["what"] for row in rows))
-    figure = Figure(figsize=(9, 0.7 * len(cases) + 1.5), layout="constrained")
+    cases = sum(row["what"] == OURS for row in rows)
+    figure = Figure(figsize=(9, 0.7 * cases + 1.5), layout="constrained")
     axes = figure.subplots()
-    height = 0.8 / len(names)
-    for n, name in enumerate(names):
-        own = [row for row in rows if row["what"] == name]
-        places = [cases.index(_name(row)) + n * height for row in own]
-        axes.barh(
-            places, [row["ms"] for row in own], height * 0.9, label=name, color=f"C{n}"
-        )
-        for place, row in zip(places, own, strict=True):
-            axes.text(row["ms"], place, f" {cell(row['ms'])}", va="center", fontsize=7)
-    axes.set_yticks([i + 0.4 - height / 2 for i in range(len(cases))], cases)
+    for bars in draw_bars(axes, [(r["what"], _name(r), r["ms"]) for r in rows]):
+        labels = [cell(ms) if ms else "" for ms in bars.datavalues]
+        axes.bar_label(bars, labels, padding=3, fontsize=7)
     axes.tick_params(axis="y", labelsize=8)
-    axes.invert_yaxis()
     axes.set_xscale("log")
     axes.set_xlabel("ms")
     axes.margins(x=0.1)
@@ -300,6 +274,6 @@ def plot(rows: Sequence[Row]) -> Figure:
     return figure
 
 
-def _name(row: Row) -> str:
+def _name(row: Measurements) -> str:
     kind = "" if row["dtype"] == "float32" else f" {row['dtype']}"
     return f"{row['windows']:,} windows, {row['map']}\n{{{row['levels']}}}{kind}"

@@ -5,9 +5,10 @@ downwards, since all that fits into something held is held. So a walk over such 
 one bucket a step, finds the best one.
 """
 
+import itertools
 import logging
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -102,14 +103,8 @@ def _best_buckets(
     if _are_few(chains):
         return _cover_chains(sizes, weights, chains, count, near), True
     # The best ones of a coarser grid, whose sizes are still two chains, come close.
-    grid, grid_weights, multiple = sizes, weights, 1
-    while chains is not None and not _are_few(chains):
-        multiple *= 2
-        grid, grid_weights = _rounded_up(sizes, weights, multiple)
-        chains = _two_chains(grid)
-    assert chains is not None
-    coarse = _search(grid, grid_weights, count)
-    coarse = _refit(_cover_chains(grid, grid_weights, chains, count, coarse), sizes)
+    grid = _coarser(sizes, weights, lambda grid: _are_few(_two_chains(grid)))
+    coarse = _refit(_best_buckets(*grid, count)[0], sizes)
     return min(near, coarse, key=lambda b: _total(b, sizes, weights)), False
 
 
@@ -130,7 +125,9 @@ def _two_chains(sizes: np.ndarray) -> list[np.ndarray] | None:
     return [np.array(chain, int) for chain in chains]
 
 
-def _are_few(chains: list[np.ndarray]) -> bool:
+def _are_few(chains: list[np.ndarray] | None) -> bool:
+    if chains is None:
+        return False
     lengths = [len(chain) for chain in chains]
     return math.prod(lengths) <= _MOST_STATES and max(lengths) <= _MOST_IN_A_CHAIN
 
@@ -282,12 +279,9 @@ def _cover_any(sizes: np.ndarray, weights: np.ndarray, count: int) -> np.ndarray
 
 def _search(sizes: np.ndarray, weights: np.ndarray, count: int) -> np.ndarray:
     """Good buckets for any sizes: the best one is added, then swaps while they help."""
-    grid, grid_weights, multiple = sizes, weights, 1
-    while len(grid) > _MOST_SIZES_SEARCHED:
-        multiple *= 2
-        grid, grid_weights = _rounded_up(sizes, weights, multiple)
-    if multiple > 1:
-        return _refit(_search(grid, grid_weights, count), sizes)
+    if len(sizes) > _MOST_SIZES_SEARCHED:
+        grid = _coarser(sizes, weights, lambda g: len(g) <= _MOST_SIZES_SEARCHED)
+        return _refit(_search(*grid, count), sizes)
     levels = np.linspace(0, 1, 32)
     everywhere = _grid(*(np.quantile(s, levels, method="higher") for s in sizes.T))
     everywhere_costs = _costs_of(everywhere, sizes)
@@ -319,6 +313,14 @@ def _rounded_up(
     rounded = -(-sizes // multiple) * multiple
     distinct, index = np.unique(rounded, axis=0, return_inverse=True)
     return distinct, np.bincount(index.ravel(), weights)
+
+
+def _coarser(
+    sizes: np.ndarray, weights: np.ndarray, are_few: Callable[[np.ndarray], bool]
+) -> tuple[np.ndarray, np.ndarray]:
+    """The sizes and weights on the finest grid of 2, 4, 8, … that leaves few."""
+    grids = (_rounded_up(sizes, weights, 2**n) for n in itertools.count(1))
+    return next(grid for grid in grids if are_few(grid[0]))
 
 
 def _refit(buckets: np.ndarray, sizes: np.ndarray) -> np.ndarray:

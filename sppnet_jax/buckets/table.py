@@ -3,9 +3,6 @@
 XLA compiles a program for each input shape. An image is padded, at its bottom and
 right, into the smallest bucket that holds it, and its true height and width go along as
 its valid size; the model masks the rest, so the result is that of the image alone.
-
-`choose_buckets` finds the buckets that pad a data set the least; `BucketTable` compiles
-a function for each of them and runs images of every size through the programs.
 """
 
 import logging
@@ -21,7 +18,6 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from sppnet_jax.buckets.choice import Bucket, Sizes, check_sizes, sorted_buckets
-from sppnet_jax.buckets.choice import choose_buckets as choose_buckets
 
 Key = TypeVar("Key", bound=Hashable)
 
@@ -48,11 +44,10 @@ def smallest_bucket(size: tuple[int, int], buckets: Sequence[Bucket]) -> Bucket:
 
     Raises: ValueError if none does.
     """
-    fitting = [b for b in buckets if b[0] >= size[0] and b[1] >= size[1]]
+    fitting = [bucket for bucket in buckets if _holds(bucket, size)]
     if not fitting:
         raise ValueError(
-            f"no bucket holds an image of {size[0]}×{size[1]}; there are "
-            + _names(buckets)
+            f"no bucket holds an image of {_names([size])}; there are {_names(buckets)}"
         )
     return min(fitting, key=lambda bucket: bucket[0] * bucket[1])
 
@@ -66,10 +61,9 @@ def pad_to_bucket(image: np.ndarray, bucket: Bucket) -> np.ndarray:
     if not _holds(bucket, image.shape):
         raise ValueError(
             f"an image of {height}×{width} does not fit into a bucket of "
-            + _names([bucket])
+            f"{_names([bucket])}"
         )
-    padding = ((0, bucket[0] - height), (0, bucket[1] - width), (0, 0))
-    return np.pad(image, padding)
+    return np.pad(image, ((0, bucket[0] - height), (0, bucket[1] - width), (0, 0)))
 
 
 class BucketRow(NamedTuple):
@@ -146,9 +140,8 @@ class BucketTable:
         self._params = jax.device_put(params, replicated)
         self._device_count = len(devices)
         self._programs: dict[Bucket, _Program] = {}
-        self._counts = {
-            bucket: _Counts() for bucket in sorted_buckets(check_sizes(buckets))
-        }
+        ordered = sorted_buckets(check_sizes(buckets))
+        self._counts = {bucket: _Counts() for bucket in ordered}
         self._ready = 0.0
         self.batch_size = -(-batch_size // len(devices)) * len(devices)
         self.too_large = too_large
@@ -179,9 +172,9 @@ class BucketTable:
         Raises: ValueError for a bucket that the table does not have.
         """
         if bucket not in self._counts:
+            there = _names(self.buckets)
             raise ValueError(
-                f"there is no bucket {_names([bucket])}; there are "
-                + _names(self.buckets)
+                f"there is no bucket {_names([bucket])}; there are {there}"
             )
         run = self._program(bucket).run
         return lambda images, sizes: run(
@@ -223,15 +216,13 @@ class BucketTable:
         """One row for each bucket, smallest area first."""
         rows = []
         for bucket, counts in self._counts.items():
-            program, calls = self._programs.get(bucket), counts.calls
+            program, calls = self._programs.get(bucket, _NO_PROGRAM), counts.calls
             computed = calls * self.batch_size * bucket[0] * bucket[1]
             rows.append(
                 BucketRow(
                     bucket,
                     self.batch_size,
-                    program.compile_seconds if program else None,
-                    program.flops if program else None,
-                    program.bytes if program else None,
+                    *program[1:],
                     calls,
                     counts.images,
                     counts.seconds / calls if calls else None,
@@ -244,19 +235,14 @@ class BucketTable:
         heads = "bucket,batch,compile s,GFLOP,GB,calls,images,ms/call,padding"
         lines = [heads.split(","), *(_cells(row) for row in self.rows())]
         widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-        table = [
-            "  ".join(cell.rjust(w) for cell, w in zip(line, widths, strict=True))
-            for line in lines
-        ]
+        table = ["  ".join(map(str.rjust, line, widths)) for line in lines]
         total = f"compiled: {self.programs} of {len(self.buckets)} buckets"
         shrunk = f"; images shrunk to fit: {self.shrunk:,}" if self.shrunk else ""
         return "\n".join([*table, total + shrunk])
 
-    def _batches(
-        self, pairs: Iterable[tuple[Key, np.ndarray]]
-    ) -> Iterator[tuple[Bucket, list[tuple[Key, np.ndarray]]]]:
+    def _batches(self, pairs: Iterable[_Pair]) -> Iterator[tuple[Bucket, list[_Pair]]]:
         """Full batches of one bucket each, then what is left."""
-        waiting: dict[Bucket, list[tuple[Key, np.ndarray]]] = defaultdict(list)
+        waiting: dict[Bucket, list[_Pair]] = defaultdict(list)
         refused = None
         try:
             for key, image in pairs:
@@ -309,10 +295,7 @@ class BucketTable:
         return image, smallest_bucket((height, width), self.buckets)
 
     def _start(
-        self,
-        watcher: ThreadPoolExecutor,
-        bucket: Bucket,
-        pairs: list[tuple[Any, np.ndarray]],
+        self, watcher: ThreadPoolExecutor, bucket: Bucket, pairs: list[_Pair]
     ) -> "_Batch":
         """Hands a batch to the devices and returns at once."""
         program = self._program(bucket)
@@ -355,8 +338,7 @@ class BucketTable:
             run = lowered.compile()
             seconds = time.perf_counter() - started
             # Compiled, a convolution may be a library's, whose FLOPs XLA can't tell.
-            (flops,) = _costs(lowered, "flops")
-            (read,) = _costs(run, "bytes accessed")
+            flops, read = _cost(lowered, "flops"), _cost(run, "bytes accessed")
             # What is compiled is the program of one device; they all run the same.
             read = read and read * self._device_count
             self._programs[bucket] = _Program(run, seconds, flops, read)
@@ -364,10 +346,13 @@ class BucketTable:
 
 
 class _Program(NamedTuple):
-    run: Callable[..., Any]
-    compile_seconds: float
+    run: Any
+    compile_seconds: float | None
     flops: float | None
     bytes: float | None
+
+
+_NO_PROGRAM = _Program(None, None, None, None)
 
 
 @dataclass
@@ -404,15 +389,15 @@ def _wait_for(result: Any) -> tuple[Any, float]:
     return jax.block_until_ready(result), time.perf_counter()
 
 
-def _costs(program: Any, *names: str) -> list[float | None]:
-    """Numbers of XLA's cost analysis; None for those that a backend doesn't give."""
+def _cost(program: Any, name: str) -> float | None:
+    """A number of XLA's cost analysis; None where a backend doesn't give it."""
     try:
         costs = program.cost_analysis()
     except NotImplementedError:  # JAX's word for a backend without the analysis
         costs = None
     if isinstance(costs, list | tuple):
         costs = costs[0] if costs else None
-    return [(costs or {}).get(name) for name in names]
+    return (costs or {}).get(name)
 
 
 def _shrink(image: np.ndarray, buckets: Sequence[Bucket]) -> np.ndarray:

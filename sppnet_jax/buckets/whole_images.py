@@ -11,8 +11,7 @@ import numpy as np
 from sppnet_jax.buckets import BucketTable, choose_buckets, padding_waste
 from sppnet_jax.data.batches import Example, whole_images, whole_sizes
 from sppnet_jax.data.sources import Source
-from sppnet_jax.network.model import SPPNet
-from sppnet_jax.network.trunks import layers_geometry
+from sppnet_jax.network.trained import Network
 
 MAX_ASPECT = 4.0
 
@@ -21,8 +20,7 @@ log = logging.getLogger(__name__)
 
 def fit_table(
     function: Callable[..., Any],
-    model: SPPNet,
-    params: Any,
+    network: Network,
     source: Source,
     side: int,
     *,
@@ -39,7 +37,7 @@ def fit_table(
 
     Raises: ValueError for a side that is too small for the network.
     """
-    smallest = layers_geometry(model.backbone.layers).min_image_size
+    smallest = network.geometry.min_image_size
     if side < smallest:
         raise ValueError(
             f"images at a shorter side of {side} pixels are too small for this "
@@ -58,8 +56,8 @@ def fit_table(
     if squeezed:
         log.warning("%d images are longer than 4:1 and squeezed to it", squeezed)
     area = max(height * width for height, width in buckets)
-    batch_size = fitting_batch(batch_size, model.image_size, area)
-    return BucketTable(function, params, buckets, batch_size)
+    batch_size = fitting_batch(batch_size, network.model.image_size, area)
+    return BucketTable(function, network.params, buckets, batch_size)
 
 
 def fitting_batch(batch_size: int, training_side: int, area: int) -> int:

@@ -1,1 +1,1 @@
-"""Training, testing and reading SPP-nets as classifiers (the paper's section 3)."""
+"""Testing and reading SPP-nets as classifiers (the paper's section 3)."""

@@ -4,12 +4,9 @@ An image is seen as a centre crop, warped whole to a square, or whole at its own
 ratio, in fitted buckets (section 3.2). Linear SVMs are trained on the result (`svm`).
 """
 
-import json
 import logging
-import zipfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -26,10 +23,10 @@ from sppnet_jax.data.broken import BrokenImages
 from sppnet_jax.data.sources import Source
 from sppnet_jax.network.model import SPPNet
 from sppnet_jax.network.preprocess import Preprocessing, normalize
+from sppnet_jax.network.trained import Network
 from sppnet_jax.network.trunks import Conv, layers_geometry
 from sppnet_jax.run import parallel
 from sppnet_jax.run.progress import progress_bar
-from sppnet_jax.run.run_folder import write_arrays
 from sppnet_jax.training.steps import shard_batch
 
 MODES = ("crop", "warp", "full")
@@ -72,9 +69,7 @@ def default_side(mode: str, *, image_size: int, resize_side: int) -> int:
 
 
 def extract_features(
-    model: SPPNet,
-    params: Any,
-    preprocessing: Preprocessing,
+    network: Network,
     source: Source,
     *,
     layer: str,
@@ -97,14 +92,15 @@ def extract_features(
     "full" is that of the image alone, whatever bucket it was computed in.
     `batch_size`: of images of the training size; larger ones come in smaller batches.
     `max_buckets`: programs for whole images. `workers`, `threads`, `strict`: see
-    `data.pipeline.eval_batches`.
+    `data.batches.eval_batches`.
 
     Returns: the features; broken images are left out and counted.
     Raises: ValueError for a layer or a side that the network or the mode doesn't have,
     and for features that don't fit into the memory.
     """
+    model, params = network.model, network.params
     check_request(model, layer=layer, side=side, mode=mode)
-    activations = _layer_function(model, preprocessing, layer)
+    activations = _layer_function(model, network.preprocessing, layer)
     pixels = model.image_size if mode == "crop" else side
     records = len(source.records)
     length = _row_length(activations, params, pixels, whole=mode == "full")
@@ -123,8 +119,7 @@ def extract_features(
         if mode == "full":
             table = fit_table(
                 activations,
-                model,
-                params,
+                network,
                 source,
                 side,
                 batch_size=batch_size,
@@ -197,55 +192,6 @@ def check_request(model: SPPNet, *, layer: str, side: int, mode: str) -> None:
             f"{model.image_size} pixels only, not {side}"
         )
     layers_geometry(model.backbone.layers).map_size(side)
-
-
-def save_features(path: Path, features: Features, provenance: dict[str, Any]) -> None:
-    """Writes features and where they are from into one .npz file.
-
-    `provenance`: plain values, for JSON. The file is there only when it is whole.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_arrays(
-        path,
-        features=features.values,
-        labels=features.labels,
-        indices=features.indices,
-        names=np.array(features.names, str),
-        class_names=np.array(features.class_names, str),
-        broken=np.array(features.broken),
-        provenance=np.array(json.dumps(provenance)),
-    )
-
-
-def load_features(path: str | Path) -> tuple[Features, dict[str, Any]]:
-    """The features of a file that `save_features` wrote, and their provenance.
-
-    Raises: ValueError for another kind of file.
-    """
-    try:
-        with np.load(path) as arrays:
-            provenance = json.loads(str(arrays["provenance"]))
-            features = Features(
-                values=arrays["features"],
-                labels=arrays["labels"],
-                indices=arrays["indices"],
-                names=tuple(arrays["names"].tolist()),
-                class_names=tuple(arrays["class_names"].tolist()),
-                broken=int(arrays["broken"]),
-            )
-    except (
-        AttributeError,
-        EOFError,
-        KeyError,
-        TypeError,
-        ValueError,
-        zipfile.BadZipFile,
-    ) as error:
-        raise ValueError(
-            f"{path} holds no features: give a file that python -m sppnet_jax.features "
-            f"wrote ({error})"
-        ) from error
-    return features, provenance
 
 
 def _layer_function(

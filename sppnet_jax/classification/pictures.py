@@ -4,13 +4,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-import matplotlib
 import numpy as np
 
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
-
-from sppnet_jax.run.figures import save_figure
+from sppnet_jax.run.figures import panels, save_figure, show_image
 
 RIGHT, WRONG = "#2a7f3f", "#c0392b"
 
@@ -45,22 +41,14 @@ class Sample:
 def plot_predictions(predictions: Sequence[Prediction], path: Path) -> Path:
     """Draws images in a grid, each at its aspect ratio, under its predicted class."""
     columns = min(8, len(predictions))
-    lines = -(-len(predictions) // columns)
-    figure, grid = plt.subplots(
-        lines,
-        columns,
-        figsize=(1.6 * columns, 1.9 * lines),
-        squeeze=False,
-        layout="constrained",
-    )
-    for axes in grid.flat:
-        axes.axis("off")
-    for axes, shown in zip(grid.flat, predictions, strict=False):
-        axes.imshow(shown.image)
+    figure, grid = panels(len(predictions), columns, 1.0, width=1.6 * columns)
+    for axes, shown in zip(grid, predictions, strict=True):
         title, color = f"{shown.predicted} {shown.probability:.0%}", "black"
         if shown.label is not None:
             right = shown.label == shown.predicted
             color = RIGHT if right else WRONG
             title += "" if right else f"\nnot {shown.label}"
-        axes.set_title(title, color=color, fontsize=9, parse_math=False)
+        show_image(axes, shown.image, title)
+        axes.axis("off")
+        axes.title.set_color(color)
     return save_figure(figure, path)

@@ -1,24 +1,30 @@
 """Softmax scores of a whole split, averaged over each image's views.
 
-`score_crops` cuts the views out of the image; `score_maps` convolves whole images in
-buckets and pools the views from their maps.
+`score_split` scores by a protocol: `score_crops` cuts the views out of the image,
+`score_maps` convolves whole images in buckets and pools the views from their maps.
+`score_images` scores a few images that are at hand.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sppnet_jax.buckets.table import BucketTable
-from sppnet_jax.buckets.whole_images import fit_table, map_whole_images
+from sppnet_jax.buckets import BucketTable, choose_buckets
+from sppnet_jax.buckets.whole_images import (
+    MAX_ASPECT,
+    fit_table,
+    fitting_batch,
+    map_whole_images,
+)
 from sppnet_jax.classification.views import Protocol, view_windows
-from sppnet_jax.data.batches import Batches, Example
+from sppnet_jax.data.batches import Batches, Example, eval_batches
+from sppnet_jax.data.images import check_image, crop, resize_whole
 from sppnet_jax.data.sources import Source
-from sppnet_jax.network.model import SPPNet
-from sppnet_jax.network.preprocess import Preprocessing, normalize
-from sppnet_jax.network.trunks import layers_geometry
+from sppnet_jax.network.preprocess import normalize
+from sppnet_jax.network.trained import Network
 from sppnet_jax.pyramid.windows import window_pyramid_pool
 from sppnet_jax.run import parallel
 from sppnet_jax.run.progress import progress_bar
@@ -41,10 +47,101 @@ class Scores(NamedTuple):
     views: np.ndarray
 
 
+def score_split(
+    network: Network,
+    source: Source,
+    protocol: Protocol,
+    *,
+    batch_size: int,
+    max_buckets: int = 4,
+    workers: int = 0,
+    threads: int = 8,
+    strict: bool = False,
+    on_example: OnExample | None = None,
+) -> tuple[Scores, list[BucketTable]]:
+    """The scores of a source's records by a protocol, and the programs of whole images.
+
+    `batch_size`: of images of the training size; more pixels come in smaller batches.
+    `max_buckets`: programs for each scale of whole images. `workers`, `threads`,
+    `strict`: see `data.batches.eval_batches`. `on_example`: called with every record's
+    index, its mask and its first view, or the whole image at the first scale.
+    """
+    batch_size = parallel.round_up_to_devices(batch_size)
+    if protocol.on_map:
+        return score_maps(
+            network,
+            protocol,
+            source,
+            batch_size=batch_size,
+            max_buckets=max_buckets,
+            threads=threads,
+            strict=strict,
+            on_example=on_example,
+        )
+    batches = eval_batches(
+        source,
+        batch_size=parallel.round_up_to_devices(
+            max(1, batch_size // len(protocol.positions))
+        ),
+        image_size=network.model.image_size,
+        resize_side=protocol.scales[0],
+        positions=protocol.positions,
+        workers=workers,
+        threads=threads,
+        strict=strict,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+    )
+    scores = score_crops(
+        network, protocol, batches, records=len(source.records), on_example=on_example
+    )
+    return scores, []
+
+
+def score_images(
+    network: Network,
+    images: Sequence[np.ndarray],
+    *,
+    batch_size: int = 16,
+    max_buckets: int = 4,
+) -> np.ndarray:
+    """The softmax scores of images of any size, each seen whole at its own aspect.
+
+    A network without a pyramid sees their centre crops, the only size that it takes.
+
+    `images`: uint8 [height, width, 3] each, RGB; those longer than 4:1 are squeezed.
+    `batch_size`: of images of the training size; larger ones come in smaller batches.
+    `max_buckets`: programs that are compiled, at most.
+
+    Returns: float32 [images, classes].
+    Raises: ValueError for an array that is no such image.
+    """
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    for image in images:
+        check_image(image)
+    side, model = network.resize_side, network.model
+    resized = [resize_whole(image, side, MAX_ASPECT) for image in images]
+    if not resized:
+        return np.zeros((0, model.num_classes), np.float32)
+    if model.levels is None:
+        resized = [crop(image, model.image_size, "center") for image in resized]
+
+    def score(params: Any, images: jax.Array, sizes: jax.Array) -> jax.Array:
+        valid = None if model.levels is None else sizes
+        inputs = normalize(images, network.preprocessing, valid)
+        return jax.nn.softmax(model.apply({"params": params}, inputs, valid)[0])
+
+    buckets = choose_buckets([image.shape[:2] for image in resized], max_buckets)
+    area = max(height * width for height, width in buckets)
+    rows = min(len(resized), fitting_batch(batch_size, model.image_size, area))
+    table = BucketTable(score, network.params, buckets, rows)
+    found = dict(table.map(enumerate(resized)))
+    return np.stack([found[number] for number in range(len(resized))])
+
+
 def score_crops(
-    model: SPPNet,
-    params: Any,
-    preprocessing: Preprocessing,
+    network: Network,
     protocol: Protocol,
     batches: Batches,
     *,
@@ -57,6 +154,7 @@ def score_crops(
     closed at the end. `on_example`: called with every record's index, its mask and its
     first view.
     """
+    model, preprocessing = network.model, network.preprocessing
 
     def step(params: Any, batch: dict[str, jax.Array]) -> jax.Array:
         images = batch["image"]
@@ -72,7 +170,7 @@ def score_crops(
         return by_view.sum(axis=1)
 
     program = parallel.data_parallel(step)
-    replicated = parallel.replicate(params)
+    replicated = parallel.replicate(network.params)
     found = _Collector(records, model.num_classes)
     views = len(protocol.positions) * (2 if protocol.flip else 1)
     with batches, progress_bar("testing", records) as bar:
@@ -93,9 +191,7 @@ def score_crops(
 
 
 def score_maps(
-    model: SPPNet,
-    params: Any,
-    preprocessing: Preprocessing,
+    network: Network,
     protocol: Protocol,
     source: Source,
     *,
@@ -117,6 +213,7 @@ def score_maps(
     Returns: the scores, and the table of programs of each scale.
     Raises: ValueError for a network without a pyramid.
     """
+    model = network.model
     if model.levels is None:
         raise ValueError(
             "this network has no spatial pyramid (levels=None), so it can't pool views "
@@ -136,9 +233,8 @@ def score_maps(
 
         for scale in protocol.scales:
             table = fit_table(
-                _view_scores(model, preprocessing, protocol, scale),
-                model,
-                params,
+                _view_scores(network, protocol, scale),
+                network,
                 source,
                 scale,
                 batch_size=batch_size,
@@ -177,11 +273,11 @@ class _Collector:
 
 
 def _view_scores(
-    model: SPPNet, preprocessing: Preprocessing, protocol: Protocol, scale: int
+    network: Network, protocol: Protocol, scale: int
 ) -> Callable[..., dict[str, jax.Array]]:
     """From whole images at a scale to the sums of their views' scores."""
-    levels = model.levels or ()
-    view, geometry = model.image_size, layers_geometry(model.backbone.layers)
+    model, preprocessing = network.model, network.preprocessing
+    levels, view, geometry = model.levels or (), model.image_size, network.geometry
 
     def score(params: Any, images: jax.Array, sizes: jax.Array) -> dict[str, jax.Array]:
         windows, counts = view_windows(

@@ -10,7 +10,6 @@ the image out of that class, because all its instances are difficult ones.
 """
 
 import logging
-import math
 import warnings
 from typing import Any, NamedTuple
 
@@ -18,6 +17,12 @@ import numpy as np
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.svm import LinearSVC
 from tqdm import tqdm
+
+from sppnet_jax.classification.ranking import (
+    check_finite,
+    check_ternary,
+    mean_average_precision,
+)
 
 log = logging.getLogger(__name__)
 
@@ -44,7 +49,7 @@ def l2_normalize(features: np.ndarray) -> np.ndarray:
     Returns: float [N, D] of the same dtype.
     Raises: ValueError for numbers that aren't finite, naming the first such row.
     """
-    _check_finite(features, "features")
+    check_finite(features, "features")
     # First by the largest, so that no square overflows or vanishes.
     largest = np.abs(features).max(axis=1, keepdims=True, initial=0)
     scaled = features / np.where(largest > 0, largest, 1)
@@ -207,13 +212,13 @@ def multi_label_protocol(
     *,
     C: float = 1.0,
     seed: int = 0,
-    points: int = 11,
+    rule: str = "11",
 ) -> dict[str, Any]:
     """Tests features as VOC 2007 does: an SVM a class, mean average precision.
 
     `train_features`, `test_features`: float [N, D]; they are L2-normalised here.
     `train_labels`, `test_labels`: int8 [N, classes] of 1, 0 (left out) and -1.
-    `C`, `seed`: see `train_linear_svms`. `points`: see `average_precision`.
+    `C`, `seed`: see `train_linear_svms`. `rule`: see `average_precision`.
 
     Returns: what `mean_average_precision` does, and "train_images", "test_images".
     Raises: ValueError as `train_linear_svms` and `mean_average_precision` do.
@@ -221,94 +226,12 @@ def multi_label_protocol(
     _check_arrays(test_features, np.asarray(test_labels))
     svms = train_linear_svms(l2_normalize(train_features), train_labels, C=C, seed=seed)
     scores = svms.scores(l2_normalize(test_features))
-    result = mean_average_precision(scores, test_labels, points=points)
+    result = mean_average_precision(scores, test_labels, rule=rule)
     return {
         **result,
         "train_images": len(train_features),
         "test_images": len(test_features),
     }
-
-
-def mean_average_precision(
-    scores: np.ndarray, labels: np.ndarray, *, points: int = 11
-) -> dict[str, Any]:
-    """The mean over classes of `average_precision`.
-
-    A class that no image shows has no precision; it is left out, and named.
-
-    `scores`: float [N, classes]. `labels`: int8 [N, classes] of 1, 0 and -1.
-
-    Returns: a dict of plain values, for JSON: "mean_average_precision",
-    "average_precision" (a list, None for a class left out) and
-    "classes_without_positives" (their numbers).
-    Raises: ValueError if no class has a positive, and as `average_precision` does.
-    """
-    scores, labels = np.asarray(scores), np.asarray(labels)
-    if scores.ndim != 2 or scores.shape != labels.shape:
-        raise ValueError(
-            f"scores {scores.shape} and labels {labels.shape} must both be [N, classes]"
-        )
-    precisions = [
-        average_precision(scores[:, number], labels[:, number], points=points)
-        for number in range(labels.shape[1])
-    ]
-    empty = [number for number, value in enumerate(precisions) if math.isnan(value)]
-    if len(empty) == len(precisions):
-        raise ValueError(
-            f"none of the {labels.shape[1]} classes is present in any of the "
-            f"{labels.shape[0]} images: there is no average precision"
-        )
-    if empty:
-        log.warning("classes %s have no positive image: left out of the mean", empty)
-    return {
-        "mean_average_precision": float(np.nanmean(precisions)),
-        "average_precision": [None if math.isnan(v) else v for v in precisions],
-        "classes_without_positives": empty,
-    }
-
-
-def average_precision(
-    scores: np.ndarray, labels: np.ndarray, *, points: int = 11
-) -> float:
-    """Average precision of a ranking by score, by the rules of PASCAL VOC.
-
-    With 11 points, VOC 2007's: the mean over recalls 0, 0.1, …, 1 of the best precision
-    at that recall or a higher one. With 0, that of VOC 2010 on: the area under the best
-    precision at each recall or a higher one.
-
-    Images of equal score enter the ranking together, so their order can't matter;
-    VOC's own program takes them one by one, in the order of its files.
-
-    `scores`: float [N]. `labels`: int [N]; 1 present, -1 absent, 0 not counted at all.
-
-    Returns: the average precision, 0–1; NaN if no label is 1.
-    Raises: ValueError for other labels, scores that aren't finite, or other points.
-    """
-    scores, labels = np.asarray(scores), np.asarray(labels)
-    if scores.ndim != 1 or scores.shape != labels.shape:
-        raise ValueError(
-            f"scores {scores.shape} and labels {labels.shape} must both be [N]"
-        )
-    if points < 0 or points == 1:
-        raise ValueError(f"points must be 0 (the area) or at least 2, not {points}")
-    _check_ternary(labels)
-    _check_finite(scores, "scores")
-    counted = labels != 0
-    scores, present = scores[counted], labels[counted] == 1
-    total = int(present.sum())
-    if not total:
-        return math.nan
-    order = np.argsort(-scores, kind="stable")
-    scores, present = scores[order], present[order]
-    ends = np.flatnonzero(np.append(scores[1:] != scores[:-1], True))
-    found = np.cumsum(present)[ends]
-    precision = found / (ends + 1)
-    best = np.maximum.accumulate(precision[::-1])[::-1]
-    if not points:
-        return float(np.diff(found, prepend=0) @ best / total)
-    # Whole numbers, for 3 of 10 found must be a recall of 0.3.
-    wanted = np.arange(points) * total
-    return float(best[np.searchsorted(found * (points - 1), wanted)].mean())
 
 
 def _fit_one(
@@ -362,7 +285,7 @@ def _check_arrays(features: np.ndarray, labels: np.ndarray) -> None:
             "or [N, classes], of the same N"
         )
     if labels.ndim == 2:
-        _check_ternary(labels)
+        check_ternary(labels)
         return
     if not np.issubdtype(labels.dtype, np.integer) or labels.min(initial=0) < 0:
         raise ValueError(
@@ -375,21 +298,4 @@ def _check_arrays(features: np.ndarray, labels: np.ndarray) -> None:
         raise ValueError(
             f"of the classes 0…{len(counts) - 1}, {missing} have no images; number the "
             "classes without gaps, and give at least two"
-        )
-
-
-def _check_ternary(labels: np.ndarray) -> None:
-    if not np.isin(labels, (-1, 0, 1)).all():
-        raise ValueError(
-            f"labels must be 1 (present), 0 (left out) or -1 (absent), but there are "
-            f"{np.unique(labels)[:10].tolist()}"
-        )
-
-
-def _check_finite(array: np.ndarray, what: str) -> None:
-    finite = np.isfinite(array).reshape(len(array), -1).all(axis=1)
-    if not finite.all():
-        raise ValueError(
-            f"{what} {array.shape} have numbers that aren't finite, first in row "
-            f"{finite.argmin()}"
         )

@@ -1,6 +1,6 @@
 """Images, labels and boxes: TFDS data sets, folders, and batches for training.
 
-`sources` opens a data set, `detection_sources` one with boxes, `pipeline` makes
-batches, `images` decodes and crops; `digit_scenes`, `image_folder` and `voc_folder` are
-the data sets this package makes itself.
+`sources` opens a data set; `image_folder` and `voc_folder` read folders in place,
+`tfds_records` what TFDS prepared, the embedded `digit_scenes` among it. `datasets` says
+which a run takes. `batches` makes batches, `images` decodes and crops.
 """

@@ -9,11 +9,10 @@ record can be named (`describe_broken`).
 `batch_size` is always that of all processes together. Each of them yields its share,
 and together they yield the same batches whatever their number.
 
-An iterator of batches is a context manager: `with train_batches(...) as batches:` ends
-its worker processes. Its `get_state()` is the number of the next batch.
-
-Whole images have sizes of their own, so they come one by one (`whole_images`), to be
-put into buckets by their sizes, which are known beforehand (`whole_sizes`).
+Iterators of batches are context managers, which end their worker processes, and their
+`get_state()` is the number of the next batch. Whole images have sizes of their own, so
+they come one by one (`whole_images`), to be put into buckets by their sizes, which are
+known beforehand (`whole_sizes`).
 """
 
 import atexit
@@ -31,7 +30,7 @@ import numpy as np
 from absl import flags
 
 from sppnet_jax.data import images
-from sppnet_jax.data.sources import Record, Source, check_label
+from sppnet_jax.data.sources import Source, check_label
 
 # Epochs. The length of Grain's own endless repeat overflows in batches of one.
 _FOREVER = 2**31
@@ -61,7 +60,6 @@ def train_batches(
     Order and augmentation follow from `seed` and the epoch alone. `set_state()` goes on
     exactly where `get_state()` was, with any number of workers and threads.
 
-    `batch_size`: of all processes together.
     `image_size`: side of the square images of a batch, in pixels.
     `resize_side`: an image's shorter side before it is cropped; at least `image_size`.
     `crop`: "paper" (the centre or a corner of the entire image, section 3), "center",
@@ -79,22 +77,33 @@ def train_batches(
     Raises: ValueError for arguments that don't fit together; while iterating, for a
     label out of range, and if strict for a broken image.
     """
-    _check_sizes(batch_size, image_size, resize_side, process_index, process_count)
+    _check_shares(batch_size, process_index, process_count)
+    _check_crop(image_size, resize_side)
     if crop not in images.CROPS:
         raise ValueError(f"unknown crop {crop!r}; there are {images.CROPS}")
     if not 0 < min_area <= 1:
         raise ValueError(f"min_area must be above 0 and at most 1, not {min_area}")
-    augment = functools.partial(
-        _augment,
-        image_size=image_size,
-        resize_side=resize_side,
-        crop=crop,
-        min_area=min_area,
-        flip=flip,
-    )
-    load = functools.partial(
-        _load_augmented, source=source, augment=augment, size=image_size, strict=strict
-    )
+
+    def augment(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        if crop == "random_resized":
+            image = images.random_resized_crop(image, image_size, rng, (min_area, 1.0))
+        else:
+            image = images.resize_shorter_side(image, resize_side)
+            if crop == "random":
+                image = images.random_crop(image, image_size, rng)
+            else:
+                places = images.CENTER_AND_CORNERS if crop == "paper" else ("center",)
+                place = places[rng.integers(len(places))]
+                image = images.crop(image, image_size, place)
+        if flip and rng.random() < 0.5:
+            image = images.mirror(image)
+        return np.ascontiguousarray(image)
+
+    def load(index: int, rng: np.random.Generator) -> Example:
+        cut = functools.partial(augment, rng=rng)
+        shape = (image_size, image_size, 3)
+        return _load(index, source, "image", cut, lambda _: _black(shape), strict)
+
     whole = steps_per_epoch(source, batch_size) * batch_size
     # All that knows of the epoch comes before repeat(), which reseeds it.
     dataset = (
@@ -129,65 +138,43 @@ def eval_batches(
     image_size: int,
     resize_side: int,
     positions: Sequence[str] = ("center",),
-    workers: int = 0,
-    threads: int = 4,
-    strict: bool = False,
-    process_index: int = 0,
-    process_count: int = 1,
+    **loading: Any,
 ) -> "Batches":
     """Yields crops of every record once, in order: the centre, unless told otherwise.
 
     Over all processes together each record comes exactly once. Every process yields the
-    same number of batches; the last ones are padded. Arguments as for `train_batches`.
+    same number of batches; the last ones are padded. Arguments, with `workers`,
+    `threads`, `strict`, `process_index` and `process_count`, and errors are those of
+    `train_batches`.
 
     `positions`: where to crop, of `images.POSITIONS`. With more than one, a batch's
     `image` is uint8 [b, positions, s, s, 3], in their order.
-
-    Raises: ValueError for arguments that don't fit together; while iterating, for a
-    label out of range, and if strict for a broken image.
     """
-    _check_sizes(batch_size, image_size, resize_side, process_index, process_count)
-    _check_positions(positions)
-    shape: tuple[int, ...] = (image_size, image_size, 3)
-    if len(positions) > 1:
-        shape = (len(positions), *shape)
-    cut = functools.partial(
-        _cut_crops, resize_side=resize_side, positions=tuple(positions), shape=shape
-    )
-    load = functools.partial(
-        _load_or_pad, source=source, cut=cut, shape=shape, strict=strict
-    )
-    dataset = _in_order(load, source, batch_size, process_index, process_count)
-    return Batches(dataset, workers, threads)
+    _check_crop(image_size, resize_side)
+    if not positions or set(positions) - set(images.POSITIONS):
+        raise ValueError(
+            f"positions must name one or more of {images.POSITIONS}, not {positions!r}"
+        )
+    several = (len(positions),) if len(positions) > 1 else ()
+    shape = (*several, image_size, image_size, 3)
+
+    def cut(image: np.ndarray) -> np.ndarray:
+        image = images.resize_shorter_side(image, resize_side)
+        crops = [images.crop(image, image_size, place) for place in positions]
+        return np.reshape(crops, shape)
+
+    return _in_order(source, cut, shape, batch_size, **loading)
 
 
 def warped_batches(
-    source: Source,
-    *,
-    batch_size: int,
-    image_size: int,
-    workers: int = 0,
-    threads: int = 4,
-    strict: bool = False,
-    process_index: int = 0,
-    process_count: int = 1,
+    source: Source, *, batch_size: int, image_size: int, **loading: Any
 ) -> "Batches":
     """Yields every record's whole image once, in order, warped to a square.
 
     As `eval_batches` but for what is seen of an image: all of it, at another aspect.
-
-    Raises: as `eval_batches` does.
     """
-    _check_sizes(batch_size, image_size, image_size, process_index, process_count)
-    load = functools.partial(
-        _load_or_pad,
-        source=source,
-        cut=functools.partial(images.warp, side=image_size),
-        shape=(image_size, image_size, 3),
-        strict=strict,
-    )
-    dataset = _in_order(load, source, batch_size, process_index, process_count)
-    return Batches(dataset, workers, threads)
+    cut = functools.partial(images.warp, side=image_size)
+    return _in_order(source, cut, (image_size, image_size, 3), batch_size, **loading)
 
 
 def whole_images(
@@ -210,23 +197,25 @@ def whole_images(
 
     `sides`: shorter sides in pixels, at least 1 each.
     `max_aspect`: longer over shorter side; longer images are squeezed to it.
-    `threads`: threads that load.
-    `strict`: raises an error for an image that can't be decoded.
-    `process_index`: which of the `process_count` processes that run together this is.
-    Its share is every `process_count`-th record: shares may differ in length by one.
+    `threads`, `strict`: as for `train_batches`. Of several processes this one has every
+    `process_count`-th record: shares may differ in length by one.
 
     Raises: ValueError for arguments that don't fit together; while iterating, for a
     label out of range, and if strict for a broken image.
     """
     _check_process(process_index, process_count)
     _check_whole(sides, max_aspect, threads)
-    load = functools.partial(
-        _load_whole,
-        source=source,
-        sides=tuple(sides),
-        max_aspect=max_aspect,
-        strict=strict,
-    )
+
+    def resize(image: np.ndarray) -> list[np.ndarray]:
+        return [images.resize_whole(image, side, max_aspect) for side in sides]
+
+    def blank(encoded: bytes) -> list[np.ndarray]:
+        sizes = [_whole_size(encoded, side, max_aspect) for side in sides]
+        return [_black((*size, 3)) for size in sizes]
+
+    def load(index: int) -> Example:
+        return _load(index, source, "images", resize, blank, strict)
+
     share = range(process_index, len(source.records), process_count)
     return _map_ahead(load, share, threads)
 
@@ -236,10 +225,9 @@ def whole_sizes(
 ) -> np.ndarray:
     """The sizes of all that `whole_images` yields for one side, from files' headers.
 
-    Arguments as for `whole_images`. Images with no readable header count as squares.
+    Images with no readable header count as squares.
 
     Returns: int32 [N, 2], (height, width) in pixels of each of the source's records.
-    Raises: ValueError for a side, aspect or number of threads out of range.
     """
     _check_whole((side,), max_aspect, threads)
 
@@ -261,141 +249,68 @@ def describe_broken(source: Source, index: int) -> str:
     return f"{record['name']}: can be decoded, but not resized and cropped"
 
 
-def _augment(
-    image: np.ndarray,
-    rng: np.random.Generator,
-    *,
-    image_size: int,
-    resize_side: int,
-    crop: str,
-    min_area: float,
-    flip: bool,
-) -> np.ndarray:
-    if crop == "random_resized":
-        image = images.random_resized_crop(image, image_size, rng, (min_area, 1.0))
-    else:
-        image = images.resize_shorter_side(image, resize_side)
-        if crop == "random":
-            image = images.random_crop(image, image_size, rng)
-        else:
-            positions = images.CENTER_AND_CORNERS if crop == "paper" else ("center",)
-            position = positions[rng.integers(len(positions))]
-            image = images.crop(image, image_size, position)
-    if flip and rng.random() < 0.5:
-        image = images.mirror(image)
-    return image
-
-
-def _load_augmented(
-    index: int,
-    rng: np.random.Generator,
-    *,
-    source: Source,
-    augment: Any,
-    size: int,
-    strict: bool,
-) -> Example:
-    cut = functools.partial(augment, rng=rng)
-    return _load(index, source, cut, (size, size, 3), strict)
-
-
 def _in_order(
-    load: Callable[[int], Example],
     source: Source,
+    cut: Callable[[np.ndarray], np.ndarray],
+    shape: tuple[int, ...],
     batch_size: int,
-    process_index: int,
-    process_count: int,
-) -> grain.MapDataset:
+    *,
+    workers: int = 0,
+    threads: int = 4,
+    strict: bool = False,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> "Batches":
     """Batches of every record once; each process has as many, the last are padded."""
-    padded = math.ceil(len(source.records) / batch_size) * batch_size
-    return (
-        grain.MapDataset.range(padded)
+    _check_shares(batch_size, process_index, process_count)
+    total = len(source.records)
+
+    def load(index: int) -> Example:
+        if index < total:
+            return _load(index, source, "image", cut, lambda _: _black(shape), strict)
+        classes = len(source.class_names)
+        label = np.zeros(classes, np.int8) if source.multi_label else np.int32(0)
+        return _example("image", _black(shape), label, False, -1)
+
+    dataset = (
+        grain.MapDataset.range(math.ceil(total / batch_size) * batch_size)
         .map(load)[process_index::process_count]
         .batch(batch_size // process_count)
     )
-
-
-def _load_or_pad(
-    index: int, *, source: Source, cut: Any, shape: tuple[int, ...], strict: bool
-) -> Example:
-    if index >= len(source.records):
-        return _example(np.zeros(shape, np.uint8), _no_label(source), False, -1)
-    return _load(index, source, cut, shape, strict)
-
-
-def _cut_crops(
-    image: np.ndarray,
-    *,
-    resize_side: int,
-    positions: tuple[str, ...],
-    shape: tuple[int, ...],
-) -> np.ndarray:
-    image = images.resize_shorter_side(image, resize_side)
-    crops = [images.crop(image, shape[-2], position) for position in positions]
-    return np.reshape(crops, shape)
+    return Batches(dataset, workers, threads)
 
 
 def _load(
-    index: int, source: Source, cut: Any, shape: tuple[int, ...], strict: bool
-) -> Example:
-    record = source.records[index]
-    check_label(source, record)
-    try:
-        image = cut(images.decode_image(record["image"]))
-    except ValueError as error:
-        if strict:
-            raise _broken(source, index, record, error) from error
-        return _example(np.zeros(shape, np.uint8), _label(record), False, index)
-    return _example(image, _label(record), True, index)
-
-
-def _example(
-    image: np.ndarray, label: np.int32 | np.ndarray, valid: bool, index: int
-) -> Example:
-    return {
-        "image": np.ascontiguousarray(image),
-        "label": label,
-        "mask": np.bool_(valid),
-        "index": np.int32(index),
-    }
-
-
-def _label(record: Record) -> np.int32 | np.ndarray:
-    return record["labels"] if "labels" in record else np.int32(record["label"])
-
-
-def _no_label(source: Source) -> np.int32 | np.ndarray:
-    if source.multi_label:
-        return np.zeros(len(source.class_names), np.int8)
-    return np.int32(0)
-
-
-def _load_whole(
     index: int,
-    *,
     source: Source,
-    sides: tuple[int, ...],
-    max_aspect: float,
+    key: str,
+    cut: Callable[[np.ndarray], Any],
+    blank: Callable[[bytes], Any],
     strict: bool,
 ) -> Example:
+    """A record, and under `key` what `cut` makes of its image, or `blank` if broken."""
     record = source.records[index]
     check_label(source, record)
+    label = record["labels"] if "labels" in record else np.int32(record["label"])
     try:
-        image = images.decode_image(record["image"])
-        resized = [images.resize_whole(image, side, max_aspect) for side in sides]
-        valid = True
+        seen = cut(images.decode_image(record["image"]))
     except ValueError as error:
         if strict:
-            raise _broken(source, index, record, error) from error
-        sizes = [_whole_size(record["image"], side, max_aspect) for side in sides]
-        resized = [np.zeros((*size, 3), np.uint8) for size in sizes]
-        valid = False
-    return {
-        "images": resized,
-        "label": _label(record),
-        "mask": np.bool_(valid),
-        "index": np.int32(index),
-    }
+            raise ValueError(
+                f"broken image {record['name']!r}, record {index} of split "
+                f"{source.split!r} of {source.name!r}: {error}"
+            ) from error
+        return _example(key, blank(record["image"]), label, False, index)
+    return _example(key, seen, label, True, index)
+
+
+def _black(shape: tuple[int, ...]) -> np.ndarray:
+    return np.zeros(shape, np.uint8)
+
+
+def _example(key: str, seen: Any, label: Any, valid: bool, index: int) -> Example:
+    marks = {"mask": np.bool_(valid), "index": np.int32(index)}
+    return {key: seen, "label": label, **marks}
 
 
 def _whole_size(encoded: bytes, side: int, max_aspect: float) -> tuple[int, int]:
@@ -422,26 +337,7 @@ def _map_ahead(
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _broken(source: Source, index: int, record: Record, error: Exception) -> ValueError:
-    return ValueError(
-        f"broken image {record['name']!r}, record {index} of split {source.split!r} "
-        f"of {source.name!r}: {error}"
-    )
-
-
-def _check_sizes(
-    batch_size: int,
-    image_size: int,
-    resize_side: int,
-    process_index: int,
-    process_count: int,
-) -> None:
-    if batch_size < 1 or batch_size % process_count:
-        raise ValueError(
-            f"batch_size {batch_size} can't be shared evenly by {process_count} "
-            "processes"
-        )
-    _check_process(process_index, process_count)
+def _check_crop(image_size: int, resize_side: int) -> None:
     if image_size < 1 or resize_side < image_size:
         raise ValueError(
             f"resize_side {resize_side} is smaller than image_size {image_size}: the "
@@ -449,16 +345,18 @@ def _check_sizes(
         )
 
 
+def _check_shares(batch_size: int, process_index: int, process_count: int) -> None:
+    if batch_size < 1 or batch_size % process_count:
+        raise ValueError(
+            f"batch_size {batch_size} can't be shared evenly by {process_count} "
+            "processes"
+        )
+    _check_process(process_index, process_count)
+
+
 def _check_process(process_index: int, process_count: int) -> None:
     if not 0 <= process_index < process_count:
         raise ValueError(f"no process {process_index} among {process_count}")
-
-
-def _check_positions(positions: Sequence[str]) -> None:
-    if not positions or set(positions) - set(images.POSITIONS):
-        raise ValueError(
-            f"positions must name one or more of {images.POSITIONS}, not {positions!r}"
-        )
 
 
 def _check_whole(sides: Sequence[int], max_aspect: float, threads: int) -> None:
@@ -535,7 +433,9 @@ class Batches(grain.DatasetIterator):
         batches = dataset.to_iter_dataset(options)
         if not self._workers:
             return batches
-        _mark_flags_as_parsed()
+        # Grain's workers read absl flags, which only `absl.app.run` parses.
+        if not flags.FLAGS.is_parsed():
+            flags.FLAGS.mark_as_parsed()
         return batches.mp_prefetch(
             grain.MultiprocessingOptions(
                 num_workers=self._workers, per_worker_buffer_size=2
@@ -547,12 +447,6 @@ class Batches(grain.DatasetIterator):
 def _leave_interrupts_to_the_main_process(index: int, count: int) -> None:
     """Ctrl-C reaches workers too, and would end them before the run can be saved."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-
-def _mark_flags_as_parsed() -> None:
-    """Lets Grain's workers read absl flags outside `absl.app.run`: notebooks, tests."""
-    if not flags.FLAGS.is_parsed():
-        flags.FLAGS.mark_as_parsed()
 
 
 def _close(reference: weakref.ref) -> None:

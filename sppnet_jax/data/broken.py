@@ -34,9 +34,8 @@ class BrokenImages:
             return
         self._seen.add(index)
         if len(self._seen) <= MAX_NAMED:
-            log.warning(
-                "skipping a broken image: %s", describe_broken(self._source, index)
-            )
+            told = describe_broken(self._source, index)
+            log.warning("skipping a broken image: %s", told)
         elif len(self._seen) == MAX_NAMED + 1:
             log.warning("more broken images are counted, not named")
 

@@ -3,25 +3,21 @@
 The 1,797 digits and the two photographs ship with scikit-learn, so this TFDS data set
 is made in seconds with no network and no TensorFlow. Image sizes and aspect ratios
 vary, as SPP-net expects: shorter side 48–112 pixels, aspect ratio 1:2–2:1.
-
-    builder = DigitScenes(config="classification", data_dir=...)
-    builder.download_and_prepare(file_format="array_record")
 """
 
 import io
 from collections.abc import Iterator
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import cv2
 import numpy as np
 import tensorflow_datasets as tfds
 
-from sppnet_jax.data.voc_folder import detection_features
+from sppnet_jax.data.voc_annotations import POSES
 
 CLASS_NAMES = tuple("0123456789")
 SHORTER_SIDE = (48, 112)
-# The centred square, relative to the shorter side, that holds a classification digit.
-# It is the paper's centre view: 224 of 256 pixels.
+# The side of the paper's centre view, 224 of 256 pixels, relative to the shorter side.
 CENTRE_VIEW = 7 / 8
 
 _SEED = 20140618
@@ -36,8 +32,7 @@ class DigitScenes(tfds.core.GeneratorBasedBuilder):
     """TFDS builder `digit_scenes`, with configs `classification` and `detection`.
 
     `classification`: one digit an image, 0.5–0.85 of the shorter side long, wholly
-    inside the centred square of 7/8 of the shorter side, so that the paper's centre
-    view (224 of 256 pixels) contains it.
+    inside the paper's centre view, of 7/8 of the shorter side.
     `detection`: one to six digits anywhere wholly inside the image, with the feature
     names of TFDS's `voc`; a box is the tight box of visible ink.
     Train and test share no digit image. Every scene is a function of the version, the
@@ -54,15 +49,33 @@ class DigitScenes(tfds.core.GeneratorBasedBuilder):
     code_path = None
 
     def _info(self) -> tfds.core.DatasetInfo:
+        label = tfds.features.ClassLabel(names=CLASS_NAMES)
+        image = tfds.features.Image(shape=(None, None, 3), encoding_format="jpeg")
+        features: dict[str, Any] = {
+            "image": image,
+            "label": label,
+            "digit_index": tfds.features.Scalar(np.int32),
+        }
         detection = self.builder_config.name == "detection"
+        if detection:  # as in TFDS's voc
+            one = {
+                "label": label,
+                "bbox": tfds.features.BBoxFeature(),
+                "pose": tfds.features.ClassLabel(names=POSES),
+                "is_truncated": np.bool_,
+                "is_difficult": np.bool_,
+            }
+            features = {
+                "image": image,
+                "image/filename": tfds.features.Text(),
+                "objects": tfds.features.Sequence(one),
+                "labels": tfds.features.Sequence(label),
+                "labels_no_difficult": tfds.features.Sequence(label),
+            }
         return tfds.core.DatasetInfo(
             builder=self,
             description="Handwritten digits on crops of photographs.",
-            features=(
-                detection_features(CLASS_NAMES, encoding_format="jpeg")
-                if detection
-                else _classification_features()
-            ),
+            features=tfds.features.FeaturesDict(features),
             supervised_keys=None if detection else ("image", "label"),
             homepage="https://scikit-learn.org/stable/datasets/toy_dataset.html",
         )
@@ -80,11 +93,9 @@ class DigitScenes(tfds.core.GeneratorBasedBuilder):
 
 
 def digit_split(split: str) -> np.ndarray:
-    """The indices of scikit-learn's digits that make up a split.
+    """Which of scikit-learn's digits make up a split: int [N], ascending.
 
     One fifth of each class is in "test", the rest in "train".
-
-    Returns: int [N], ascending, into `sklearn.datasets.load_digits()`.
     """
     from sklearn.datasets import load_digits  # takes a while, and only to prepare
 
@@ -98,83 +109,71 @@ def digit_split(split: str) -> np.ndarray:
     return np.sort(np.concatenate(chosen))
 
 
-class _Materials(NamedTuple):
-    digits: np.ndarray  # float [N, 8, 8] in [0, 1]
-    labels: np.ndarray  # int [N]
-    photographs: list[np.ndarray]  # uint8 [427, 640, 3] each
-
-
-def _load_materials() -> _Materials:
+def _load_materials() -> tuple[np.ndarray, np.ndarray, list[np.ndarray]]:
+    """Digits, float [N, 8, 8] in [0, 1], their labels, and photographs, uint8 RGB."""
     from sklearn.datasets import load_digits, load_sample_images
 
     digits = load_digits()
-    photographs = load_sample_images().images
-    return _Materials(digits.images / 16.0, digits.target, photographs)
+    return digits.images / 16.0, digits.target, load_sample_images().images
 
 
 def _classification_examples(split: str) -> Iterator[tuple[int, dict[str, Any]]]:
-    materials = _load_materials()
-    indices = np.repeat(digit_split(split), _SCENES_PER_DIGIT[split])
-    for number, index in enumerate(indices):
+    digits, digit_labels, photographs = _load_materials()
+    scenes = np.repeat(digit_split(split), _SCENES_PER_DIGIT[split])
+    for number, index in enumerate(scenes):
         rng = _scene_rng("classification", split, number)
-        canvas = _background(materials.photographs, rng)
+        canvas = _background(photographs, rng)
         height, width = canvas.shape[:2]
         shorter = min(height, width)
-        ink = _digit_mask(materials.digits[index], rng.uniform(0.5, 0.85) * shorter)
+        ink = _digit_mask(digits[index], rng.uniform(0.5, 0.85) * shorter)
         view = int(CENTRE_VIEW * shorter)
         top = (height - view) // 2 + rng.integers(view - ink.shape[0] + 1)
         left = (width - view) // 2 + rng.integers(view - ink.shape[1] + 1)
         _paint(canvas, ink, int(top), int(left), rng)
-        yield (
-            number,
-            {
-                "image": _encode(canvas),
-                "label": int(materials.labels[index]),
-                "digit_index": int(index),
-            },
-        )
+        example = {
+            "image": _encode(canvas),
+            "label": int(digit_labels[index]),
+            "digit_index": int(index),
+        }
+        yield number, example
 
 
 def _detection_examples(split: str) -> Iterator[tuple[int, dict[str, Any]]]:
-    materials = _load_materials()
+    digits, digit_labels, photographs = _load_materials()
     candidates = digit_split(split)
     for number in range(_DETECTION_SCENES[split]):
         rng = _scene_rng("detection", split, number)
-        canvas = _background(materials.photographs, rng)
+        canvas = _background(photographs, rng)
         height, width = canvas.shape[:2]
         indices, boxes = [], np.zeros((0, 4))
         for index in rng.choice(candidates, size=rng.integers(1, 7), replace=False):
-            found = _free_place(materials.digits[index], boxes, canvas.shape, rng)
-            if found is None:
-                continue
-            ink, place = found
-            _paint(canvas, ink, int(place[0]), int(place[1]), rng)
-            boxes = np.concatenate([boxes, place[None]])
-            indices.append(int(index))
-        labels = [int(materials.labels[index]) for index in indices]
+            if found := _free_place(digits[index], boxes, canvas.shape, rng):
+                ink, place = found
+                _paint(canvas, ink, int(place[0]), int(place[1]), rng)
+                boxes = np.concatenate([boxes, place[None]])
+                indices.append(int(index))
+        labels = [int(digit_labels[index]) for index in indices]
         # The name says which digits are in the scene, so it can be traced to them.
         traced = "-".join(str(index) for index in indices)
-        yield (
-            number,
+        fractions = boxes / [height, width, height, width]
+        objects = [
             {
-                "image": _encode(canvas),
-                "image/filename": f"{split}_{number:05d}_digits_{traced}.jpg",
-                "objects": [
-                    {
-                        "label": label,
-                        "bbox": tfds.features.BBox(
-                            *(box / [height, width, height, width])
-                        ),
-                        "pose": "unspecified",
-                        "is_truncated": False,
-                        "is_difficult": False,
-                    }
-                    for label, box in zip(labels, boxes, strict=True)
-                ],
-                "labels": sorted(set(labels)),
-                "labels_no_difficult": sorted(set(labels)),
-            },
-        )
+                "label": label,
+                "bbox": tfds.features.BBox(*box),
+                "pose": "unspecified",
+                "is_truncated": False,
+                "is_difficult": False,
+            }
+            for label, box in zip(labels, fractions, strict=True)
+        ]
+        example = {
+            "image": _encode(canvas),
+            "image/filename": f"{split}_{number:05d}_digits_{traced}.jpg",
+            "objects": objects,
+            "labels": sorted(set(labels)),
+            "labels_no_difficult": sorted(set(labels)),
+        }
+        yield number, example
 
 
 def _scene_rng(config: str, split: str, number: int) -> np.random.Generator:
@@ -186,7 +185,7 @@ def _scene_rng(config: str, split: str, number: int) -> np.random.Generator:
 
 def _background(photographs: list[np.ndarray], rng: np.random.Generator) -> np.ndarray:
     """A randomly zoomed crop of a photograph, uint8 [H, W, 3]."""
-    shorter = int(rng.integers(SHORTER_SIDE[0], SHORTER_SIDE[1] + 1))
+    shorter = int(rng.integers(*SHORTER_SIDE, endpoint=True))
     aspect = np.exp(rng.uniform(-np.log(2), np.log(2)))
     longer = min(round(shorter * max(aspect, 1 / aspect)), 2 * shorter)
     height, width = (shorter, longer) if aspect > 1 else (longer, shorter)
@@ -204,12 +203,7 @@ def _background(photographs: list[np.ndarray], rng: np.random.Generator) -> np.n
 
 
 def _digit_mask(digit: np.ndarray, length: float) -> np.ndarray:
-    """The alpha mask of a digit, cut to its ink, whose longer side is `length`.
-
-    `digit`: float [8, 8] in [0, 1]. `length`: in pixels, rounded down.
-
-    Returns: float32 [h, w] in [0, 1], with max(h, w) = int(length).
-    """
+    """The alpha mask of a digit, cut to its ink: float32 [h, w], max(h, w) = length."""
     padded = np.pad(digit, 1).astype(np.float32)
     enlarged = cv2.resize(padded, (160, 160), interpolation=cv2.INTER_CUBIC)
     # A steep ramp makes pen strokes of the 8×8 blur.
@@ -223,11 +217,7 @@ def _digit_mask(digit: np.ndarray, length: float) -> np.ndarray:
 
 
 def _paint(
-    canvas: np.ndarray,
-    ink: np.ndarray,
-    top: int,
-    left: int,
-    rng: np.random.Generator,
+    canvas: np.ndarray, ink: np.ndarray, top: int, left: int, rng: np.random.Generator
 ) -> None:
     """Paints a mask onto the canvas in a colour that stands out from what is there."""
     place = canvas[top : top + ink.shape[0], left : left + ink.shape[1]]
@@ -278,13 +268,3 @@ def _encode(image: np.ndarray) -> io.BytesIO:
     bgr = cv2.cvtColor(image, cv2.COLOR_RGB2BGR)
     _, encoded = cv2.imencode(".jpg", bgr, [cv2.IMWRITE_JPEG_QUALITY, _JPEG_QUALITY])
     return io.BytesIO(encoded.tobytes())
-
-
-def _classification_features() -> tfds.features.FeaturesDict:
-    return tfds.features.FeaturesDict(
-        {
-            "image": tfds.features.Image(shape=(None, None, 3), encoding_format="jpeg"),
-            "label": tfds.features.ClassLabel(names=CLASS_NAMES),
-            "digit_index": tfds.features.Scalar(np.int32),
-        }
-    )

@@ -5,6 +5,7 @@ format that OpenCV reads: JPEG, PNG, BMP, WebP, GIF (first frame), TIFF.
 """
 
 import io
+import math
 import re
 import struct
 import warnings
@@ -22,7 +23,7 @@ POSITIONS = (*CENTER_AND_CORNERS, "top", "bottom", "left", "right")
 _LONGEST_SIDE = 32_767
 _MOST_IN_FLOAT = 1_000_000  # pixels
 _HEADER_FORMATS = ("BMP", "JPEG", "PNG", "WEBP")
-_ORIENTATION = 0x0112
+ORIENTATION = 0x0112  # the tag of EXIF
 _JPEG_MARKER = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")
 
 # The pipeline decodes in its own threads and processes; more would only compete.
@@ -84,35 +85,38 @@ def resize_shorter_side(image: np.ndarray, side: int) -> np.ndarray:
     The longer side is rounded to the nearest pixel, halves up. Shrinking averages
     areas, enlarging is bilinear.
 
-    `image`: uint8 [H, W, 3]. `side`: pixels, at least 1.
+    `side`: in pixels, at least 1.
 
     Returns: uint8 [H', W', 3] with min(H', W') = side.
     Raises: ValueError if the longer side would exceed 32,767 pixels.
     """
-    height, width = image.shape[:2]
-    return _resize(image, *_shorter_side_size(height, width, side))
+    return resize_whole(image, side, math.inf)
 
 
 def resize_whole(image: np.ndarray, side: int, max_aspect: float) -> np.ndarray:
     """Resizes an image so that its shorter side is `side`, its aspect bounded.
 
-    `image`: uint8 [H, W, 3]. `side`: pixels, at least 1.
-    `max_aspect`: longer over shorter side; a longer image is squeezed to it.
-
-    Returns: uint8 [H', W', 3] with min(H', W') = side; (H', W') is `whole_size`'s.
-    Raises: ValueError if the longer side would exceed 32,767 pixels.
+    As `resize_shorter_side`, but an image whose longer side is more than `max_aspect`
+    times the shorter one is squeezed to that; its size is `whole_size`'s.
     """
     height, width = image.shape[:2]
     return _resize(image, *whole_size(height, width, side, max_aspect))
 
 
+def check_image(image: np.ndarray) -> None:
+    """Raises ValueError for an array that is no image, uint8 [height, width, 3]."""
+    shape = list(np.shape(image))
+    if getattr(image, "dtype", None) != np.uint8 or len(shape) != 3 or shape[2] != 3:
+        kind = getattr(image, "dtype", type(image).__name__)
+        raise ValueError(
+            f"image must be uint8 [height, width, 3], RGB, got {kind} {shape}"
+        )
+    if 0 in shape:
+        raise ValueError(f"the image has no pixels: shape {shape}")
+
+
 def warp(image: np.ndarray, side: int) -> np.ndarray:
-    """Resizes a whole image to a square, whatever its aspect.
-
-    `image`: uint8 [H, W, 3]. `side`: of the square in pixels, at least 1.
-
-    Returns: uint8 [side, side, 3].
-    """
+    """Resizes a whole image to a square, uint8 [side, side, 3], whatever its aspect."""
     return _resize(image, side, side)
 
 
@@ -123,10 +127,20 @@ def whole_size(
 
     Raises: ValueError if the longer side would exceed 32,767 pixels.
     """
-    if max(height, width) <= max_aspect * min(height, width):
-        return _shorter_side_size(height, width, side)
-    longer = round(side * max_aspect)
-    return (longer, side) if height > width else (side, longer)
+    shorter = min(height, width)
+    if max(height, width) > max_aspect * shorter:
+        longer = round(side * max_aspect)
+        return (longer, side) if height > width else (side, longer)
+    # Whole numbers only: halves must not depend on floating-point rounding.
+    new_height, new_width = (
+        (2 * length * side + shorter) // (2 * shorter) for length in (height, width)
+    )
+    if shorter != side and max(new_height, new_width) > _LONGEST_SIDE:
+        raise ValueError(
+            f"an image of {height}×{width} pixels (height×width) is too narrow: with "
+            f"its shorter side at {side} it would be {new_height}×{new_width}"
+        )
+    return new_height, new_width
 
 
 def crop(image: np.ndarray, size: int, position: str) -> np.ndarray:
@@ -160,13 +174,7 @@ def crop_corner(rows: Any, columns: Any, position: str) -> tuple[Any, Any]:
 
 
 def random_crop(image: np.ndarray, size: int, rng: np.random.Generator) -> np.ndarray:
-    """Cuts a square out of a uniformly random place.
-
-    `image`: [H, W, ...]. `size`: the square's side, at most min(H, W).
-
-    Returns: [size, size, ...], a view of the image.
-    Raises: ValueError for an image smaller than the crop.
-    """
+    """As `crop`, at a uniformly random place."""
     rows, columns = _room(image, size)
     top, left = rng.integers(rows + 1), rng.integers(columns + 1)
     return image[top : top + size, left : left + size]
@@ -184,13 +192,10 @@ def random_resized_crop(
     area: tuple[float, float] = (0.35, 1.0),
     aspect: tuple[float, float] = (3 / 4, 4 / 3),
 ) -> np.ndarray:
-    """Cuts out a random rectangle and resizes it to a square.
+    """Cuts out a random rectangle and resizes it to a square, uint8 [size, size, 3].
 
-    `image`: uint8 [H, W, 3], of any size. `size`: the square's side in pixels.
     `area`: range of the rectangle's area, relative to the image's; uniform.
     `aspect`: range of its width/height; log-uniform.
-
-    Returns: uint8 [size, size, 3].
     """
     height, width = image.shape[:2]
     for _ in range(10):
@@ -203,22 +208,6 @@ def random_resized_crop(
             return _resize(image[top : top + rows, left : left + columns], size, size)
     # A very long image has no such rectangle.
     return _resize(crop(image, min(height, width), "center"), size, size)
-
-
-def _shorter_side_size(height: int, width: int, side: int) -> tuple[int, int]:
-    shorter = min(height, width)
-    if shorter == side:
-        return height, width
-    # Whole numbers only: halves must not depend on floating-point rounding.
-    new_height, new_width = (
-        (2 * length * side + shorter) // (2 * shorter) for length in (height, width)
-    )
-    if max(new_height, new_width) > _LONGEST_SIDE:
-        raise ValueError(
-            f"an image of {height}×{width} pixels (height×width) is too narrow: with "
-            f"its shorter side at {side} it would be {new_height}×{new_width}"
-        )
-    return new_height, new_width
 
 
 def _resize(image: np.ndarray, height: int, width: int) -> np.ndarray:
@@ -236,11 +225,9 @@ def _resize(image: np.ndarray, height: int, width: int) -> np.ndarray:
 
 
 def _averages_in_float(rows: int, columns: int, height: int, width: int) -> bool:
-    """Whether OpenCV averages areas of bytes in float32, and they are few enough.
-
-    Whole factors have integer arithmetic of their own; where one side grows, it
-    interpolates. Large images would take four times their memory.
-    """
+    """Whether OpenCV averages areas of bytes in float32, and they are few enough."""
+    # Whole factors have integer arithmetic of their own; where one side grows, it
+    # interpolates. Large images would take four times their memory.
     shrinks = height <= rows and width <= columns
     whole = rows % height == 0 and columns % width == 0
     return shrinks and not whole and rows * columns <= _MOST_IN_FLOAT
@@ -265,7 +252,7 @@ def _size_in_header(encoded: bytes) -> tuple[int, int] | None:
     try:
         with PIL.Image.open(io.BytesIO(encoded), formats=_HEADER_FORMATS) as image:
             default = 0 if "exif" in image.info else 1
-            unturned = image.getexif().get(_ORIENTATION, default) in (1, 2, 3, 4)
+            unturned = image.getexif().get(ORIENTATION, default) in (1, 2, 3, 4)
             return (image.height, image.width) if unturned else None
     except Exception:
         # Pillow raises errors of many types for odd files; OpenCV decides.
@@ -282,16 +269,15 @@ def _missing_end(encoded: bytes) -> str:
     if encoded.startswith(b"\x89PNG\r\n\x1a\n"):
         return "" if _png_ends(encoded) else "no IEND chunk"
     if encoded.startswith(b"RIFF") and encoded[8:12] == b"WEBP":
-        return _shorter_than(encoded, 8 + int.from_bytes(encoded[4:8], "little"))
-    if encoded.startswith((b"GIF87a", b"GIF89a")):
-        return "" if _gif_frame_ends(encoded) else "the first frame has no end"
-    if encoded.startswith(b"BM"):
-        return _shorter_than(encoded, _bmp_length(encoded))
+        length = 8 + int.from_bytes(encoded[4:8], "little")
+        return f"its header promises {length:,}" if len(encoded) < length else ""
+    if encoded.startswith((b"GIF87a", b"GIF89a", b"BM")):
+        try:
+            with PIL.Image.open(io.BytesIO(encoded), formats=("GIF", "BMP")) as image:
+                image.load()
+        except Exception as error:  # of many types for odd files
+            return f"Pillow can't read its (first) picture: {error}"
     return ""
-
-
-def _shorter_than(encoded: bytes, length: int) -> str:
-    return f"its header promises {length:,}" if len(encoded) < length else ""
 
 
 def _jpeg_ends(encoded: bytes) -> bool:
@@ -301,9 +287,8 @@ def _jpeg_ends(encoded: bytes) -> bool:
         kind, position = encoded[marker.start() + 1], marker.end()
         if kind == 0xD9:
             return True
-        if kind == 0x01 or kind == 0xD8:
-            continue
-        position += int.from_bytes(encoded[position : position + 2], "big")
+        if kind not in (0x01, 0xD8):
+            position += int.from_bytes(encoded[position : position + 2], "big")
     return False
 
 
@@ -315,33 +300,3 @@ def _png_ends(encoded: bytes) -> bool:
         if kind == b"IEND":
             return position <= len(encoded)
     return False
-
-
-def _gif_frame_ends(encoded: bytes) -> bool:
-    def skip_palette(flags: int, position: int) -> int:
-        return position + (3 * 2 ** ((flags & 7) + 1) if flags & 0x80 else 0)
-
-    def skip_blocks(position: int) -> int:
-        while encoded[position]:
-            position += encoded[position] + 1
-        return position + 1
-
-    try:
-        position = skip_palette(encoded[10], 13)
-        while encoded[position] == 0x21:  # extensions come before the frame
-            position = skip_blocks(position + 2)
-        position = skip_palette(encoded[position + 9], position + 10)
-        return skip_blocks(position + 1) <= len(encoded)
-    except IndexError:
-        return False
-
-
-def _bmp_length(encoded: bytes) -> int:
-    """The length an uncompressed bitmap must have; 0 where it isn't known."""
-    if len(encoded) < 34:
-        return 34
-    (start,) = struct.unpack_from("<I", encoded, 10)
-    width, height, _, bits, compression = struct.unpack_from("<iiHHI", encoded, 18)
-    if compression not in (0, 3):
-        return 0
-    return start + (abs(width) * bits + 31) // 32 * 4 * abs(height)

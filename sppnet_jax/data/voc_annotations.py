@@ -4,48 +4,25 @@ VOC's boxes are 1-based pixels that include both ends; they become half-open and
 0-based, (ymin - 1, xmin - 1, ymax, xmax), and lie in the image as `decode_image` shows
 it.
 
-What annotations from the wild may hold, and what becomes of it; all but what changes
-nothing is counted in the notes that are logged at preparation:
-
-    float coordinates                   kept as they are
-    box past the border                 clamped; up to a pixel is counted apart
-    box wholly outside the image        dropped
-    box with xmin = xmax, ymin = ymax   dropped: it marks a line or a point
-    xmin and xmax, ymin and ymax        put right
-      the wrong way round
-    coordinate missing, NaN, no number  box dropped
-    object without a name               dropped
-    no `difficult`, or no truth value   not difficult
-    no `truncated`; no or odd `pose`    0; "unspecified"
-    no `size`, zeros or no numbers      nothing: the image file's own size decides
-    `size` of the same aspect within    boxes scaled from it to the file
-      1 %, another scale
-    `size` of the file before its EXIF  boxes turned with the image (that of a square
-      rotation by 90°                   image can't be told)
-    `size` that is different otherwise  boxes kept as they are
-    `filename` that is another          nothing: the image's own name decides
-    no object                           kept: all of the image is background
-    XML that can't be parsed            image left out
-    bytes that aren't text              shown as \\xNN
-    image that can't be opened          left out
-
+`EVENTS` says what annotations from the wild may hold and what becomes of it, and is
+counted in the notes that are logged. What changes nothing isn't: no or another
+`filename`, no `size` or one that is no numbers, no or an odd `truncated` or `pose`.
 XML that declares entities counts as not to be parsed, so that none can expand.
 """
 
 import io
 import re
 import xml.etree.ElementTree as ElementTree
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import PIL.Image
 
-from sppnet_jax.data.images import image_size
+from sppnet_jax.data.images import ORIENTATION, image_size
 
 POSES = ("frontal", "rear", "left", "right", "unspecified")
-
-_ORIENTATION = 0x0112
 
 # What may happen to a box or a file, as the notes say it.
 EVENTS = {
@@ -110,9 +87,7 @@ class AnnotatedImage(NamedTuple):
 def read_image(
     image: Path, annotation: Path
 ) -> tuple[AnnotatedImage | None, list[str]]:
-    """Reads an image's size, and from its annotation the objects in it.
-
-    `image`, `annotation`: their files.
+    """Reads an image file's size, and from its annotation file the objects in it.
 
     Returns: the image, or None if it is left out; and what happened on the way, as keys
     of `EVENTS`, one for each box, object or file.
@@ -127,25 +102,17 @@ def read_image(
     except (ElementTree.ParseError, ValueError, LookupError):
         return None, ["broken xml"]
     change, size_event = _change_of_size(root.find("size"), size, encoded)
-    objects, found = [], []
-    for element in root.iter("object"):
-        one, happened = _read_object(element, change, size)
-        found += happened
-        if one:
-            objects.append(one)
+    found: list[str] = []
+    read = (_read_object(one, change, size, found) for one in root.iter("object"))
+    objects = tuple(one for one in read if one)
     # Without a box, a size that differs changes nothing.
     events += [size_event] if size_event and objects else []
     events += found + ([] if objects else ["no object"])
-    return AnnotatedImage(size, tuple(objects)), events
+    return AnnotatedImage(size, objects), events
 
 
 def clamp_boxes(boxes: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Boxes cut off at the border of their image.
-
-    `boxes`: float [N, 4]. `size`: (height, width) in pixels.
-
-    Returns: float [N, 4]; what lay outside is empty.
-    """
+    """Boxes [N, 4] cut off at the border of an image (height, width): empty outside."""
     return np.clip(boxes, 0, [*size, *size])
 
 
@@ -176,12 +143,8 @@ def _parse(data: bytes) -> tuple[ElementTree.Element, list[str]]:
     return root, events
 
 
-class _Change(NamedTuple):
-    """How boxes as annotated become boxes in the image: first turned, then scaled."""
-
-    orientation: int  # EXIF's, 1 for none
-    frame: tuple[float, float]  # the (height, width) in which they were annotated
-    scale: tuple[float, float] = (1.0, 1.0)
+# How a box as annotated becomes one in the image as it is shown.
+_Change = Callable[[np.ndarray], np.ndarray]
 
 
 def _change_of_size(
@@ -189,94 +152,103 @@ def _change_of_size(
 ) -> tuple[_Change, str]:
     """What an annotation's `size` says on its boxes, and the event that it is."""
     height, width = size
-    unchanged = _Change(1, size)
     sides = [_number(element, side) for side in ("height", "width")]
     if sides[0] is None or sides[1] is None or min(sides[0], sides[1]) <= 0:
-        return unchanged, ""
+        return _unchanged, ""
     given = (sides[0], sides[1])
     if given == size:
-        return unchanged, ""
+        return _unchanged, ""
     if given == (width, height):
         orientation = _orientation(encoded)
         if orientation in (5, 6, 7, 8):
-            return _Change(orientation, given), "turned"
-        return unchanged, "transposed"
+            return lambda box: _turn(box, orientation, given), "turned"
+        return _unchanged, "transposed"
     scale = (height / given[0], width / given[1])
     close = max(abs(height - given[0]), abs(width - given[1])) <= _SAME_SIZE_PIXELS
     if not close and abs(scale[0] / scale[1] - 1) <= _SAME_ASPECT:
-        return _Change(1, given, scale), "scaled"
-    return unchanged, "other size"
+        return lambda box: box * [*scale, *scale], "scaled"
+    return _unchanged, "other size"
+
+
+def _unchanged(box: np.ndarray) -> np.ndarray:
+    return box
+
+
+def _turn(box: np.ndarray, orientation: int, frame: tuple[float, float]) -> np.ndarray:
+    """A box in a frame (height, width) that EXIF's orientation 5 to 8 turns."""
+    height, width = frame
+    ymin, xmin, ymax, xmax = box
+    # All exchange the axes, and mirror none, one or both of them.
+    if orientation in (6, 7):
+        ymin, ymax = height - ymax, height - ymin
+    if orientation in (7, 8):
+        xmin, xmax = width - xmax, width - xmin
+    return np.array([xmin, ymin, xmax, ymax])
 
 
 def _orientation(encoded: bytes) -> int:
     try:
         with PIL.Image.open(io.BytesIO(encoded)) as image:
-            return int(image.getexif().get(_ORIENTATION, 1))
+            return int(image.getexif().get(ORIENTATION, 1))
     except Exception:
         # Pillow raises errors of many types for odd files; it is no reason to fail.
         return 1
 
 
 def _read_object(
-    element: ElementTree.Element, change: _Change, size: tuple[int, int]
-) -> tuple[AnnotatedObject | None, list[str]]:
+    element: ElementTree.Element,
+    change: _Change,
+    size: tuple[int, int],
+    events: list[str],
+) -> AnnotatedObject | None:
     name = " ".join((element.findtext("name") or "").split())
     if not name:
-        return None, ["no name"]
-    box, events = _read_box(element.find("bndbox"), change, size)
+        events.append("no name")
+        return None
+    box = _read_box(element.find("bndbox"), change, size, events)
     if box is None:
-        return None, events
+        return None
     difficult = _truth(element.findtext("difficult"))
     if difficult is None:
         events.append("no difficult")
     pose = (element.findtext("pose") or "").strip().lower()
-    return (
-        AnnotatedObject(
-            name,
-            box,
-            pose if pose in POSES else "unspecified",
-            bool(_truth(element.findtext("truncated"))),
-            bool(difficult),
-        ),
-        events,
+    return AnnotatedObject(
+        name,
+        box,
+        pose if pose in POSES else "unspecified",
+        bool(_truth(element.findtext("truncated"))),
+        bool(difficult),
     )
 
 
 def _read_box(
-    element: ElementTree.Element | None, change: _Change, size: tuple[int, int]
-) -> tuple[tuple[float, float, float, float] | None, list[str]]:
+    element: ElementTree.Element | None,
+    change: _Change,
+    size: tuple[int, int],
+    events: list[str],
+) -> tuple[float, float, float, float] | None:
     sides = [_number(element, side) for side in ("ymin", "xmin", "ymax", "xmax")]
     given = np.array(sides, float)
-    if not np.isfinite(given).all():
-        return None, ["no number"]
     first, last = np.minimum(given[:2], given[2:]), np.maximum(given[:2], given[2:])
-    if (first == last).any():
-        return None, ["empty"]
-    events = [] if (first == given[:2]).all() else ["swapped"]
-    box = _to_image(np.concatenate([first - 1, last]), change)
+    box = change(np.concatenate([first - 1, last]))
     clamped = clamp_boxes(box, size)
-    if not (clamped[:2] < clamped[2:]).all():
-        return None, ["outside"]
+    dropped = (
+        (not np.isfinite(given).all(), "no number"),
+        ((first == last).any(), "empty"),
+        (not (clamped[:2] < clamped[2:]).all(), "outside"),
+    )
+    for happened, event in dropped:
+        if happened:
+            events.append(event)
+            return None
+    if (first != given[:2]).any():
+        events.append("swapped")
     over = np.abs(box - clamped).max()
     if over > 0:
         # Turning and scaling may leave rounding errors.
         events.append("touching" if over <= 1 + 1e-6 else "crossing")
     ymin, xmin, ymax, xmax = clamped.tolist()
-    return (ymin, xmin, ymax, xmax), events
-
-
-def _to_image(box: np.ndarray, change: _Change) -> np.ndarray:
-    """A box as annotated, half-open, in the image as it is shown."""
-    height, width = change.frame
-    ymin, xmin, ymax, xmax = box
-    # Orientations 5 to 8 exchange the axes, and mirror none, one or both of them.
-    if change.orientation in (6, 7):
-        ymin, ymax = height - ymax, height - ymin
-    if change.orientation in (7, 8):
-        xmin, xmax = width - xmax, width - xmin
-    if change.orientation in (5, 6, 7, 8):
-        ymin, xmin, ymax, xmax = xmin, ymin, xmax, ymax
-    return np.array([ymin, xmin, ymax, xmax]) * [*change.scale, *change.scale]
+    return ymin, xmin, ymax, xmax
 
 
 def _number(element: ElementTree.Element | None, tag: str) -> float | None:
@@ -287,6 +259,6 @@ def _number(element: ElementTree.Element | None, tag: str) -> float | None:
 
 
 def _truth(text: str | None) -> bool | None:
-    words = {"1": True, "true": True, "yes": True}
-    words |= {"0": False, "false": False, "no": False}
-    return words.get((text or "").strip().lower())
+    word = (text or "").strip().lower()
+    true, false = word in ("1", "true", "yes"), word in ("0", "false", "no")
+    return true if true or false else None

@@ -1,50 +1,26 @@
-"""Any folder in Pascal VOC layout as a TFDS data set of images and boxes.
+"""Any folder in Pascal VOC layout as a source of images and boxes, read in place.
 
     root/JPEGImages/000005.jpg   root/Annotations/000005.xml   …
     root/ImageSets/Main/trainval.txt   root/ImageSets/Main/test.txt   …
-
-The files' own bytes are copied into ArrayRecord, undecoded, once for each split that
-lists them. The prepared data set is named after the folder's contents, so a changed
-folder is prepared anew. VOC's boxes are 1-based pixels that include both ends; the data
-set's are half-open and 0-based, (ymin - 1, xmin - 1, ymax, xmax), over (height, width).
 
 What its annotations may hold, and what becomes of it: `voc_annotations`.
 """
 
 import codecs
-import io
 import os
 import re
-import sys
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import tensorflow_datasets as tfds
-from tqdm import tqdm
 
-from sppnet_jax.data.image_folder import (
-    HOLD_OUT_EVERY,
-    IMAGE_SUFFIXES,
-    existing_folder,
-    fingerprint,
-    hold_out,
-    is_image,
-    list_folder,
-    name_config,
-    printable,
-    walk_files,
-)
-from sppnet_jax.data.voc_annotations import (
-    EVENTS,
-    POSES,
-    AnnotatedImage,
-    AnnotatedObject,
-    read_image,
-)
+from sppnet_jax.data import folders
+from sppnet_jax.data.sources import HOW_TO_OPEN_SEVERAL, Objects, Source, class_labels
+from sppnet_jax.data.voc_annotations import EVENTS, AnnotatedImage, read_image
+from sppnet_jax.run.progress import map_in_threads
 
 _LAYOUT = (
     "Expected JPEGImages/ID.jpg and Annotations/ID.xml in it, and in ImageSets/Main "
@@ -59,117 +35,64 @@ class ImageFiles(NamedTuple):
     annotation: str
 
 
-class FolderScan(NamedTuple):
+class VocFolder(NamedTuple):
     """Which images a folder in VOC layout has, and in which splits."""
 
     root: Path  # the folder of JPEGImages and Annotations
     splits: dict[str, list[ImageFiles]]
-    fingerprint: str  # of every image's, annotation's and list's path, size and time
     notes: tuple[str, ...]  # what the user should know: absent files, ignored lists
-
-    @property
-    def config_name(self) -> str:
-        """Names the folder and the state it is in."""
-        return name_config(self.root, self.fingerprint)
 
 
 class FolderAnnotations(NamedTuple):
     """What the annotations of a folder hold."""
 
     class_names: tuple[str, ...]
-    splits: dict[str, dict[str, AnnotatedImage]]  # split → path in the root → image
+    images: dict[str, AnnotatedImage]  # by their paths in the root
     notes: tuple[str, ...]  # what was put right, dropped or left out, with counts
 
 
-class VocFolder(
-    tfds.core.GeneratorBasedBuilder,
-    skip_registration=True,  # type: ignore[call-arg]
-):
-    """TFDS builder `voc_folder` for a folder that was scanned and read.
+def open_folder(
+    root: str, split: str, multi_label: bool = True, with_boxes: bool = False
+) -> Source:
+    """Opens a split of a folder in VOC layout; see `open_detection_source`.
 
-    Features: those of TFDS's `voc`; `image/filename` is relative to JPEGImages, and
-    `bbox` half-open.
+    All annotations are read once in a process, until a file changes.
     """
-
-    name = "voc_folder"
-    VERSION = tfds.core.Version("1.0.0")
-    # Nothing is downloaded: without a path, TFDS doesn't look for checksums beside it.
-    code_path = None
-
-    def __init__(
-        self,
-        scan: FolderScan,
-        annotations: FolderAnnotations,
-        data_dir: str | None = None,
-    ) -> None:
-        self._root, self._annotations = scan.root, annotations
-        config = tfds.core.BuilderConfig(
-            name=scan.config_name,
-            version=self.VERSION,
-            description=f"Images and boxes of {scan.root}",
+    if not multi_label:
+        raise ValueError(
+            "'voc_folder' is not a data set of images with one class each"
+            f"{HOW_TO_OPEN_SEVERAL}"
         )
-        super().__init__(data_dir=data_dir, config=config)
-
-    def _info(self) -> tfds.core.DatasetInfo:
-        return tfds.core.DatasetInfo(
-            builder=self,
-            description="A folder in Pascal VOC layout.",
-            features=detection_features(self._annotations.class_names),
-        )
-
-    def _split_generators(
-        self, dl_manager: tfds.download.DownloadManager
-    ) -> dict[str, Iterator[tuple[str, dict[str, Any]]]]:
-        del dl_manager  # nothing to download
-        return {
-            split: self._generate_examples(split) for split in self._annotations.splits
-        }
-
-    def _generate_examples(self, split: str) -> Iterator[tuple[str, dict[str, Any]]]:
-        for path, image in self._annotations.splits[split].items():
-            name = printable(path.partition(os.sep)[2])
-            certain = {one.name for one in image.objects if not one.is_difficult}
-            yield (
-                name,
-                {
-                    "image": io.BytesIO((self._root / path).read_bytes()),
-                    "image/filename": name,
-                    "objects": [_to_example(one, image.size) for one in image.objects],
-                    "labels": sorted({one.name for one in image.objects}),
-                    "labels_no_difficult": sorted(certain),
-                },
-            )
-
-
-def detection_features(
-    class_names: Sequence[str], encoding_format: str | None = None
-) -> tfds.features.FeaturesDict:
-    """The features of TFDS's `voc`, for other classes.
-
-    `encoding_format`: "jpeg" or "png" where all images are so encoded.
-    """
-    image = tfds.features.Image(shape=(None, None, 3), encoding_format=encoding_format)
-    label = tfds.features.ClassLabel(names=class_names)
-    return tfds.features.FeaturesDict(
-        {
-            "image": image,
-            "image/filename": tfds.features.Text(),
-            "objects": tfds.features.Sequence(
-                {
-                    "label": label,
-                    "bbox": tfds.features.BBoxFeature(),
-                    "pose": tfds.features.ClassLabel(names=POSES),
-                    "is_truncated": np.bool_,
-                    "is_difficult": np.bool_,
-                }
-            ),
-            "labels": tfds.features.Sequence(label),
-            "labels_no_difficult": tfds.features.Sequence(label),
-        }
+    scan = scan_folder(root)
+    class_names, images, notes = _read_once(scan)
+    for note in scan.notes + notes:
+        folders.warn_once(note)
+    splits = {
+        name: [files for files in listed if files.image in images]
+        for name, listed in scan.splits.items()
+    }
+    chosen = folders.read_split(
+        splits, split, lambda files: _below(files.image), scan.root
+    )
+    shown = [images[files.image] for files in chosen]
+    said = [(files.image, "") for files in chosen]
+    said += [(f.annotation, repr(one)) for f, one in zip(chosen, shown, strict=True)]
+    folder = scan.root / chosen[0].image.partition(os.sep)[0]
+    return Source(
+        folders.FileRecords(
+            folder,
+            [_below(files.image) for files in chosen],
+            [_to_record(one, class_names, with_boxes) for one in shown],
+        ),
+        class_names,
+        "voc_folder",
+        split,
+        multi_label=True,
+        digest=folders.digest(scan.root, said),
     )
 
 
-def scan_folder(root: str | os.PathLike[str]) -> FolderScan:
+def scan_folder(root: str | os.PathLike[str]) -> VocFolder:
     """Finds the splits and images of a folder in VOC layout, without opening an image.
 
     `root`: the folder of JPEGImages and Annotations, or one that has a single such
@@ -180,51 +103,35 @@ def scan_folder(root: str | os.PathLike[str]) -> FolderScan:
     suffix or a path before it. Without lists, every fifth image in the order of a hash
     of its name is "test", and the others "trainval".
 
-    Returns: the scan. Listed images that are absent, or whose annotations are, are left
-    out and counted in its notes.
-    Raises: FileNotFoundError if there is no such folder; ValueError if it is a file,
-    isn't in VOC layout or holds several such folders, if most images of a list, but not
-    all, or their annotations, are absent, and if no split has an image.
+    Listed images that are absent, or whose annotations are, are left out and noted.
+
+    Raises: FileNotFoundError if there is no such folder; ValueError if it isn't in VOC
+    layout or holds several such folders, if most images of a list, but not all, or
+    their annotations, are absent, and if no split has an image.
     """
-    folder = _find_layout(existing_folder(root, "VOC folder", _LAYOUT))
-    images, notes = _index(folder, "JPEGImages", is_image)
-    annotations, _ = _index(
-        folder, "Annotations", lambda path: path.name.lower().endswith(".xml")
+    folder = _find_layout(folders.existing_folder(root, "VOC folder", _LAYOUT))
+    notes: list[str] = []
+    images = _index(folder, "JPEGImages", folders.is_image, notes)
+    annotations = _index(
+        folder, "Annotations", lambda path: path.name.lower().endswith(".xml"), []
     )
-    lists, list_notes = _read_lists(folder, images, annotations)
-    notes += list_notes
-    used = [*images.values(), *annotations.values()]
-    used += [os.path.relpath(path, folder) for path in lists]
-    state = fingerprint(folder, (("", path) for path in used))
-    splits: dict[str, list[ImageFiles]] = {}
-    for path, ids in lists.items():
-        found, split_notes = _find_files(folder, path.name, ids, images, annotations)
-        notes += split_notes
-        if found:
-            name = _split_name(path, splits)
-            splits[name] = found
-            if name != path.stem:
-                notes.append(f"{folder}: the list {path.name} is split {name!r}")
-    if lists and splits:
-        notes += _compare_splits(folder, splits, len(images))
-    if not lists:
-        splits, split_notes = _split_by_hash(folder, images, annotations)
-        notes += split_notes
+    if lists := _read_lists(folder, images, annotations, notes):
+        splits = _split_by_lists(folder, lists, images, annotations, notes)
+    else:
+        splits = _split_by_hash(folder, images, annotations, notes)
     if not splits:
         raise ValueError(
             f"{str(folder)!r} has no image with an annotation. {'; '.join(notes)}. "
             f"{_LAYOUT}"
         )
-    return FolderScan(folder, splits, state, tuple(notes))
+    return VocFolder(folder, splits, tuple(notes))
 
 
-def read_annotations(scan: FolderScan, threads: int = 8) -> FolderAnnotations:
+def read_annotations(scan: VocFolder, threads: int = 8) -> FolderAnnotations:
     """Reads every annotation and every image's size, putting right what can be.
 
-    `threads`: threads that read files.
-
-    Returns: the classes, sorted; each split's images in the order of its list, with
-    boxes inside the image; notes on all that isn't as it was in the files.
+    Returns: the classes, sorted; the images that can be used, with boxes inside the
+    image; notes on all that isn't as it was in the files.
     Raises: ValueError if most annotations or images of a split can't be read, or no
     object is left.
     """
@@ -233,45 +140,68 @@ def read_annotations(scan: FolderScan, threads: int = 8) -> FolderAnnotations:
     def read(one: ImageFiles) -> tuple[AnnotatedImage | None, list[str]]:
         return read_image(scan.root / one.image, scan.root / one.annotation)
 
-    found = {}
-    bar = progress_bar("reading annotations", len(files))
-    with bar, ThreadPoolExecutor(threads) as pool:
-        for one, result in zip(files, pool.map(read, files), strict=True):
-            found[one] = result
-            bar.update()
-    notes = _describe_events(scan.root, found)
-    splits = {}
+    results = map_in_threads(read, files, "reading annotations", threads)
+    found = dict(zip(files, results, strict=True))
+    notes: list[str] = []
+    for event, what in EVENTS.items():
+        who = [
+            files.image if event == "broken image" else files.annotation
+            for files, (_, events) in found.items()
+            for happened in events
+            if happened == event
+        ]
+        _note(notes, scan.root, who, what)
+    images = {one.image: image for one in files if (image := found[one][0])}
     for split, listed in scan.splits.items():
-        kept = {one.image: image for one in listed if (image := found[one][0])}
-        what = f"split {split!r}"
-        _check_most(scan.root, what, len(kept), len(listed), "; ".join(notes))
-        splits[split] = kept
-    images = [image for kept in splits.values() for image in kept.values()]
-    names = {one.name for image in images for one in image.objects}
+        kept = sum(one.image in images for one in listed)
+        _check_most(scan.root, f"split {split!r}", kept, len(listed), notes)
+    names = {one.name for image in images.values() for one in image.objects}
     if not names:
         raise ValueError(
             f"the {len(files)} annotations in {str(scan.root)!r} hold no object with a "
             f"name and a box. {'; '.join(notes)}"
         )
-    notes += _similar_names(scan.root, names)
-    return FolderAnnotations(tuple(sorted(names)), splits, tuple(notes))
+    counts = Counter(name.lower() for name in names)
+    notes += [
+        f"{scan.root}: {sorted(n for n in names if n.lower() == lower)} differ only by "
+        "case, and are different classes"
+        for lower, count in counts.items()
+        if count > 1
+    ]
+    return FolderAnnotations(tuple(sorted(names)), images, tuple(notes))
 
 
-def progress_bar(name: str, images: int) -> tqdm:
-    """A bar over so many images that only shows where they take some time."""
-    # In a file each update is a line of its own.
-    interval = 0.5 if sys.stderr.isatty() else 20
-    return tqdm(total=images, unit="img", desc=name, delay=2, mininterval=interval)
+# What was read of each root, and the sizes and times of the files it was read from.
+_kept: dict[Path, tuple[Any, FolderAnnotations]] = {}
 
 
-def _to_example(one: AnnotatedObject, size: tuple[int, int]) -> dict[str, Any]:
-    return {
-        "label": one.name,
-        "bbox": tfds.features.BBox(*(np.array(one.box) / [*size, *size])),
-        "pose": one.pose,
-        "is_truncated": one.is_truncated,
-        "is_difficult": one.is_difficult,
-    }
+def _read_once(scan: VocFolder) -> FolderAnnotations:
+    found = {}
+    for path in {path for files in scan.splits.values() for path in chain(*files)}:
+        stat = os.stat(scan.root / path)
+        found[path] = stat.st_size, stat.st_mtime_ns
+    state = scan.splits, found
+    if scan.root not in _kept or _kept[scan.root][0] != state:
+        _kept[scan.root] = state, read_annotations(scan)
+    return _kept[scan.root][1]
+
+
+def _to_record(
+    image: AnnotatedImage, class_names: Sequence[str], with_boxes: bool
+) -> dict[str, Any]:
+    """What a record has beside its image and its name."""
+    labels = np.array([class_names.index(one.name) for one in image.objects], np.int32)
+    difficult = np.array([one.is_difficult for one in image.objects], bool)
+    told = {"labels": class_labels(labels, labels[~difficult], len(class_names))}
+    if not with_boxes:
+        return told
+    boxes = np.array([one.box for one in image.objects], np.float64).reshape(-1, 4)
+    return {**told, "objects": Objects(boxes, labels, difficult)}
+
+
+def _below(path: str) -> str:
+    """A path in the root as one in JPEGImages."""
+    return path.partition(os.sep)[2]
 
 
 def _find_layout(folder: Path) -> Path:
@@ -282,8 +212,8 @@ def _find_layout(folder: Path) -> Path:
         raise ValueError(
             f"{str(folder)!r} has JPEGImages but no folder Annotations. {_LAYOUT}"
         )
-    below = [folder / name for name in list_folder(folder)[0]]
-    below += [path / name for path in below for name in list_folder(path)[0]]
+    below = [folder / name for name in folders.list_folder(folder)[0]]
+    below += [path / name for path in below for name in folders.list_folder(path)[0]]
     found = [path for path in below if _subfolder(path, "JPEGImages")]
     if len(found) > 1:
         names = ", ".join(repr(str(path)) for path in found)
@@ -300,41 +230,37 @@ def _find_layout(folder: Path) -> Path:
 
 def _subfolder(folder: Path, name: str) -> Path | None:
     """A folder by its name, in any case."""
-    found = [n for n in list_folder(folder)[0] if n.lower() == name.lower()]
+    found = [n for n in folders.list_folder(folder)[0] if n.lower() == name.lower()]
     return folder / found[0] if found else None
 
 
-def _index(folder: Path, name: str, wanted: Any) -> tuple[dict[str, str], list[str]]:
-    """Files below a subfolder, by id: {"000005": "JPEGImages/000005.jpg"}; notes."""
+def _index(
+    folder: Path, name: str, wanted: Callable[[Path], bool], notes: list[str]
+) -> dict[str, str]:
+    """Files below a subfolder, by id: {"000005": "JPEGImages/000005.jpg"}."""
     subfolder = _subfolder(folder, name)
     assert subfolder is not None
     index: dict[str, str] = {}
     ignored, doubled = [], []
-    for path in walk_files(subfolder):
+    for path in folders.walk_files(subfolder):
         relative = os.path.relpath(path, folder)
         key = os.path.splitext(os.path.relpath(path, subfolder))[0]
         if not wanted(path):
             ignored.append(relative)
-        elif key in index:
+        elif index.setdefault(key, relative) != relative:
             doubled.append(relative)
-        else:
-            index[key] = relative
-    notes = []
-    if ignored:
-        notes.append(_note(folder, ignored, f"files in {name} are not images: ignored"))
-    if doubled:
-        what = f"files in {name} have the id of another: ignored"
-        notes.append(_note(folder, doubled, what))
-    return dict(sorted(index.items())), notes
+    _note(notes, folder, ignored, f"files in {name} are not images: ignored")
+    _note(notes, folder, doubled, f"files in {name} have the id of another: ignored")
+    return dict(sorted(index.items()))
 
 
 def _read_lists(
-    folder: Path, images: dict[str, str], annotations: dict[str, str]
-) -> tuple[dict[Path, list[str]], list[str]]:
-    """Each list of images with its ids as they stand there, doubled ones too; notes."""
+    folder: Path, images: dict[str, str], annotations: dict[str, str], notes: list[str]
+) -> dict[Path, list[str]]:
+    """Each list of images with its ids as they stand there, doubled ones too."""
     sets = _subfolder(folder, "ImageSets")
     place = sets and (_subfolder(sets, "Main") or sets)
-    names = list_folder(place)[1] if place else []
+    names = folders.list_folder(place)[1] if place else []
     lists: dict[Path, list[str]] = {}
     of_a_class, empty = [], []
     for path in [place / name for name in names if place]:
@@ -343,19 +269,14 @@ def _read_lists(
         ids = [line.strip() for line in _read_text(path).splitlines() if line.strip()]
         if not ids:
             empty.append(path.name)
-        elif _has_flags(ids, images) or _names_a_class(
-            path, names, folder, annotations
-        ):
+        elif _is_of_a_class(path, ids, names, folder, images, annotations):
             of_a_class.append(path.name)
         else:
             lists[path] = ids
-    notes = []
-    if of_a_class:
-        what = "lists in ImageSets are of one class each: no splits"
-        notes.append(_note(folder, of_a_class, what))
-    if empty:
-        notes.append(_note(folder, empty, "lists in ImageSets are empty: no splits"))
-    return lists, notes
+    what = "lists in ImageSets are of one class each: no splits"
+    _note(notes, folder, of_a_class, what)
+    _note(notes, folder, empty, "lists in ImageSets are empty: no splits")
+    return lists
 
 
 def _read_text(path: Path) -> str:
@@ -365,18 +286,18 @@ def _read_text(path: Path) -> str:
     return os.fsdecode(data.removeprefix(codecs.BOM_UTF8))
 
 
-def _has_flags(ids: list[str], images: dict[str, str]) -> bool:
-    """Whether a list's lines are "ID 1", "ID 0" or "ID -1", as are those of a class."""
-    # A file name may hold a space and end in a number.
-    return all(
-        re.search(r"\s[+-]?[01]$", line) and _find(line, images) is None for line in ids
-    )
-
-
-def _names_a_class(
-    path: Path, names: list[str], folder: Path, annotations: dict[str, str]
+def _is_of_a_class(
+    path: Path,
+    ids: list[str],
+    names: list[str],
+    folder: Path,
+    images: dict[str, str],
+    annotations: dict[str, str],
 ) -> bool:
-    """Whether a list is named CLASS_SPLIT, for a list SPLIT and a class of objects."""
+    """Whether lines are "ID 1", "ID 0" or "ID -1", or the list is named CLASS_SPLIT."""
+    # A file name may hold a space and end in a number.
+    if all(re.search(r"\s[+-]?[01]$", i) and _find(i, images) is None for i in ids):
+        return True
     for split in (os.path.splitext(name)[0] for name in names):
         if path.stem.endswith(f"_{split}"):
             name = re.escape(path.stem.removesuffix(f"_{split}").encode())
@@ -392,131 +313,110 @@ def _find(listed: str, files: dict[str, str]) -> str | None:
         stem, suffix = os.path.splitext(name)
         if name in files:
             return name
-        if suffix.lower() in (*IMAGE_SUFFIXES, ".xml") and stem in files:
+        if suffix.lower() in (*folders.IMAGE_SUFFIXES, ".xml") and stem in files:
             return stem
     return None
 
 
 def _find_files(
-    folder: Path,
-    name: str,
-    listed: list[str],
-    images: dict[str, str],
-    annotations: dict[str, str],
-) -> tuple[list[ImageFiles], list[str]]:
-    """The files that a list names; notes on those it names twice or that are absent."""
+    ids: Iterable[str], images: dict[str, str], annotations: dict[str, str]
+) -> tuple[dict[str, ImageFiles], list[str], list[str], list[str]]:
+    """Files by id; what is listed again, and lacks an image, or an annotation."""
     found: dict[str, ImageFiles] = {}
     doubled, no_image, no_annotation = [], [], []
-    for line in listed:
-        key = _find(line, images)
+    for listed in ids:
+        key = _find(listed, images)
         if key is None:
-            no_image.append(line)
+            no_image.append(listed)
         elif key in found:
-            doubled.append(line)
+            doubled.append(listed)
         elif (annotation := _find(key, annotations)) is None:
             no_annotation.append(images[key])
         else:
             found[key] = ImageFiles(images[key], annotations[annotation])
-    events = {
-        f"images that {name} lists are not in JPEGImages: left out": no_image,
-        f"images that {name} lists have no XML in Annotations: left out": no_annotation,
-        f"images are in {name} more than once: taken once": doubled,
-    }
-    notes = [_note(folder, who, what) for what, who in events.items() if who]
-    absent = len(no_image) + len(no_annotation)
-    if found:
+    return found, doubled, no_image, no_annotation
+
+
+def _split_by_lists(
+    folder: Path,
+    lists: dict[Path, list[str]],
+    images: dict[str, str],
+    annotations: dict[str, str],
+    notes: list[str],
+) -> dict[str, list[ImageFiles]]:
+    splits: dict[str, list[ImageFiles]] = {}
+    for path, ids in lists.items():
+        files, doubled, no_image, no_annotation = _find_files(ids, images, annotations)
+        own: list[str] = []
+        what = f"images that {path.name} lists are not in JPEGImages: left out"
+        _note(own, folder, no_image, what)
+        what = f"images that {path.name} lists have no XML in Annotations: left out"
+        _note(own, folder, no_annotation, what)
+        what = f"images are in {path.name} more than once: taken once"
+        _note(own, folder, doubled, what)
+        notes += own
         # A list of which nothing is there was most likely not downloaded.
-        _check_most(folder, name, len(found), len(found) + absent, "; ".join(notes))
-    else:
-        notes.append(f"{folder}: none of the images in {name} can be used: no split")
-    return list(found.values()), notes
+        if not files:
+            notes.append(
+                f"{folder}: none of the images in {path.name} can be used: no split"
+            )
+            continue
+        total = len(files) + len(no_image) + len(no_annotation)
+        _check_most(folder, path.name, len(files), total, own)
+        # As a slice may have it: letters, digits, "_", "-"; "all" is all splits.
+        name = re.sub(r"[^\w-]+", "_", folders.printable(path.stem))
+        while name in splits or name.lower() == "all":
+            name += "_"
+        splits[name] = list(files.values())
+        if name != path.stem:
+            notes.append(f"{folder}: the list {path.name} is split {name!r}")
+    for name in (name for name in splits if name != "test"):
+        both = sorted(set(splits[name]) & set(splits.get("test", [])))
+        who = [files.image for files in both]
+        _note(notes, folder, who, f"images are both in {name!r} and 'test'")
+    used = len(set(chain(*splits.values())))
+    if splits and used < len(images):
+        notes.append(
+            f"{folder}: {len(images) - used} of {len(images)} images in JPEGImages are "
+            "in no split"
+        )
+    return splits
 
 
-def _check_most(folder: Path, what: str, kept: int, total: int, notes: str) -> None:
+def _check_most(
+    folder: Path, what: str, kept: int, total: int, notes: list[str]
+) -> None:
     if 2 * kept < total:
         raise ValueError(
             f"only {kept} of the {total} images of {what} in {str(folder)!r} can be "
-            f"used; complete the folder, or take the others out of the list. {notes}"
+            f"used; complete the folder, or take the others out of the list. "
+            f"{'; '.join(notes)}"
         )
-
-
-def _split_name(path: Path, taken: Iterable[str]) -> str:
-    """A list's name as TFDS takes it: letters, digits, "_", "-", and not just "all"."""
-    name = re.sub(r"[^\w-]+", "_", printable(path.stem))
-    while name in taken or name.lower() == "all":
-        name += "_"
-    return name
-
-
-def _compare_splits(
-    folder: Path, splits: dict[str, list[ImageFiles]], total: int
-) -> list[str]:
-    """Notes on images to test on that are in other splits too, or in no split."""
-    notes = []
-    for split in splits:
-        both = sorted(set(splits[split]) & set(splits.get("test", [])))
-        if both and split != "test":
-            what = f"images are both in {split!r} and 'test'"
-            notes.append(_note(folder, [files.image for files in both], what))
-    used = len({files for listed in splits.values() for files in listed})
-    if used < total:
-        notes.append(
-            f"{folder}: {total - used} of {total} images in JPEGImages are in no split"
-        )
-    return notes
 
 
 def _split_by_hash(
-    folder: Path, images: dict[str, str], annotations: dict[str, str]
-) -> tuple[dict[str, list[ImageFiles]], list[str]]:
-    found, missing = {}, []
-    for key, image in images.items():
-        annotation = _find(key, annotations)
-        if annotation is None:
-            missing.append(image)
-        else:
-            found[key] = ImageFiles(image, annotations[annotation])
-    test = hold_out(found)
+    folder: Path, images: dict[str, str], annotations: dict[str, str], notes: list[str]
+) -> dict[str, list[ImageFiles]]:
+    found, _, _, missing = _find_files(images, images, annotations)
+    test = folders.hold_out(found)
+    notes.append(
+        f"{folder} has no lists of images in ImageSets/Main: every "
+        f"{folders.HOLD_OUT_EVERY}th image, {len(test)} of {len(found)}, is held out "
+        "as split 'test'"
+    )
+    _note(notes, folder, missing, "images have no XML in Annotations: left out")
+    used = {files.annotation for files in found.values()}
+    alone = [path for path in annotations.values() if path not in used]
+    _note(notes, folder, alone, "annotations have no image in JPEGImages: left out")
     splits = {
         "trainval": [files for key, files in found.items() if key not in test],
         "test": [files for key, files in found.items() if key in test],
     }
-    notes = [
-        f"{folder} has no lists of images in ImageSets/Main: every {HOLD_OUT_EVERY}th "
-        f"image, {len(test)} of {len(found)}, is held out as split 'test'"
-    ]
-    if missing:
-        what = "images have no XML in Annotations: left out"
-        notes.append(_note(folder, missing, what))
-    used = {files.annotation for files in found.values()}
-    alone = [path for path in annotations.values() if path not in used]
-    if alone:
-        what = "annotations have no image in JPEGImages: left out"
-        notes.append(_note(folder, alone, what))
-    return {split: files for split, files in splits.items() if files}, notes
+    return {split: files for split, files in splits.items() if files}
 
 
-def _note(folder: Path, who: Sequence[str], what: str) -> str:
-    examples = ", ".join(map(printable, list(dict.fromkeys(who))[:3]))
-    return f"{folder}: {len(who)} {what} (such as {examples})"
-
-
-def _describe_events(
-    folder: Path, found: dict[ImageFiles, tuple[AnnotatedImage | None, list[str]]]
-) -> list[str]:
-    happened: dict[str, list[str]] = {event: [] for event in EVENTS}
-    for files, (_, events) in found.items():
-        for event in events:
-            name = files.image if event == "broken image" else files.annotation
-            happened[event].append(name)
-    return [_note(folder, who, EVENTS[what]) for what, who in happened.items() if who]
-
-
-def _similar_names(folder: Path, names: Iterable[str]) -> list[str]:
-    counts = Counter(name.lower() for name in names)
-    return [
-        f"{folder}: {sorted(n for n in names if n.lower() == lower)} differ only by "
-        "case, and are different classes"
-        for lower, count in counts.items()
-        if count > 1
-    ]
+def _note(notes: list[str], folder: Path, who: Sequence[str], what: str) -> None:
+    """Adds to the notes what happened to some files, if any."""
+    if who:
+        examples = ", ".join(map(folders.printable, list(dict.fromkeys(who))[:3]))
+        notes.append(f"{folder}: {len(who)} {what} (such as {examples})")

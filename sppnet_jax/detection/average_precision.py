@@ -16,20 +16,16 @@ from typing import NamedTuple
 
 import numpy as np
 
+from sppnet_jax.classification.ranking import area_ap, eleven_point_ap
+from sppnet_jax.data.sources import Objects
 from sppnet_jax.detection.boxes import iou
 from sppnet_jax.detection.detection_table import (
     DetectionTable,
-    GroundTruth,
     check_detections,
     check_ground_truth,
 )
 
 log = logging.getLogger(__name__)
-
-# MATLAB's 0:0.1:1, as VOC's program has it. Values below the middle are k·0.1, those
-# above 1 − k·0.1: so a recall of 3/10 misses the fourth, but 6/10 and 7/10 reach theirs
-# (k·0.1 throughout, as NumPy's arange computes, would put those out of reach as well).
-ELEVEN_RECALLS = (0, 0.1, 0.2, 0.30000000000000004, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1)
 
 
 class ClassResult(NamedTuple):
@@ -40,7 +36,6 @@ class ClassResult(NamedTuple):
     `recall`, `precision`: float64 [D], after each detection in the order of their
     scores; both empty where the average precision is None.
     `ground_truths`: objects that aren't difficult; `difficult`: those that are.
-    `detections`: all of them, also those that count neither way.
     """
 
     ap_11_point: float | None
@@ -55,11 +50,7 @@ class ClassResult(NamedTuple):
 
 
 class DetectionResult(NamedTuple):
-    """The results of all classes, and their means over the classes that have one.
-
-    `classes`: one for each class, in order. `left_out`: the names of the classes that
-    have no average precision.
-    """
+    """The results of all classes, and their means; `left_out` names those without."""
 
     map_11_point: float
     map_area: float
@@ -69,7 +60,7 @@ class DetectionResult(NamedTuple):
 
 def evaluate_detections(
     detections: DetectionTable,
-    ground_truth: Sequence[GroundTruth],
+    ground_truth: Sequence[Objects],
     class_names: Sequence[str],
     *,
     threshold: float = 0.5,
@@ -79,13 +70,10 @@ def evaluate_detections(
     A class without objects to find, or with difficult ones only, has no average
     precision; it is left out of the mean, and the log names it.
 
-    `detections`: of all images and classes; `join_detections` makes them.
-    `ground_truth`: for each image its objects: boxes float [N, 4], labels int [N],
-    difficult bool [N].
+    `detections`: of all images and classes. `ground_truth`: the objects of each image.
     `class_names`: in the order of the labels.
     `threshold`: the IoU at which an object is found, inclusive.
 
-    Returns: the results of all classes, and their means.
     Raises: ValueError for arrays that don't fit together, for numbers that aren't
     finite, and if no class has anything to find.
     """
@@ -108,11 +96,8 @@ def evaluate_detections(
         )
     elevens = [r.ap_11_point for r in results if r.ap_11_point is not None]
     areas = [r.ap_area for r in results if r.ap_area is not None]
-    left_out = [
-        name
-        for name, result in zip(class_names, results, strict=True)
-        if result.ap_area is None
-    ]
+    named = zip(class_names, results, strict=True)
+    left_out = [name for name, result in named if result.ap_area is None]
     if not areas:
         raise ValueError(
             f"the {len(ground_truth)} images show no object of the {len(class_names)} "
@@ -142,24 +127,15 @@ def evaluate_class(
     `truth_boxes`, `difficult`: float [N, 4] and bool [N] for each image.
     `threshold`: see `evaluate_detections`.
 
-    Returns: the class's result.
-    Raises: ValueError for arrays that don't fit together, and for numbers that aren't
-    finite.
+    Raises: ValueError for a threshold that is no IoU.
     """
     if not 0 < threshold <= 1:
         raise ValueError(f"threshold is an IoU above 0 and up to 1, got {threshold}")
-    if len(truth_boxes) != len(difficult):
-        raise ValueError(
-            f"truth_boxes are of {len(truth_boxes)} images, difficult of "
-            f"{len(difficult)}"
-        )
-    table = DetectionTable(images, np.zeros(len(images), int), scores, boxes)
-    table = check_detections(table, len(truth_boxes), 1)
     hard = np.concatenate(
         [*(np.asarray(d, bool) for d in difficult), np.zeros(0, bool)]
     )
-    order = np.argsort(-np.asarray(table.scores, np.float64), kind="stable")
-    found = _best_objects(table, truth_boxes, threshold)[order]
+    order = np.argsort(-np.asarray(scores, np.float64), kind="stable")
+    found = _best_objects(images, boxes, truth_boxes, threshold)[order]
     ignored = (found >= 0) & np.append(hard, False)[found]
     candidates = np.flatnonzero((found >= 0) & ~ignored)
     hits = np.zeros(len(found), bool)
@@ -189,49 +165,25 @@ def evaluate_class(
     )
 
 
-def eleven_point_ap(recall: np.ndarray, precision: np.ndarray) -> float:
-    """VOC 2007's average precision: the mean of the best at eleven recalls or above.
-
-    `recall`, `precision`: float [D], recall ascending.
-
-    Returns: 0 to 1; 0 without detections.
-    """
-    best = np.append(_envelope(precision), 0.0)
-    reached = best[np.searchsorted(recall, ELEVEN_RECALLS)]
-    return float((reached / len(ELEVEN_RECALLS)).sum())
-
-
-def area_ap(recall: np.ndarray, precision: np.ndarray) -> float:
-    """The average precision of VOC 2010 on: the area under the best precisions.
-
-    `recall`, `precision`: float [D], recall ascending.
-
-    Returns: 0 to 1; 0 without detections.
-    """
-    return float(np.diff(recall, prepend=0.0) @ _envelope(precision))
-
-
-def _envelope(precision: np.ndarray) -> np.ndarray:
-    """The best precision from each detection on."""
-    return np.maximum.accumulate(precision[::-1])[::-1]
-
-
 def _best_objects(
-    table: DetectionTable, truth_boxes: Sequence[np.ndarray], threshold: float
+    images: np.ndarray,
+    boxes: np.ndarray,
+    truth_boxes: Sequence[np.ndarray],
+    threshold: float,
 ) -> np.ndarray:
     """The object that each detection overlaps the most, −1 if below the threshold.
 
     Objects are numbered through all images.
     """
-    best = np.full(len(table.images), -1)
-    by_image = np.argsort(table.images, kind="stable")
-    bounds = np.searchsorted(table.images[by_image], np.arange(len(truth_boxes) + 1))
+    best = np.full(len(images), -1)
+    by_image = np.argsort(images, kind="stable")
+    bounds = np.searchsorted(images[by_image], np.arange(len(truth_boxes) + 1))
     first = 0
     for image, objects in enumerate(truth_boxes):
         rows = by_image[bounds[image] : bounds[image + 1]]
         if len(rows) and len(objects):
             # In float64, so that an overlap of just the threshold is found.
-            overlaps = iou(table.boxes[rows].astype(np.float64), np.asarray(objects))
+            overlaps = iou(boxes[rows].astype(np.float64), np.asarray(objects))
             nearest = overlaps.argmax(axis=1)
             highest = overlaps[np.arange(len(rows)), nearest]
             best[rows] = np.where(highest >= threshold, first + nearest, -1)

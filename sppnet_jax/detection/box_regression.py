@@ -14,14 +14,17 @@ that a class whose windows are all off by the same is corrected in full.
 
 import logging
 import math
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import numpy as np
 from sklearn.linear_model import Ridge
 from tqdm import tqdm
 
+from sppnet_jax.classification.ranking import check_finite
 from sppnet_jax.detection.boxes import clip_boxes, decode_boxes, encode_boxes
+from sppnet_jax.detection.examples import check_labels
 from sppnet_jax.run import parallel
+from sppnet_jax.run.settings import above, at_least, share
 
 log = logging.getLogger(__name__)
 
@@ -29,20 +32,24 @@ log = logging.getLogger(__name__)
 MAX_LOG_RATIO = math.log(1000 / 16)
 
 
+class BoxRegression(NamedTuple):
+    """How box regression is learnt, if it is `enabled`.
+
+    `overlap`: of the boxes to learn from with an object, at least. `ridge`: see
+    `train_box_regressors`. `max_examples`: drawn at random if there are more.
+    """
+
+    enabled: bool = True
+    overlap: Annotated[float, share(above_zero=True)] = 0.5
+    ridge: Annotated[float, above(0)] = 4000.0
+    max_examples: Annotated[int, at_least(1)] = 20_000
+
+
 class BoxRegressors(NamedTuple):
-    """One regressor a class; `predict` gives (dy, dx, log height, log width) ratios."""
+    """One regressor a class, from features to `boxes.encode_boxes` of their boxes."""
 
     weights: np.ndarray  # float32 [classes, D, 4]
     biases: np.ndarray  # float32 [classes, 4]
-
-    def predict(self, features: np.ndarray) -> np.ndarray:
-        """Deltas for each class from features [N, D]: float [N, classes, 4].
-
-        NumPy for NumPy's arrays, on the device for JAX's. One product of matrices.
-        """
-        classes, dimensions, _ = self.weights.shape
-        flat = self.weights.transpose(1, 0, 2).reshape(dimensions, -1)
-        return (features @ flat).reshape(-1, classes, 4) + self.biases
 
 
 def train_box_regressors(
@@ -70,7 +77,7 @@ def train_box_regressors(
     """
     features, labels = np.asarray(features), np.asarray(labels)
     boxes, targets = np.asarray(boxes, np.float64), np.asarray(targets, np.float64)
-    _check(features, boxes, targets, labels, num_classes, ridge)
+    _check(features, boxes, targets, labels, num_classes)
     deltas = np.asarray(encode_boxes(boxes, targets), features.dtype)
     weights = np.zeros((num_classes, features.shape[1], 4), np.float32)
     biases = np.zeros((num_classes, 4), np.float32)
@@ -100,7 +107,7 @@ def regress_boxes(
     """Moves boxes by predicted deltas and clips them to the image.
 
     `boxes`: float [N, 4], (ymin, xmin, ymax, xmax) in pixels.
-    `deltas`: float [N, 4], or [N, classes, 4] as `BoxRegressors.predict` gives them.
+    `deltas`: float [N, 4], or [N, classes, 4], those of each class.
     Sides change by a factor of 1000/16 at most.
     `height`, `width`: of the image, in pixels.
 
@@ -129,36 +136,20 @@ def _check(
     targets: np.ndarray,
     labels: np.ndarray,
     classes: int,
-    ridge: float,
 ) -> None:
-    count = labels.shape[:1]
+    count, box_shape = labels.shape[:1], (*labels.shape[:1], 4)
     shapes = features.shape[:1], boxes.shape, targets.shape
-    if (features.ndim, labels.ndim) != (2, 1) or shapes != (
-        count,
-        (*count, 4),
-        (*count, 4),
-    ):
+    fits = shapes == (count, box_shape, box_shape)
+    if (features.ndim, labels.ndim) != (2, 1) or not fits:
         raise ValueError(
             f"features {features.shape} must be [N, D], boxes {boxes.shape} and "
             f"targets {targets.shape} [N, 4], labels {labels.shape} [N], of the same N"
         )
     if not np.issubdtype(features.dtype, np.floating):
         raise ValueError(f"features must be floating point, not {features.dtype}")
-    finite = np.isfinite(features).all(axis=1)
-    if not finite.all():
-        raise ValueError(
-            f"features {features.shape} have numbers that aren't finite, first in row "
-            f"{finite.argmin()}"
-        )
     if not len(labels):
         raise ValueError(
             "there is nothing to train box regression on: no window overlaps an object"
         )
-    known = np.issubdtype(labels.dtype, np.integer)
-    if not known or labels.min() < 0 or labels.max() >= classes:
-        raise ValueError(
-            f"labels must be whole numbers from 0 to {classes - 1}, not {labels.dtype} "
-            f"from {labels.min()} to {labels.max()}"
-        )
-    if not ridge > 0:
-        raise ValueError(f"ridge must be above 0, not {ridge}")
+    check_finite(features, "features")
+    check_labels(labels, classes)

@@ -27,14 +27,13 @@ def iou(
 ) -> Float[Any, "boxes others"]:
     """Intersection over union of each box with each of the others.
 
-    `boxes`, `others`: float [N, 4] and [M, 4]. A box that is empty or inverted overlaps
-    nothing.
+    `boxes`, `others`: float [N, 4] and [M, 4]; an empty or inverted one overlaps none.
 
     Returns: float [N, M], 0 to 1.
     Raises: ValueError for other shapes, and for concrete numbers that aren't finite.
     """
     xp, (first, second) = _convert(boxes=boxes, others=others)
-    return _pairwise_iou(_sides(first), _sides(second), xp)
+    return _pairwise_iou(first.T, second.T, xp)
 
 
 def nms(
@@ -49,11 +48,10 @@ def nms(
     `threshold` go; then the next of those left, and so on (section 4.1: 0.3). Of equal
     scores the earlier box comes first.
 
-    It runs on the device in float32, under `jax.jit` and `jax.vmap` too; shapes are
-    static, and another N compiles another program. Boxes are settled 64 at a time, in
-    the order of their scores: among themselves by striking out what a kept box overlaps
-    until nothing changes, and then against all others at once. So an overlap of each
-    two boxes is computed, but a program takes N/64 steps in sequence rather than N.
+    It runs on the device in float32, under `jax.jit` and `jax.vmap` too. Boxes are
+    settled 64 at a time, in the order of their scores: among themselves by striking out
+    what a kept box overlaps until nothing changes, and then against all others at once.
+    So a program takes N/64 steps in sequence rather than N.
 
     `boxes`: float [N, 4]. `scores`: float [N]; −inf is the lowest.
     `threshold`: the IoU, 0 to 1, above which the lower-scored of two boxes goes.
@@ -80,10 +78,7 @@ def nms_per_class(
     threshold: Float[ArrayLike, ""] | float,
     valid: Bool[ArrayLike, "boxes ..."] | None = None,
 ) -> Bool[Array, "boxes classes"]:
-    """`nms` in each of several classes at once.
-
-    2,000 boxes in 20 classes took 60 ms on two busy CPU cores and 4 MB beside the
-    arguments. What bounds it are the N² overlaps of each class.
+    """`nms` in each of several classes at once; it computes N² overlaps of each.
 
     `boxes`: float [N, 4], or [N, C, 4] where each class has boxes of its own.
     `scores`: float [N, C]. `threshold`: see `nms`.
@@ -137,8 +132,7 @@ def encode_boxes(
 
     `boxes`, `targets`: float [N, 4], none of them empty.
 
-    Returns: float [N, 4], (dy, dx, log height ratio, log width ratio). A traced box
-    that is empty gives numbers that aren't finite.
+    Returns: float [N, 4], (dy, dx, log height ratio, log width ratio).
     Raises: ValueError for other shapes, and for concrete boxes that are empty or not
     finite.
     """
@@ -190,10 +184,6 @@ def _pairwise_iou(boxes: Sequence[Any], others: Sequence[Any], xp: ModuleType) -
     return common / union
 
 
-def _sides(boxes: Any) -> list[Any]:
-    return [boxes[..., side] for side in range(4)]
-
-
 @jax.jit
 def _suppress(
     boxes: jax.Array, scores: jax.Array, threshold: jax.Array, valid: jax.Array
@@ -210,7 +200,7 @@ def _suppress(
     ranked = jnp.pad(
         boxes.astype(jnp.float32)[rows, order], ((0, 0), (0, blank), (0, 0))
     )
-    sides = _sides(ranked)
+    sides = list(jnp.moveaxis(ranked, -1, 0))
     left = jnp.pad(valid[rows, order], ((0, 0), (0, blank)))
     threshold = jnp.asarray(threshold, jnp.float32)
     earlier = jnp.triu(jnp.ones((BLOCK, BLOCK), bool), 1)
@@ -255,9 +245,8 @@ def _sizes_and_centres(boxes: Any) -> tuple[Any, Any]:
 
 def _convert(**arrays: Any) -> tuple[ModuleType, list[Any]]:
     """The arrays in one precision, and the module that computes with them."""
-    in_jax = any(
-        isinstance(part, jax.Array) for part in jax.tree.leaves(list(arrays.values()))
-    )
+    leaves = jax.tree.leaves(arrays)
+    in_jax = any(isinstance(part, jax.Array) for part in leaves)
     xp: Any = jnp if in_jax else np
     dtype = xp.float32 if in_jax else xp.float64
     converted = [xp.asarray(array, dtype) for array in arrays.values()]
@@ -310,17 +299,18 @@ def _check_not_empty(**arrays: Any) -> None:
     for name, array in arrays.items():
         if not isinstance(array, jax.core.Tracer):
             bad = ~(array[:, 2:] > array[:, :2]).all(axis=1)
-            if bad.any():
-                first = int(bad.argmax())
-                raise ValueError(
-                    f"{name}[{first}] is empty: {array[first].tolist()}; its maxima "
-                    "must be above its minima. Leave such boxes out"
-                )
+            advice = "; its maxima must be above its minima. Leave such boxes out"
+            _raise_for_first(name, "empty", array, bad, advice)
 
 
 def _check_finite(name: str, array: Any) -> None:
     if not isinstance(array, jax.core.Tracer):
-        bad = ~np.isfinite(array).all(axis=1)
-        if bad.any():
-            first = int(bad.argmax())
-            raise ValueError(f"{name}[{first}] is not finite: {array[first].tolist()}")
+        _raise_for_first(name, "not finite", array, ~np.isfinite(array).all(axis=1))
+
+
+def _raise_for_first(
+    name: str, fault: str, array: Any, bad: Any, advice: str = ""
+) -> None:
+    if bad.any():
+        first = int(bad.argmax())
+        raise ValueError(f"{name}[{first}] is {fault}: {array[first].tolist()}{advice}")

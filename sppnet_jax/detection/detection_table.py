@@ -5,9 +5,12 @@ checked once, by `check_detections`, and the ground truth by `check_ground_truth
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import numpy as np
+
+from sppnet_jax.data.sources import Objects
+from sppnet_jax.detection.detector import Detections
 
 
 class DetectionTable(NamedTuple):
@@ -23,29 +26,7 @@ class DetectionTable(NamedTuple):
     boxes: np.ndarray
 
 
-class Found(Protocol):
-    """The detections of one image: boxes [D, 4], labels [D], scores [D]."""
-
-    @property
-    def boxes(self) -> np.ndarray: ...
-    @property
-    def labels(self) -> np.ndarray: ...
-    @property
-    def scores(self) -> np.ndarray: ...
-
-
-class GroundTruth(Protocol):
-    """The objects of one image: boxes [N, 4], labels [N], difficult bool [N]."""
-
-    @property
-    def boxes(self) -> np.ndarray: ...
-    @property
-    def labels(self) -> np.ndarray: ...
-    @property
-    def difficult(self) -> np.ndarray: ...
-
-
-def join_detections(detections: Sequence[Found]) -> DetectionTable:
+def join_detections(detections: Sequence[Detections]) -> DetectionTable:
     """The detections of images 0, 1, … one after the other, each in its order."""
     counts = [len(found.scores) for found in detections]
     return DetectionTable(
@@ -79,22 +60,17 @@ def check_detections(
     return table
 
 
-def check_ground_truth(ground_truth: Sequence[GroundTruth], num_classes: int) -> None:
+def check_ground_truth(ground_truth: Sequence[Objects], num_classes: int) -> None:
     """Raises ValueError for an image whose arrays don't fit together, naming it."""
     for image, truth in enumerate(ground_truth):
-        shapes = tuple(
-            np.shape(a) for a in (truth.boxes, truth.labels, truth.difficult)
-        )
-        count = len(truth.labels)
+        shapes, count = tuple(map(np.shape, truth)), len(truth.labels)
         if shapes != ((count, 4), (count,), (count,)):
             raise ValueError(
                 "ground truth must be boxes [N, 4], labels [N] and difficult [N], in "
                 f"image {image} there are {', '.join(map(str, shapes))}"
             )
-        labels = np.asarray(truth.labels)
-        _check_numbers(
-            labels, num_classes, f"the ground truth's labels in image {image}"
-        )
+        what = f"the ground truth's labels in image {image}"
+        _check_numbers(np.asarray(truth.labels), num_classes, what)
         _check_finite(np.asarray(truth.boxes), f"image {image}'s ground-truth boxes")
 
 

@@ -2,13 +2,13 @@
 
     head, weights = scoring_head(...)
     scored = score_boxes(features, program, weights, image, image_size)
-    found = suppress([scored], threshold=0.3, max_per_class=100)
+    found = suppress([scored], Suppression(nms=0.3))
 
 Several detectors are combined by suppressing the union of their scored boxes (4.4).
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,9 +18,20 @@ from sppnet_jax.classification.svm import LinearSVMs
 from sppnet_jax.detection.box_regression import BoxRegressors, regress_boxes
 from sppnet_jax.detection.boxes import nms_per_class
 from sppnet_jax.detection.hard_negatives import NEVER
-from sppnet_jax.detection.low_rank import fc_layers
 from sppnet_jax.detection.window_features import CHUNK, Head, WindowFeatures, rows_of
 from sppnet_jax.network.model import SPPNet
+from sppnet_jax.run.settings import at_least, share
+
+
+class Suppression(NamedTuple):
+    """What is left of an image's scored boxes.
+
+    `nms`: a box that overlaps a better one of its class by more goes (IoU).
+    `max_per_class`: the best so many of each class stay.
+    """
+
+    nms: Annotated[float, share()] = 0.3
+    max_per_class: Annotated[int, at_least(1)] = 100
 
 
 class Scored(NamedTuple):
@@ -50,7 +61,7 @@ class Detections(NamedTuple):
         return Detections(*(part[self.scores >= least] for part in self))
 
 
-def layer_head(layer: str, dtype: Any) -> Head:
+def layer_head(model: SPPNet, layer: str) -> Head:
     """The head that gives a layer's activations: "pyramid", "fc6" or "fc7".
 
     Its params are those of the fc layers, whole or truncated (low_rank.py).
@@ -59,7 +70,7 @@ def layer_head(layer: str, dtype: Any) -> Head:
     def head(params: Any, pooled: jax.Array) -> jax.Array:
         if layer == "pyramid":
             return pooled
-        return fc_layers(params, pooled, dtype)[layer].astype(jnp.float32)
+        return _classify(model, params, pooled)[1][layer].astype(jnp.float32)
 
     return head
 
@@ -86,10 +97,10 @@ def scoring_head(
     def head(weights: Any, pooled: jax.Array) -> tuple[jax.Array, jax.Array | None]:
         svms, regressors = weights["svms"], weights["regressors"]
         if svms is None:
-            logits = fc_layers(weights["fc"], pooled, model.dtype)["fc8"]
-            scores = jax.nn.softmax(logits.astype(jnp.float32))[:, :-1]
+            logits, _ = _classify(model, weights["fc"], pooled)
+            scores = jax.nn.softmax(logits)[:, :-1]
         else:
-            seen = layer_head(layer, model.dtype)(weights["fc"], pooled)
+            seen = layer_head(model, layer)(weights["fc"], pooled)
             scores = seen.astype(jnp.float32) @ svms.weights.T + svms.biases
         if regressors is None:
             return scores, None
@@ -127,20 +138,16 @@ def score_boxes(
 
 
 def suppress(
-    scored: Sequence[Scored], *, threshold: float, max_per_class: int
+    scored: Sequence[Scored],
+    settings: Suppression = Suppression(),  # noqa: B008, it can't be changed
 ) -> Detections:
     """Greedy non-maximum suppression for each class over the union of scored boxes.
 
     `scored`: of one image, by one detector or several.
-    `threshold`: a box that overlaps a better one by more goes.
-    `max_per_class`: the best so many of each class stay.
     """
     boxes = np.concatenate([part.boxes for part in scored])
     scores = np.concatenate([part.scores for part in scored])
     count, classes = scores.shape
-    if not count:
-        none = np.zeros(0, np.float32)
-        return Detections(np.zeros((0, 4), np.float32), none.astype(np.int64), none)
     # Few sizes, few programs.
     padded = -(-count // CHUNK) * CHUNK
     all_boxes = np.zeros((padded, classes, 4), np.float32)
@@ -148,16 +155,21 @@ def suppress(
     all_boxes[:count], all_scores[:count] = boxes, scores
     # A class that was never trained is not there, whatever is asked of it.
     valid = (np.arange(padded) < count)[:, None] & (all_scores > NEVER / 2)
-    kept = _suppress(all_boxes, all_scores, threshold, valid)
+    kept = _suppress(all_boxes, all_scores, settings.nms, valid)
     rows, labels = np.nonzero(np.asarray(kept)[:count])
     order = np.argsort(-scores[rows, labels], kind="stable")
-    rank_in_class = np.zeros(len(order), np.int64)
-    for label in range(classes):
-        mine = labels[order] == label
-        rank_in_class[mine] = np.arange(mine.sum())
-    order = order[rank_in_class < max_per_class]
     rows, labels = rows[order], labels[order]
+    most = settings.max_per_class
+    best = [np.flatnonzero(labels == label)[:most] for label in range(classes)]
+    kept_order = np.sort(np.concatenate(best))
+    rows, labels = rows[kept_order], labels[kept_order]
     return Detections(boxes[rows, labels], labels, scores[rows, labels])
+
+
+def _classify(model: SPPNet, fc: Any, pooled: jax.Array) -> Any:
+    # Fine-tuning may have given fc8 other classes than the model's.
+    model = model.clone(num_classes=len(fc["fc8"]["bias"]))
+    return model.apply({"params": fc}, pooled, method="classify")
 
 
 @jax.jit

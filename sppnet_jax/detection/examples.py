@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from sppnet_jax.data.detection_sources import Objects
+from sppnet_jax.data.sources import Objects
 from sppnet_jax.detection.boxes import iou
 
 
@@ -48,14 +48,8 @@ def finetuning_examples(
     Difficult objects make no positives, and a box that overlaps one by `negative[1]` or
     more is no negative either.
     """
-    overlaps = iou(boxes, objects.boxes.reshape(-1, 4))
-    none = np.zeros(0, np.int64)
-    if not overlaps.shape[1]:
-        return Examples(none, none, none)
-    certain = np.where(objects.difficult, -1.0, overlaps)
-    positives = np.flatnonzero(certain.max(axis=1) >= positive)
-    labels = objects.labels[certain[positives].argmax(axis=1)]
-    highest = overlaps.max(axis=1)
+    positives, _, labels = regression_examples(boxes, objects, overlap=positive)
+    highest = iou(boxes, objects.boxes.reshape(-1, 4)).max(axis=1, initial=-1)
     is_negative = (highest >= negative[0]) & (highest < negative[1])
     return Examples(positives, labels, np.flatnonzero(is_negative))
 
@@ -79,3 +73,13 @@ def regression_examples(
     rows = np.flatnonzero(certain.max(axis=1) >= overlap)
     best = certain[rows].argmax(axis=1)
     return rows, objects.boxes[best], objects.labels[best]
+
+
+def check_labels(labels: np.ndarray, num_classes: int, what: str = "labels") -> None:
+    """Raises ValueError for labels, at least one, that aren't numbers of classes."""
+    known = np.issubdtype(labels.dtype, np.integer)
+    if not known or labels.min() < 0 or labels.max() >= num_classes:
+        raise ValueError(
+            f"{what} must be whole numbers from 0 to {num_classes - 1}, not "
+            f"{labels.dtype} from {labels.min()} to {labels.max()}"
+        )

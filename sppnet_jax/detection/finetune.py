@@ -5,12 +5,12 @@ batch holds windows of a few images, a quarter of them positives, and is a funct
 the seed and the step's number: a resumed run draws what it would have drawn.
 """
 
+import functools
 import logging
-import math
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -27,43 +27,64 @@ from sppnet_jax.detection.window_features import (
 from sppnet_jax.network.model import SPPNet
 from sppnet_jax.run import parallel
 from sppnet_jax.run.checkpoints import Checkpoints
-from sppnet_jax.run.interrupt import Interrupt
-from sppnet_jax.run.metrics import MetricsLog, read_metrics
-from sppnet_jax.run.progress import progress_bar
 from sppnet_jax.run.run_folder import CHECKPOINTS
-from sppnet_jax.training.step_log import DivergedError
-from sppnet_jax.training.steps import Optimizer, TrainState
+from sppnet_jax.run.settings import at_least, between, share
+from sppnet_jax.training.loop import train
+from sppnet_jax.training.step_log import Pace
+from sppnet_jax.training.steps import Optimizer, TrainState, make_step
 
 log = logging.getLogger(__name__)
 
 
 class Finetuning(NamedTuple):
-    """How the fc layers are fine-tuned.
+    """How the fc layers are fine-tuned; the paper's recipe for VOC 2007.
 
-    `batch_size`: windows of a step, over all devices; `positives`: the share of them
-    that show an object. `images_per_batch`: how many images they are from.
-    `memory`: bytes of pooled windows that are kept for the steps to come; images beyond
-    that are pooled again whenever a step draws them. The result is the same.
+    `steps`: 0 for no fine-tuning. `batch_size`: windows of a step, over all devices;
+    `images`: that they are from; `positives`: the share of them that show an object.
+    `positive_overlap`: of a positive with an object, at least. `negative_overlap`: of a
+    negative with the objects, from the first to below the second.
     `drop_steps`: where the learning rate is divided by `drop_factor`.
+    `memory_gb`: of pooled windows that are kept for the steps to come; images beyond
+    that are pooled again whenever a step draws them. The result is the same.
     """
 
-    steps: int
-    batch_size: int = 128
-    positives: float = 0.25
-    images_per_batch: int = 8
-    memory: float = 4e9
-    learning_rate: float = 1e-4
-    drop_steps: tuple[int, ...] = ()
-    drop_factor: float = 10.0
-    momentum: float = 0.9
-    weight_decay: float = 5e-4
-    seed: int = 0
-    log_steps: int = 50
-    checkpoint_steps: int = 500
+    steps: Annotated[int, at_least(0)] = 300_000
+    batch_size: Annotated[int, at_least(1)] = 128
+    images: Annotated[int, at_least(1)] = 8
+    positives: Annotated[float, between(0, 1)] = 0.25
+    positive_overlap: Annotated[float, share(above_zero=True)] = 0.5
+    negative_overlap: tuple[float, float] = (0.1, 0.5)
+    learning_rate: Annotated[float, at_least(0)] = 1e-4
+    drop_steps: tuple[Annotated[int, at_least(0)], ...] = (250_000,)
+    drop_factor: Annotated[float, at_least(1)] = 10.0
+    momentum: Annotated[float, between(0, 1)] = 0.9
+    weight_decay: Annotated[float, at_least(0)] = 5e-4
+    dropout: Annotated[float, between(0, 1)] = 0.5
+    log_steps: Annotated[int, at_least(0)] = 50
+    checkpoint_steps: Annotated[int, at_least(0)] = 500
+    memory_gb: Annotated[float, at_least(0)] = 4.0
 
+    def check(self) -> None:
+        """Raises ValueError for settings that don't fit together."""
+        low, high = self.negative_overlap
+        if not 0 <= low < high <= 1:
+            raise ValueError(
+                "config.finetune.negative_overlap must be (low, high) with 0 ≤ low < "
+                f"high ≤ 1, got {(low, high)}"
+            )
+        if self.positive_overlap < high:
+            raise ValueError(
+                f"config.finetune.positive_overlap, {self.positive_overlap}, must be "
+                f"at least the upper negative_overlap, {high}: a box would be both"
+            )
+        if not self.positives:
+            raise ValueError("config.finetune.positives must be more than 0")
 
-class InterruptedRun(RuntimeError):
-    """Ctrl-C or SIGTERM; what was done is saved."""
+    @property
+    def deciding(self) -> dict[str, Any]:
+        """The settings that decide the result."""
+        kept = ("log_steps", "checkpoint_steps", "memory_gb")
+        return {k: v for k, v in self._asdict().items() if k not in kept}
 
 
 def finetune(
@@ -73,17 +94,18 @@ def finetune(
     features: WindowFeatures,
     examples: Sequence[Examples],
     settings: Finetuning,
+    seed: int,
 ) -> dict[str, Any]:
     """Trains fc6, fc7 and a new fc8, from the newest checkpoint in `folder` if any.
 
     `model`: of as many classes as there are and one more, the last: background.
     `params`: of the trained classifier; its fc6 and fc7 are where training begins.
-    `examples`: of each image, see examples.py.
+    `examples`: of each image, see examples.py. `seed`: of fc8, of dropout and of the
+    windows that are drawn.
 
-    Returns: a report of plain values. The result is the newest checkpoint, see
-    `load_finetuned`.
-    Raises: ValueError if no image has both positives and negatives; DivergedError for a
-    loss that isn't finite; InterruptedRun after an interrupt, with a checkpoint saved.
+    Returns: a report of plain values; `load_finetuned` has the result.
+    Raises: ValueError if no image has both positives and negatives; and as `loop.train`
+    does.
     """
     parallel.check_batch_size(settings.batch_size)
     usable = [
@@ -97,70 +119,45 @@ def finetune(
             "and windows that overlap them a little: there is nothing to fine-tune on. "
             "Check the annotations, or lower finetune.negative_overlap"
         )
-    transform = Optimizer(
+    optimizer = Optimizer(
         momentum=settings.momentum, weight_decay=settings.weight_decay
-    ).transform()
-    step_program = _make_step(model, transform)
-    load = _batch_loader(features, examples, usable, settings, model.num_classes - 1)
-    with Checkpoints(folder / CHECKPOINTS) as checkpoints:
-        state = _first_state(model, params, transform, settings.seed)
-        if checkpoints.latest_step() is not None:
-            host = parallel.unreplicate(state)
-            rest = {"optimizer": host.optimizer, "step": host.step, "rng": host.rng}
-            fc, rest, _ = checkpoints.restore(params=host.params, training=rest)
-            state = parallel.replicate(TrainState(params=fc, **rest))
-        step = int(parallel.unreplicate(state.step))
-        if step:
-            log.info("fine-tuning goes on at step %d of %d", step, settings.steps)
-        loss, accuracy = _last_numbers(folder, step)
-        with (
-            Interrupt() as interrupt,
-            ThreadPoolExecutor(1) as ahead,
-            MetricsLog(folder, resumed_step=step) as metrics_log,
-            progress_bar(
-                "fine-tuning",
-                settings.steps * settings.batch_size,
-                done=step * settings.batch_size,
-            ) as bar,
-        ):
-            waiting = ahead.submit(load, step) if step < settings.steps else None
-            while step < settings.steps:
-                assert waiting is not None
-                batch = waiting.result()
-                if step + 1 < settings.steps:
-                    waiting = ahead.submit(load, step + 1)
-                rate = learning_rate(settings, step)
-                state, metrics = step_program(state, batch, np.float32(rate))
-                step += 1
-                bar.update(settings.batch_size)
-                every = max(1, settings.log_steps)
-                if step % every == 0 or step == settings.steps:
-                    values = parallel.unreplicate(metrics)
-                    loss, accuracy = float(values["loss"]), float(values["accuracy"])
-                    if not math.isfinite(loss):
-                        raise DivergedError(
-                            f"the loss of fine-tuning is {loss} at step {step}; a "
-                            "lower finetune.learning_rate usually helps"
-                        )
-                    row = {"loss": loss, "accuracy": accuracy, "learning_rate": rate}
-                    metrics_log.write("finetune", step, row)
-                    bar.set_postfix(loss=f"{loss:.3f}", accuracy=f"{accuracy:.0%}")
-                stopping = interrupt.requested and step < settings.steps
-                saved = settings.checkpoint_steps
-                if stopping or step == settings.steps or (saved and step % saved == 0):
-                    _save(checkpoints, step, state)
-                if stopping:
-                    raise InterruptedRun(
-                        f"interrupted at step {step} of {settings.steps} of "
-                        "fine-tuning; the same command goes on from there"
-                    )
+    )
+    background = model.num_classes - 1
+    load = _batch_loader(features, examples, usable, settings, background, seed)
+
+    def make_state() -> TrainState:
+        fc = _fresh_fc(model, params, seed)
+        rng, momentum = jax.random.PRNGKey(seed + 1), optimizer.transform().init(fc)
+        return parallel.replicate(
+            TrainState(jnp.zeros((), jnp.int32), fc, momentum, rng)
+        )
+
+    with StepsAhead(load, settings.steps) as batches:
+        memory = train(
+            folder,
+            "fine-tuning",
+            Pace(
+                settings.steps,
+                settings.batch_size,
+                log_steps=settings.log_steps,
+                checkpoint_steps=settings.checkpoint_steps,
+            ),
+            make_state=make_state,
+            batches=batches,
+            place=lambda batch: batch,
+            make_program=lambda size: make_step(
+                functools.partial(_losses, model), optimizer
+            ),
+            rate=lambda step, errors: learning_rate(settings, step),
+        )
     return {
-        "steps": step,
+        "steps": settings.steps,
         "images": len(usable),
         "positives": sum(len(examples[i].positives) for i in usable),
         "negatives": sum(len(examples[i].negatives) for i in usable),
-        "loss": loss,
-        "accuracy": accuracy,
+        "loss": None,
+        "accuracy": None,
+        **memory["last"],
     }
 
 
@@ -177,11 +174,51 @@ def learning_rate(settings: Finetuning, step: int) -> float:
     return settings.learning_rate / settings.drop_factor**drops
 
 
+class StepsAhead:
+    """Batches that follow from the number of their step; the next is loaded ahead.
+
+    A context manager, whose thread ends with it.
+    """
+
+    def __init__(self, load: Callable[[int], Any], steps: int) -> None:
+        self._load, self._steps, self._step = load, steps, 0
+        self._pool = ThreadPoolExecutor(1)
+        self._waiting: Future[Any] | None = None
+
+    def __enter__(self) -> "StepsAhead":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._pool.shutdown(wait=True, cancel_futures=True)
+
+    def __next__(self) -> Any:
+        self.start_prefetch()
+        assert self._waiting is not None, "there is no step left"
+        batch = self._waiting.result()
+        self._waiting, self._step = None, self._step + 1
+        self.start_prefetch()
+        return batch
+
+    def start_prefetch(self) -> None:
+        """Begins to load the next batch."""
+        if self._waiting is None and self._step < self._steps:
+            self._waiting = self._pool.submit(self._load, self._step)
+
+    def get_state(self) -> dict[str, Any]:
+        """The number of the next step."""
+        return {"step": self._step}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Goes on at a step."""
+        self._step, self._waiting = int(state["step"]), None
+
+
 def draw_batch(
     examples: Sequence[Examples],
     usable: Sequence[int],
     settings: Finetuning,
     background: int,
+    seed: int,
     step: int,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Which windows a step sees: (images, rows of their boxes, labels), int [batch].
@@ -190,41 +227,34 @@ def draw_batch(
     step's images, positives and negatives are drawn at random; again, if there are too
     few.
     """
-    images = _images_of(step, usable, settings)
-    rng = np.random.default_rng((settings.seed, 1, step))
+    images = _images_of(step, usable, settings.images, seed)
+    rng = np.random.default_rng((seed, 1, step))
     wanted = round(settings.batch_size * settings.positives)
-    positives = [
-        (image, row, label)
-        for image in images
-        for row, label in zip(
-            examples[image].positives, examples[image].labels, strict=True
+    positives: list[Any] = []
+    negatives: list[Any] = []
+    for image in images:
+        found = examples[image]
+        shown = zip(found.positives, found.labels, strict=True)
+        positives += [(image, row, label) for row, label in shown]
+        negatives += [(image, row, background) for row in found.negatives]
+    chosen = [
+        items[index]
+        for items, count in (
+            (positives, wanted),
+            (negatives, settings.batch_size - wanted),
         )
+        for index in rng.choice(len(items), size=count, replace=count > len(items))
     ]
-    negatives = [
-        (image, row, background)
-        for image in images
-        for row in examples[image].negatives
-    ]
-    chosen = np.array(
-        [
-            *_draw(positives, wanted, rng),
-            *_draw(negatives, settings.batch_size - wanted, rng),
-        ]
-    )
-    return chosen[:, 0], chosen[:, 1], chosen[:, 2]
+    of_images, rows, labels = np.array(chosen).T
+    return of_images, rows, labels
 
 
-def _draw(items: list[Any], count: int, rng: np.random.Generator) -> list[Any]:
-    drawn = rng.choice(len(items), size=count, replace=count > len(items))
-    return [items[index] for index in drawn]
-
-
-def _images_of(step: int, usable: Sequence[int], settings: Finetuning) -> list[int]:
-    count = min(settings.images_per_batch, len(usable))
+def _images_of(step: int, usable: Sequence[int], images: int, seed: int) -> list[int]:
+    count = min(images, len(usable))
     found = []
     for position in range(step * count, (step + 1) * count):
         turn, place = divmod(position, len(usable))
-        order = np.random.default_rng((settings.seed, 0, turn)).permutation(len(usable))
+        order = np.random.default_rng((seed, 0, turn)).permutation(len(usable))
         found.append(usable[order[place]])
     return found
 
@@ -235,10 +265,11 @@ def _batch_loader(
     usable: Sequence[int],
     settings: Finetuning,
     background: int,
+    seed: int,
 ) -> Callable[[int], dict[str, np.ndarray]]:
     program = make_program(features, pooled_rows)
     kept: dict[int, tuple[np.ndarray, np.ndarray]] = {}
-    room = settings.memory
+    room = settings.memory_gb * 1e9
 
     def pooled_of(image: int, rows: np.ndarray) -> np.ndarray:
         nonlocal room
@@ -254,63 +285,36 @@ def _batch_loader(
         return rows_of(features, program, None, image, rows)
 
     def load(step: int) -> dict[str, np.ndarray]:
-        images, rows, labels = draw_batch(examples, usable, settings, background, step)
-        pooled: list[Any] = [None] * len(rows)
-        for image in np.unique(images):
-            mine = np.flatnonzero(images == image)
-            for place, row in zip(mine, pooled_of(int(image), rows[mine]), strict=True):
-                pooled[place] = row
-        batch = {"pooled": np.stack(pooled), "label": labels.astype(np.int32)}
+        images, rows, labels = draw_batch(
+            examples, usable, settings, background, seed, step
+        )
+        mine = [np.flatnonzero(images == image) for image in np.unique(images)]
+        parts = [pooled_of(int(images[own[0]]), rows[own]) for own in mine]
+        batch = {
+            "pooled": np.concatenate(parts)[np.argsort(np.concatenate(mine))],
+            "label": labels.astype(np.int32),
+            "mask": np.ones(len(labels), bool),
+        }
         # Positives come first: every device gets its share of them.
-        order = np.random.default_rng((settings.seed, 2, step)).permutation(len(rows))
+        order = np.random.default_rng((seed, 2, step)).permutation(len(rows))
         return parallel.shard({name: values[order] for name, values in batch.items()})
 
     return load
 
 
-def _make_step(model: SPPNet, transform: optax.GradientTransformation) -> Any:
-    def step(
-        state: TrainState, batch: dict[str, jax.Array], rate: jax.Array
-    ) -> tuple[TrainState, dict[str, jax.Array]]:
-        rng = jax.random.fold_in(state.rng, state.step)
-        rng = jax.random.fold_in(rng, parallel.device_index())
-        count = parallel.sum_over_devices(jnp.float32(len(batch["label"])))
-
-        def loss_fn(params: Any) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-            logits, _ = model.apply(
-                {"params": params},
-                batch["pooled"],
-                train=True,
-                rngs={"dropout": rng},
-                method="classify",
-            )
-            losses = optax.softmax_cross_entropy_with_integer_labels(
-                logits, batch["label"]
-            )
-            correct = logits.argmax(axis=-1) == batch["label"]
-            return losses.sum() / count, (losses.sum(), correct.sum())
-
-        grads, (loss, correct) = jax.grad(loss_fn, has_aux=True)(state.params)
-        grads = parallel.sum_over_devices(grads)
-        updates, momentum = transform.update(grads, state.optimizer, state.params)
-        updates = jax.tree.map(lambda u: -rate * u, updates)
-        metrics = {
-            "loss": parallel.sum_over_devices(loss) / count,
-            "accuracy": parallel.sum_over_devices(correct) / count,
-        }
-        params = optax.apply_updates(state.params, updates)
-        return TrainState(state.step + 1, params, momentum, state.rng), metrics
-
-    return parallel.data_parallel(step, scalars=1, donate_state=True)
-
-
-def _first_state(
-    model: SPPNet, params: Any, transform: optax.GradientTransformation, seed: int
-) -> TrainState:
-    fc = _fresh_fc(model, params, seed)
-    rng = jax.random.PRNGKey(seed + 1)
-    state = TrainState(jnp.zeros((), jnp.int32), fc, transform.init(fc), rng)
-    return parallel.replicate(state)
+def _losses(
+    model: SPPNet, params: Any, batch: dict[str, jax.Array], rng: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Losses and logits of pooled windows, as `make_step` takes them."""
+    logits, _ = model.apply(
+        {"params": params},
+        batch["pooled"],
+        train=True,
+        rngs={"dropout": rng},
+        method="classify",
+    )
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"])
+    return losses, logits
 
 
 def _fresh_fc(model: SPPNet, params: Any, seed: int) -> dict[str, Any]:
@@ -320,22 +324,3 @@ def _fresh_fc(model: SPPNet, params: Any, seed: int) -> dict[str, Any]:
     kernel = 0.01 * jax.random.normal(jax.random.PRNGKey(seed), shape)
     fresh = {"kernel": kernel, "bias": jnp.zeros(model.num_classes)}
     return {"fc6": params["fc6"], "fc7": params["fc7"], "fc8": fresh}
-
-
-def _last_numbers(folder: Path, step: int) -> tuple[float | None, float | None]:
-    """The loss and the accuracy that were logged at a step: that of the checkpoint."""
-    for row in reversed(read_metrics(folder)):
-        if row["step"] == step:
-            return row["loss"], row["accuracy"]
-    return None, None
-
-
-def _save(checkpoints: Checkpoints, step: int, state: TrainState) -> None:
-    host = parallel.unreplicate(state)
-    if not all(np.isfinite(x).all() for x in jax.tree.leaves(host.params)):
-        raise DivergedError(
-            f"the weights are not finite after step {step} of fine-tuning; a lower "
-            "finetune.learning_rate usually helps"
-        )
-    rest = {"optimizer": host.optimizer, "step": host.step, "rng": host.rng}
-    checkpoints.save(step, params=host.params, training=rest, host={})

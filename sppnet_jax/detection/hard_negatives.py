@@ -6,29 +6,27 @@ of high score that a class has not seen are added to its negatives, and the SVMs
 trained again. Where the features come from is the caller's business: a function gives
 those of one image at a time, once a round, for all classes.
 
-It terminates, on any data. A window enters the negatives of a class once and never
-leaves: nothing is evicted. There are finitely many windows, and every round but the
-last adds at least one. How exactly the SVMs were solved does not matter for that.
-
-It ends where training on everything would. A window that no round adds any more scores
-at most `hard_score` < −1, so its hinge loss is zero: it can be added to the training
-set without a change of the optimum. What is thinned out, for overlapping a negative of
-its class by more than `thinning`, is no candidate. Easy negatives that stay in the set
-cost memory but change nothing either, for the same reason.
+It terminates, on any data: a window enters the negatives of a class once and never
+leaves, and every round but the last adds at least one. It ends where training on
+everything would: a window that no round adds any more scores at most `hard_score` < −1,
+so its hinge loss is zero, and it would not change the optimum. What is thinned out, for
+overlapping a negative of its class by more than `thinning`, is no candidate.
 """
 
 import logging
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 
 from sppnet_jax.classification.svm import LinearSVMs
-from sppnet_jax.data.detection_sources import Objects
+from sppnet_jax.data.sources import Objects
 from sppnet_jax.detection.boxes import iou
+from sppnet_jax.detection.examples import check_labels
 from sppnet_jax.detection.svm_solver import solve_svms
 from sppnet_jax.run.progress import progress_bar
+from sppnet_jax.run.settings import above, at_least, share
 
 log = logging.getLogger(__name__)
 
@@ -37,31 +35,41 @@ NEVER = -1e9
 
 
 class Mining(NamedTuple):
-    """How negatives are found and SVMs trained; the defaults are the R-CNN release's.
+    """How negatives are found and SVMs trained; `C` to `thinning` are the release's.
 
-    `overlap`: a negative of a class overlaps none of its objects by more (IoU).
-    `thinning`: negatives of a class overlap each other by no more (IoU); 1 thins none.
+    `C`, `positive_weight`, `bias_multiplier`, `tolerance`: see `solve_svms`.
+    `feature_norm`: features are scaled to this mean length before.
+    `negative_overlap`: of a negative with objects of its class, at most (IoU).
+    `thinning`: of negatives of a class with each other, at most (IoU); 1 thins none.
+    `max_rounds`: after round 0; the release's one pass over the images trains the SVMs
+    again and again on the way.
     `initial_per_image`: random negatives of a class in each image, at most.
     `hard_per_image`: those that a round adds for a class in each image, at most.
-    `hard_score`: negatives that score more are hard; below −1.
-    `max_rounds`: after round 0; the paper has one.
     `max_rows`: windows kept in memory for all classes together, at most; training
     takes a few times the memory of their float32 features.
-    `C`, `positive_weight`, `bias_multiplier`, `tolerance`: see `solve_svms`.
+    `hard_score`: negatives that score more are hard; below −1.
     """
 
-    overlap: float = 0.3
-    thinning: float = 0.7
-    initial_per_image: int = 5
-    hard_per_image: int = 20
+    C: Annotated[float, above(0)] = 1e-3
+    bias_multiplier: Annotated[float, above(0)] = 10.0
+    positive_weight: Annotated[float, above(0)] = 2.0
+    feature_norm: Annotated[float, above(0)] = 20.0
+    negative_overlap: Annotated[float, share()] = 0.3
+    thinning: Annotated[float, share()] = 0.7
+    max_rounds: Annotated[int, at_least(0)] = 3
+    initial_per_image: Annotated[int, at_least(1)] = 5
+    max_rows: Annotated[int, at_least(1)] = 100_000
+    hard_per_image: Annotated[int, at_least(1)] = 50
     hard_score: float = -1.0001
-    max_rounds: int = 1
-    max_rows: int = 100_000
-    C: float = 1e-3
-    positive_weight: float = 2.0
-    bias_multiplier: float = 10.0
-    tolerance: float = 1e-3
-    seed: int = 0
+    tolerance: Annotated[float, above(0)] = 1e-3
+
+    def check(self) -> None:
+        """Raises ValueError for a score that would miss negatives with a loss."""
+        if not self.hard_score < -1:
+            raise ValueError(
+                f"hard_score must be below -1, not {self.hard_score}: negatives above "
+                "-1 have a loss, and would be missed"
+            )
 
 
 class MiningState(NamedTuple):
@@ -112,46 +120,76 @@ def mine_hard_negatives(
     num_classes: int,
     settings: Mining = Mining(),  # noqa: B008, it can't be changed
     *,
+    seed: int = 0,
     state: MiningState | None = None,
     on_round: Callable[[MiningState], None] | None = None,
 ) -> tuple[LinearSVMs, MiningState]:
     """Trains an SVM for each class, in rounds; section 4 of the paper.
 
     `features_of`: from the number of an image and chosen rows of its boxes, int [n], to
-    float [n, D], scaled (`feature_scale`). Called for one image after the other, each
-    round: for the few that are drawn in round 0, for all boxes afterwards.
+    float [n, D], scaled (`feature_scale`); called for one image after the other.
     `boxes`: float [N, 4] for each image, (ymin, xmin, ymax, xmax) in pixels.
     `objects`: of each image; difficult ones keep windows out of the negatives as well.
     `positive_features`, `positive_labels`: float [P, D], scaled alike, and int [P], 0
     to `num_classes` − 1: the objects' own windows. A class without any is named in the
     log; its score is always NEVER.
+    `seed`: of the random negatives and of the solver's order.
     `state`: of an earlier call with the same arguments, to go on from there.
     `on_round`: called with the state after each round, such as to save it.
 
-    Returns: the SVMs and the last state, see `mining_report`. Equal arguments give
-    equal results, resumed or not.
+    Returns: the SVMs and the last state; the same for a resumed call.
     Raises: ValueError for arguments that do not fit, naming the image.
     """
     labels = np.asarray(positive_labels)
     positives = np.asarray(positive_features, np.float32)
     _check(boxes, objects, positives, labels, num_classes, settings)
-    trained = np.bincount(labels, minlength=num_classes) > 0
+    trained = np.isin(np.arange(num_classes), labels)
     if not trained.all():
         log.warning(
             "classes %s have no objects to train on: they will never be detected",
             np.flatnonzero(~trained).tolist(),
         )
     if state is None:
-        state = _no_rows(len(positives), positives.shape[1], num_classes)
+        dimensions = positives.shape[1]
+        state = MiningState(
+            features=np.zeros((0, dimensions), np.float32),
+            images=np.zeros(0, np.int32),
+            windows=np.zeros(0, np.int32),
+            members=np.zeros((0, num_classes), bool),
+            duals=np.zeros((len(positives), num_classes), np.float32),
+            weights=np.zeros((num_classes, dimensions), np.float32),
+            biases=np.zeros(num_classes, np.float32),
+            added=np.zeros((0, num_classes), np.int32),
+            objectives=np.zeros((0, num_classes)),
+            seconds=np.zeros(0),
+            converged=np.array(False),
+            full=np.array(False),
+        )
     _check_state(state, positives, num_classes, boxes)
 
-    while not _ended(state, settings.max_rounds):
-        started = time.monotonic()
-        found = _find(features_of, boxes, objects, trained, state, settings)
-        state = _train(state, found, positives, labels, trained, settings)
+    while not (
+        state.converged or state.full or len(state.seconds) > settings.max_rounds
+    ):
+        started, before = time.monotonic(), state.members.sum(axis=0)
+        state = _find(features_of, boxes, objects, trained, state, settings, seed)
+        added = (state.members.sum(axis=0) - before).astype(np.int32)
+        state = state._replace(added=np.concatenate([state.added, added[None]]))
+        if added.any() or not len(state.seconds):
+            state = _train(state, positives, labels, trained, settings, seed)
+        else:
+            again = np.concatenate([state.objectives, state.objectives[-1:]])
+            converged = np.array(not state.full)
+            state = state._replace(objectives=again, converged=converged)
         seconds = np.append(state.seconds, time.monotonic() - started)
         state = state._replace(seconds=seconds)
-        _log_round(state)
+        log.info(
+            "round %d: %d negatives added, %d windows in all, %.1f s%s",
+            len(seconds) - 1,
+            added.sum(),
+            len(state.features),
+            seconds[-1],
+            "; none are left" if state.converged else "",
+        )
         if on_round is not None:
             on_round(state)
     return LinearSVMs(state.weights, state.biases), state
@@ -160,56 +198,23 @@ def mine_hard_negatives(
 def mining_report(state: MiningState) -> dict[str, Any]:
     """What happened in the rounds, as plain values for JSON.
 
-    Returns: "ended": "converged" where no hard negatives were left, "max_rows" where
-    memory ran out, else "max_rounds"; "windows": the negatives in memory; "rounds": for
-    each, round 0 first, "added" and "negatives" (so far) of every class, "objectives"
-    of the trained SVMs, and "seconds".
+    Returns: "ended": "converged", "max_rows" or "max_rounds"; "windows": the negatives
+    in memory; "rounds": for each, "added" and "negatives" (so far) of every class,
+    "objectives" of the trained SVMs, and "seconds".
     """
-    ended = "max_rounds"
-    if state.converged or state.full:
-        ended = "converged" if state.converged else "max_rows"
-    sizes = np.cumsum(state.added, axis=0)
+    ended = "max_rows" if state.full else "max_rounds"
+    ended = "converged" if state.converged else ended
+    columns = {
+        "added": state.added,
+        "negatives": np.cumsum(state.added, axis=0),
+        "objectives": state.objectives,
+        "seconds": state.seconds.round(3),
+    }
     rounds = [
-        {
-            "added": state.added[number].tolist(),
-            "negatives": sizes[number].tolist(),
-            "objectives": state.objectives[number].tolist(),
-            "seconds": round(float(state.seconds[number]), 3),
-        }
+        {name: column[number].tolist() for name, column in columns.items()}
         for number in range(len(state.seconds))
     ]
     return {"ended": ended, "windows": len(state.features), "rounds": rounds}
-
-
-class _Found(NamedTuple):
-    """The rows of a state after a pass over the images, and how many had no room."""
-
-    features: np.ndarray
-    images: np.ndarray
-    windows: np.ndarray
-    members: np.ndarray
-    left_out: int
-
-
-def _ended(state: MiningState, max_rounds: int) -> bool:
-    return bool(state.converged or state.full) or len(state.seconds) > max_rounds
-
-
-def _no_rows(positives: int, dimensions: int, classes: int) -> MiningState:
-    return MiningState(
-        features=np.zeros((0, dimensions), np.float32),
-        images=np.zeros(0, np.int32),
-        windows=np.zeros(0, np.int32),
-        members=np.zeros((0, classes), bool),
-        duals=np.zeros((positives, classes), np.float32),
-        weights=np.zeros((classes, dimensions), np.float32),
-        biases=np.zeros(classes, np.float32),
-        added=np.zeros((0, classes), np.int32),
-        objectives=np.zeros((0, classes)),
-        seconds=np.zeros(0),
-        converged=np.array(False),
-        full=np.array(False),
-    )
 
 
 def _find(
@@ -219,7 +224,8 @@ def _find(
     trained: np.ndarray,
     state: MiningState,
     settings: Mining,
-) -> _Found:
+    seed: int,
+) -> MiningState:
     """One pass over the images: random negatives in round 0, hard ones afterwards."""
     round_number = len(state.seconds)
     rows, images, windows = [state.features], [state.images], [state.windows]
@@ -228,51 +234,72 @@ def _find(
     held, left_out = len(state.features), 0
 
     def look(image: int, chosen: np.ndarray) -> np.ndarray:
-        found = features_of(image, chosen)
-        return _checked(found, image, len(chosen), state.features.shape[1])
+        features = np.asarray(features_of(image, chosen), np.float32)
+        count, dimensions = len(chosen), state.features.shape[1]
+        if features.shape != (count, dimensions):
+            raise ValueError(
+                f"{count} boxes of image {image} were asked for, and the positives "
+                f"have {dimensions} numbers each, but the features are {features.shape}"
+            )
+        if not np.isfinite(features).all():
+            raise ValueError(f"the features of image {image} aren't all finite")
+        return features
 
-    in_image = _rows_of_images(state.images, len(boxes))
+    order = np.argsort(state.images, kind="stable")
+    starts = np.searchsorted(state.images[order], np.arange(1, len(boxes)))
     name = f"hard negatives, round {round_number}" if round_number else "negatives"
     with progress_bar(name, len(boxes)) as bar:
-        for image, (own, seen) in enumerate(zip(boxes, in_image, strict=True)):
+        for image, (own, seen) in enumerate(
+            zip(boxes, np.split(order, starts), strict=True)
+        ):
             bar.update()
-            candidates = _candidates(own, objects[image], trained, settings.overlap)
-            if not candidates.any():
+            wanted = _candidates(
+                own, objects[image], trained, settings.negative_overlap
+            )
+            if not wanted.any():
                 continue
+            taken = np.zeros_like(wanted)
+            taken[state.windows[seen]] = state.members[seen]
             if round_number:
                 features = look(image, np.arange(len(own)))
-                taken = np.zeros_like(candidates)
-                taken[state.windows[seen]] = state.members[seen]
                 scores = features @ state.weights.T + state.biases
-                hard = candidates & ~taken & (scores > settings.hard_score)
-                chosen = _hardest(own, scores, hard, taken, settings)
+                wanted &= ~taken & (scores > settings.hard_score)
+                limit = settings.hard_per_image
             else:
-                rng = np.random.default_rng((settings.seed, image))
-                order = rng.permutation(len(own))
-                chosen = _first(own, order, candidates, settings)
-                scores = -np.argsort(order)[:, None]
+                # The same for all classes: so they share windows.
+                rng = np.random.default_rng((seed, image))
+                ranks = np.argsort(rng.permutation(len(own)))
+                scores = np.broadcast_to(-ranks[:, None], wanted.shape)
+                limit = settings.initial_per_image
+            chosen = _highest(own, scores, wanted, taken, settings.thinning, limit)
             joined[seen] |= chosen[state.windows[seen]]
             new = np.flatnonzero(chosen.any(axis=1))
             new = new[~np.isin(new, state.windows[seen])]
             # An equal share of the room for every image to come; the hardest first.
-            room = -(-(settings.max_rows - held) // (len(boxes) - image))
+            room = max(0, -(-(settings.max_rows - held) // (len(boxes) - image)))
             if len(new) > room:
-                left_out += len(new) - max(room, 0)
+                left_out += len(new) - room
                 hardness = np.where(chosen, scores, -np.inf).max(axis=1)[new]
-                order = np.argsort(-hardness, kind="stable")[: max(room, 0)]
-                new = np.sort(new[order])
+                new = np.sort(new[np.argsort(-hardness, kind="stable")[:room]])
             held += len(new)
             if len(new):
                 rows.append(features[new] if round_number else look(image, new))
             images.append(np.full(len(new), image, np.int32))
             windows.append(new.astype(np.int32))
             members.append(chosen[new])
-    return _Found(
-        np.concatenate(rows),
-        np.concatenate(images),
-        np.concatenate(windows),
-        np.concatenate(members),
-        left_out,
+    if left_out:
+        log.warning(
+            "%d negatives found no room among max_rows = %d, so mining ends early: "
+            "lower hard_per_image or initial_per_image, or raise max_rows",
+            left_out,
+            settings.max_rows,
+        )
+    return state._replace(
+        features=np.concatenate(rows),
+        images=np.concatenate(images),
+        windows=np.concatenate(windows),
+        members=np.concatenate(members),
+        full=np.array(left_out > 0),
     )
 
 
@@ -281,51 +308,27 @@ def _candidates(
 ) -> np.ndarray:
     """Which boxes may be negatives of which classes: bool [N, classes]."""
     allowed = np.tile(trained, (len(boxes), 1))
-    overlaps = _iou(boxes, objects.boxes.reshape(-1, 4))
+    overlaps = iou(boxes, objects.boxes.reshape(-1, 4))
     for number in np.unique(objects.labels):
         own = overlaps[:, objects.labels == number]
         allowed[:, number] &= (own <= overlap).all(axis=1)
     return allowed
 
 
-def _first(
-    boxes: np.ndarray, order: np.ndarray, candidates: np.ndarray, settings: Mining
-) -> np.ndarray:
-    """Thinned candidates of each class, the first in one order: so classes share."""
-    chosen = np.zeros_like(candidates)
-    # Most classes have no objects in an image, so the same candidates.
-    kinds, kind_of = np.unique(candidates, axis=1, return_inverse=True)
-    for kind, allowed in enumerate(kinds.T):
-        picks = _thinned(
-            boxes,
-            order[allowed[order]],
-            np.zeros(0, np.int64),
-            settings.thinning,
-            settings.initial_per_image,
-        )
-        chosen[np.ix_(picks, kind_of.reshape(-1) == kind)] = True
-    return chosen
-
-
-def _hardest(
+def _highest(
     boxes: np.ndarray,
     scores: np.ndarray,
-    hard: np.ndarray,
+    wanted: np.ndarray,
     taken: np.ndarray,
-    settings: Mining,
+    most: float,
+    limit: int,
 ) -> np.ndarray:
-    """Hard negatives of each class, thinned from the highest score on."""
-    chosen = np.zeros_like(hard)
-    for number in np.flatnonzero(hard.any(axis=0)):
+    """The best windows that each class wants, thinned; bool [N, classes]."""
+    chosen = np.zeros_like(wanted)
+    for number in np.flatnonzero(wanted.any(axis=0)):
         ranked = np.argsort(-scores[:, number], kind="stable")
-        picks = _thinned(
-            boxes,
-            ranked[hard[ranked, number]],
-            np.flatnonzero(taken[:, number]),
-            settings.thinning,
-            settings.hard_per_image,
-        )
-        chosen[picks, number] = True
+        ranked, kept = ranked[wanted[ranked, number]], np.flatnonzero(taken[:, number])
+        chosen[_thinned(boxes, ranked, kept, most, limit), number] = True
     return chosen
 
 
@@ -335,110 +338,49 @@ def _thinned(
     """The first `limit` of `ranked` that overlap none of `kept`, nor each other."""
     picks: list[int] = []
     if len(kept):
-        ranked = ranked[(_iou(boxes[ranked], boxes[kept]) <= most).all(axis=1)]
+        ranked = ranked[(iou(boxes[ranked], boxes[kept]) <= most).all(axis=1)]
     while len(ranked) and len(picks) < limit:
         picks.append(int(ranked[0]))
         rest = ranked[1:]
-        ranked = rest[_iou(boxes[rest], boxes[ranked[:1]])[:, 0] <= most]
+        ranked = rest[iou(boxes[rest], boxes[ranked[:1]])[:, 0] <= most]
     return np.array(picks, np.int64)
-
-
-def _iou(boxes: np.ndarray, others: np.ndarray) -> np.ndarray:
-    """Overlaps in float64, on the host whatever the arrays are."""
-    return np.asarray(iou(np.asarray(boxes), np.asarray(others)))
 
 
 def _train(
     state: MiningState,
-    found: _Found,
     positives: np.ndarray,
     labels: np.ndarray,
     trained: np.ndarray,
     settings: Mining,
+    seed: int,
 ) -> MiningState:
-    """The state after training on what was found, but for the round's seconds."""
-    classes = len(trained)
-    added = found.members.sum(axis=0) - state.members.sum(axis=0)
-    round_number = len(state.seconds)
-    full = found.left_out > 0
-    if full:
-        log.warning(
-            "%d negatives found no room among max_rows = %d, so mining ends early: "
-            "lower hard_per_image or initial_per_image, or raise max_rows",
-            found.left_out,
-            settings.max_rows,
-        )
-    record: dict[str, Any] = {
-        "added": np.concatenate([state.added, added[None].astype(np.int32)]),
-        "full": np.array(full),
-    }
-    if not added.any() and round_number:
-        return state._replace(
-            objectives=np.concatenate([state.objectives, state.objectives[-1:]]),
-            converged=np.array(not full),
-            **record,
-        )
-    without = trained & ~found.members.any(axis=0)
+    """The state with SVMs of all its rows; `duals` are of fewer rows before."""
+    without = trained & ~state.members.any(axis=0)
     if without.any():
         log.warning(
             "classes %s have no negatives: every window may be taken for one of them",
             np.flatnonzero(without).tolist(),
         )
-    own = np.where(labels[:, None] == np.arange(classes), 1, 0)
-    signs = np.concatenate([own, -found.members.astype(int)]).astype(np.int8)
-    new = np.zeros((len(signs) - len(state.duals), classes), np.float32)
+    own = np.where(labels[:, None] == np.arange(len(trained)), 1, 0)
+    signs = np.concatenate([own, -state.members.astype(int)]).astype(np.int8)
+    new = np.zeros((len(signs) - len(state.duals), len(trained)), np.float32)
     log.info("training %d SVMs on %d windows", trained.sum(), len(signs))
     solved = solve_svms(
-        np.concatenate([positives, found.features]),
+        np.concatenate([positives, state.features]),
         signs,
         C=settings.C,
         positive_weight=settings.positive_weight,
         bias_multiplier=settings.bias_multiplier,
         tolerance=settings.tolerance,
         start=np.concatenate([state.duals, new]),
-        seed=settings.seed + round_number,
+        seed=seed + len(state.seconds),
     )
     return state._replace(
-        features=found.features,
-        images=found.images,
-        windows=found.windows,
-        members=found.members,
         duals=solved.duals,
         weights=solved.svms.weights,
         biases=np.where(trained, solved.svms.biases, np.float32(NEVER)),
         objectives=np.concatenate([state.objectives, solved.objectives[None]]),
-        **record,
     )
-
-
-def _rows_of_images(images: np.ndarray, count: int) -> list[np.ndarray]:
-    order = np.argsort(images, kind="stable")
-    return np.split(order, np.searchsorted(images[order], np.arange(1, count)))
-
-
-def _log_round(state: MiningState) -> None:
-    log.info(
-        "round %d: %d negatives added, %d windows in all, %.1f s%s",
-        len(state.seconds) - 1,
-        state.added[-1].sum(),
-        len(state.features),
-        state.seconds[-1],
-        "; none are left" if state.converged else "",
-    )
-
-
-def _checked(
-    features: np.ndarray, image: int, count: int, dimensions: int
-) -> np.ndarray:
-    features = np.asarray(features, np.float32)
-    if features.shape != (count, dimensions):
-        raise ValueError(
-            f"{count} boxes of image {image} were asked for, and the positives have "
-            f"{dimensions} numbers each, but the features are {features.shape}"
-        )
-    if not np.isfinite(features).all():
-        raise ValueError(f"the features of image {image} aren't all finite")
-    return features
 
 
 def _check(
@@ -461,44 +403,24 @@ def _check(
         )
     if not len(labels):
         raise ValueError("there are no positives: no class can be trained")
-    known = np.issubdtype(labels.dtype, np.integer)
-    if not known or labels.min() < 0 or labels.max() >= classes:
-        raise ValueError(
-            f"positive labels must be whole numbers from 0 to {classes - 1}, not "
-            f"{labels.dtype} from {labels.min()} to {labels.max()}"
-        )
+    check_labels(labels, classes, "positive labels")
     for image, (own, truth) in enumerate(zip(boxes, objects, strict=True)):
         if np.ndim(own) != 2 or np.shape(own)[1] != 4:
             raise ValueError(
                 f"the boxes of image {image} must be [N, 4], not {np.shape(own)}"
             )
-        if len(truth.labels) and not 0 <= truth.labels.min() <= truth.labels.max() < (
-            classes
-        ):
+        if not ((truth.labels >= 0) & (truth.labels < classes)).all():
             raise ValueError(
                 f"image {image} has objects of the classes {truth.labels.tolist()}, "
                 f"but there are only {classes}"
             )
     if not any(len(own) for own in boxes):
         raise ValueError(f"none of the {len(boxes)} images has a box: no negatives")
-    if not settings.hard_score < -1:
-        raise ValueError(
-            f"hard_score must be below -1, not {settings.hard_score}: negatives above "
-            "-1 have a loss, and would be missed"
-        )
-    limits = (settings.initial_per_image, settings.hard_per_image, settings.max_rows)
-    if min(limits) < 1 or settings.max_rounds < 0:
-        raise ValueError(
-            f"initial_per_image, hard_per_image and max_rows {limits} must be at least "
-            f"1, and max_rounds {settings.max_rounds} not negative"
-        )
+    settings.check()
 
 
 def _check_state(
-    state: MiningState,
-    positives: np.ndarray,
-    classes: int,
-    boxes: Sequence[np.ndarray],
+    state: MiningState, positives: np.ndarray, classes: int, boxes: Sequence[np.ndarray]
 ) -> None:
     duals = (len(positives) + len(state.features), classes)
     fits = state.duals.shape == duals and state.weights.shape[1:] == positives.shape[1:]

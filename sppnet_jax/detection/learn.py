@@ -13,7 +13,7 @@ import jax
 import numpy as np
 
 from sppnet_jax.data.sources import Objects
-from sppnet_jax.detection.box_regression import train_box_regressors
+from sppnet_jax.detection.box_regression import BoxRegression, train_box_regressors
 from sppnet_jax.detection.examples import regression_examples
 from sppnet_jax.detection.hard_negatives import (
     Mining,
@@ -29,7 +29,7 @@ from sppnet_jax.detection.window_features import (
     pooled_rows,
     rows_of,
 )
-from sppnet_jax.run.run_folder import write_arrays
+from sppnet_jax.run.files import read_arrays, write_arrays
 
 SVM_FILE = "svm.npz"
 REGRESSION_FILE = "regression.npz"
@@ -47,12 +47,12 @@ def learn_svms(
     head: Head,
     fc: Any,
     mining: Mining,
-    feature_norm: float,
+    seed: int,
 ) -> dict[str, Any]:
     """Trains an SVM for each class, from the last whole round if there is one.
 
     `features`: of boxes that begin with each image's objects. `head`, `fc`: give the
-    layer that the SVMs see. `feature_norm`: the mean length to scale it to.
+    layer that the SVMs see.
 
     Returns: a report of plain values. The result is `SVM_FILE` in the folder;
     `ROUNDS_FILE` is of no use afterwards.
@@ -71,7 +71,7 @@ def learn_svms(
             f"the {len(objects)} training images have no objects, or difficult ones "
             "only: there is nothing to train SVMs on"
         )
-    scale = feature_scale(np.concatenate(positives), feature_norm)
+    scale = feature_scale(np.concatenate(positives), mining.feature_norm)
 
     def features_of(image: int, chosen: np.ndarray) -> np.ndarray:
         return rows_of(features, program, fc, image, chosen) * scale
@@ -79,8 +79,7 @@ def learn_svms(
     saved = folder / ROUNDS_FILE
     state = None
     if saved.exists():
-        with np.load(saved) as arrays:
-            state = MiningState(**dict(arrays))
+        state = MiningState(**read_arrays(saved))
         log.info("mining goes on after round %d", len(state.seconds) - 1)
     svms, state = mine_hard_negatives(
         features_of,
@@ -90,6 +89,7 @@ def learn_svms(
         np.concatenate(labels),
         num_classes,
         mining,
+        seed=seed,
         state=state,
         on_round=lambda state: write_arrays(saved, **state._asdict()),
     )
@@ -103,29 +103,26 @@ def learn_regression(
     features: WindowFeatures,
     objects: Sequence[Objects],
     num_classes: int,
+    settings: BoxRegression,
     *,
-    overlap: float,
-    ridge: float,
-    max_examples: int,
     feature_norm: float,
     seed: int,
 ) -> dict[str, Any]:
     """Trains the box regression of each class on pooled features.
 
-    `overlap`: of the boxes to learn from with an object, at least. `max_examples`: if
-    there are more, so many are drawn at random.
+    `feature_norm`: the mean length to scale features to.
 
     Returns: a report of plain values. The result is `REGRESSION_FILE` in the folder.
     """
     found = [
-        regression_examples(own, those, overlap=overlap)
+        regression_examples(own, those, overlap=settings.overlap)
         for own, those in zip(features.boxes, objects, strict=True)
     ]
     counts = np.array([len(rows) for rows, _, _ in found])
     kept = np.arange(counts.sum())
-    if len(kept) > max_examples:
+    if len(kept) > settings.max_examples:
         rng = np.random.default_rng((seed, 3))
-        kept = np.sort(rng.choice(kept, max_examples, replace=False))
+        kept = np.sort(rng.choice(kept, settings.max_examples, replace=False))
     image_of = np.repeat(np.arange(len(found)), counts)[kept]
     number_of = kept - (np.cumsum(counts) - counts)[image_of]
     program = make_program(features, pooled_rows)
@@ -139,12 +136,12 @@ def learn_regression(
     if not parts:
         raise ValueError(
             f"no box of the {len(objects)} training images overlaps an object by "
-            f"{overlap:g}: lower regression.overlap, or leave the regression out"
+            f"{settings.overlap:g}: lower regression.overlap, or leave regression out"
         )
     values, boxes, targets, labels = map(np.concatenate, zip(*parts, strict=True))
     scale = feature_scale(values, feature_norm)
     regressors = train_box_regressors(
-        values * scale, boxes, targets, labels, num_classes, ridge=ridge
+        values * scale, boxes, targets, labels, num_classes, ridge=settings.ridge
     )
     weights = (regressors.weights * scale).astype(np.float32)
     write_arrays(folder / REGRESSION_FILE, weights=weights, biases=regressors.biases)

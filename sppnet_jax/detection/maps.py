@@ -2,14 +2,14 @@
 
 Each image is convolved whole, once for each scale, in buckets. What is kept are maps,
 not pooled vectors: an image's maps have some thousand cells, its 2,000 windows 50 bins
-each. Fine-tuning, SVMs, box regression and tests pool their windows from these files
-and never run a convolution again.
+each. All that follows pools its windows from these files.
 
 A file a scale and image, FOLDER/SIDE/INDEX.npy, float [rows, columns, channels], is
 written whole or not at all, so an interrupted run goes on where it stopped.
 """
 
 import logging
+import math
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -19,31 +19,29 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from sppnet_jax.buckets import BucketTable, choose_buckets
 from sppnet_jax.buckets.whole_images import (
     MAX_ASPECT,
     fit_table,
+    fitting_batch,
     map_whole_images,
 )
 from sppnet_jax.data.broken import BrokenImages
-from sppnet_jax.data.images import decode_image, image_size, whole_size
-from sppnet_jax.data.sources import Record, Source
+from sppnet_jax.data.images import decode_image, image_size, resize_whole, whole_size
+from sppnet_jax.data.sources import Source, subset
 from sppnet_jax.detection.scales import Size, map_size_of
 from sppnet_jax.network.model import SPPNet
 from sppnet_jax.network.preprocess import Preprocessing, normalize
-from sppnet_jax.network.trunks import layers_geometry
+from sppnet_jax.network.trained import Network
 from sppnet_jax.pyramid.geometry import Geometry
+from sppnet_jax.run.files import write_array
 from sppnet_jax.run.progress import progress_bar
-from sppnet_jax.run.run_folder import whole_file
-
-DTYPES = ("float32", "float16")
 
 log = logging.getLogger(__name__)
 
 
 def convolve_split(
-    model: SPPNet,
-    params: Any,
-    preprocessing: Preprocessing,
+    network: Network,
     source: Source,
     folder: Path,
     *,
@@ -52,7 +50,7 @@ def convolve_split(
     max_buckets: int = 4,
     threads: int = 8,
     dtype: str = "float32",
-) -> dict[str, Any]:
+) -> None:
     """Writes the last map of every image at every scale, those that are not there yet.
 
     `sides`: the image's shorter side at each scale, in pixels.
@@ -60,33 +58,24 @@ def convolve_split(
     `max_buckets`: compiled programs for each scale.
     `dtype`: of the files; "float16" halves them, at the cost of some exactness.
 
-    Returns: a report of plain values: images, broken, and for each scale the compiled
-    programs and the seconds an image took on the device.
     Raises: ValueError for a network without a pyramid, or a scale that is too small.
     """
-    if model.levels is None:
+    if network.model.levels is None:
         raise ValueError(
             "this network has no spatial pyramid (levels=None): it can't pool windows "
             "from the map of a whole image. Train one with levels such as (6, 3, 2, 1)"
         )
-    function = map_function(model, preprocessing)
-    geometry = layers_geometry(model.backbone.layers)
+    function = map_function(network.model, network.preprocessing)
     broken = BrokenImages(source)
-    report: dict[str, Any] = {"images": len(source.records), "scales": {}}
+    everyone = range(len(source.records))
     for side in sides:
-        (folder / str(side)).mkdir(parents=True, exist_ok=True)
-        missing = [
-            index
-            for index in range(len(source.records))
-            if not map_file(folder, side, index).exists()
-        ]
+        missing = [i for i in everyone if not map_file(folder, side, i).exists()]
         if not missing:
             continue
         part = subset(source, missing)
         table = fit_table(
             function,
-            model,
-            params,
+            network,
             part,
             side,
             batch_size=batch_size,
@@ -94,27 +83,24 @@ def convolve_split(
             threads=threads,
         )
         sizes = scaled_sizes(image_sizes(part, threads), side)
-        done = len(source.records) - len(missing)
-        with progress_bar(f"maps at {side}", len(source.records), done=done) as bar:
+        done = len(everyone) - len(missing)
+        with progress_bar(f"maps at {side}", len(everyone), done=done) as bar:
 
             def seen(example: Any, side: int = side, missing: Any = missing) -> None:
                 if not example["mask"]:
                     index = missing[int(example["index"])]
                     broken.add(index)
-                    save_array(map_file(folder, side, index), np.zeros((0, 0, 0)))
+                    write_array(map_file(folder, side, index), np.zeros((0, 0, 0)))
 
             for index, found in map_whole_images(
                 table, part, side, threads=threads, strict=False, on_example=seen
             ):
-                rows, columns = map_size_of(sizes[index], geometry)
+                rows, columns = map_size_of(sizes[index], network.geometry)
                 path = map_file(folder, side, missing[index])
-                save_array(path, found[:rows, :columns].astype(dtype))
+                write_array(path, found[:rows, :columns].astype(dtype))
                 bar.update()
         log.info("shorter side %d\n%s", side, table)
-        report["scales"][str(side)] = _report(table)
     broken.summarize()
-    report["broken"] = len(broken)
-    return report
 
 
 def mean_cells(sizes: np.ndarray, sides: Sequence[int], geometry: Geometry) -> float:
@@ -122,11 +108,9 @@ def mean_cells(sizes: np.ndarray, sides: Sequence[int], geometry: Geometry) -> f
 
     `sizes`: (height, width) of the images, int [N, 2].
     """
-    totals = np.zeros(len(sizes))
-    for side in sides:
-        for index, size in enumerate(scaled_sizes(sizes, side)):
-            totals[index] += np.prod(map_size_of(tuple(size), geometry))
-    return float(totals.sum() / max(len(sizes), 1))
+    scaled = np.concatenate([scaled_sizes(sizes, side) for side in sides])
+    cells = sum(math.prod(map_size_of(tuple(size), geometry)) for size in scaled)
+    return cells / max(len(sizes), 1)
 
 
 def map_function(model: SPPNet, preprocessing: Preprocessing) -> Any:
@@ -143,18 +127,34 @@ def map_function(model: SPPNet, preprocessing: Preprocessing) -> Any:
     return maps
 
 
-def convolve_image(
-    model: SPPNet, params: Any, preprocessing: Preprocessing, image: np.ndarray
-) -> np.ndarray:
-    """The last map of one image at the size it has.
+def convolve_images(
+    network: Network,
+    images: Sequence[np.ndarray],
+    *,
+    sides: Sequence[int],
+    batch_size: int,
+    max_buckets: int = 4,
+) -> list[list[np.ndarray]]:
+    """The maps of images that are at hand, for each image one at each scale.
 
-    `image`: uint8 [height, width, 3], resized already. A new size compiles a program.
+    `images`: uint8 [height, width, 3] each. Other arguments as for `convolve_split`.
 
-    Returns: float32 [rows, columns, channels].
+    Returns: float32 [rows, columns, channels] each.
     """
-    sizes = np.array([image.shape[:2]], np.int32)
-    maps = jax.jit(map_function(model, preprocessing))(params, image[None], sizes)
-    return np.asarray(maps)[0]
+    function = map_function(network.model, network.preprocessing)
+    maps: list[list[np.ndarray]] = [[] for _ in images]
+    for side in sides:
+        resized = [resize_whole(image, side, MAX_ASPECT) for image in images]
+        buckets = choose_buckets([image.shape[:2] for image in resized], max_buckets)
+        area = max(height * width for height, width in buckets)
+        rows = fitting_batch(batch_size, network.model.image_size, area)
+        table = BucketTable(function, network.params, buckets, min(rows, len(resized)))
+        found = dict(table.map(enumerate(resized)))
+        for index, image in enumerate(resized):
+            height, width = image.shape[:2]
+            rows, columns = map_size_of((height, width), network.geometry)
+            maps[index].append(found[index][:rows, :columns])
+    return maps
 
 
 def load_maps(folder: Path, sides: Sequence[int], index: int) -> list[np.ndarray]:
@@ -168,12 +168,6 @@ def load_maps(folder: Path, sides: Sequence[int], index: int) -> list[np.ndarray
 def map_file(folder: Path, side: int, index: int) -> Path:
     """Where the map of an image at a scale is kept."""
     return folder / str(side) / f"{index:06d}.npy"
-
-
-def save_array(path: Path, array: np.ndarray) -> None:
-    """Writes an array to a file that is whole or not there."""
-    with whole_file(path) as file:
-        np.save(file, array)
 
 
 def image_sizes(source: Source, threads: int = 8) -> np.ndarray:
@@ -216,28 +210,3 @@ def scaled_sizes(sizes: np.ndarray, side: int) -> np.ndarray:
         for height, width in sizes
     ]
     return np.array(scaled, np.int64).reshape(-1, 2)
-
-
-class _Subset:
-    def __init__(self, source: Source, indices: Sequence[int]) -> None:
-        self._records, self._indices = source.records, indices
-
-    def __len__(self) -> int:
-        return len(self._indices)
-
-    def __getitem__(self, index: int) -> Record:
-        return self._records[self._indices[index]]
-
-
-def subset(source: Source, indices: Sequence[int]) -> Source:
-    """A source of some of another's records, in the order of `indices`."""
-    return source._replace(records=_Subset(source, indices))
-
-
-def _report(table: Any) -> dict[str, Any]:
-    rows = [row for row in table.rows() if row.calls]
-    seconds = sum(row.calls * row.seconds_per_call for row in rows)
-    return {
-        "programs": table.programs,
-        "seconds_per_image": seconds / max(1, sum(row.images for row in rows)),
-    }

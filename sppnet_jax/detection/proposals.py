@@ -1,30 +1,24 @@
-"""The proposals of a data set's images: found once, kept in a file, or read from one.
+"""The proposals of a data set's images: found once and kept, or read from a file.
 
-`propose` finds them in parallel and keeps each in one SQLite file as soon as it is
-there, under the hash of the image's bytes and the settings. A killed run loses what was
-under way, several processes can use one file, and an image that two splits share is
-searched once. `load_proposals` reads boxes that others made; `proposal_recall` says how
-many objects some proposals find.
-
-The workers are threads: OpenCV releases Python's lock while it searches, so two threads
-are as fast as two processes, and start at once.
+`propose` finds them in parallel and keeps those of an image as soon as they are there,
+in FOLDER/SETTINGS/IMAGE.npy, named by hashes of the settings and of the image's bytes.
+A file is whole or not there: a killed run loses what was under way, several processes
+can use one folder, and an image that two splits share is searched once. The workers are
+threads: OpenCV releases Python's lock while it searches.
 
 Proposals are a list, one float32 [N, 4] for each record of a source: half-open boxes
 (ymin, xmin, ymax, xmax) in pixels of the decoded image, the most promising first.
 """
 
 import hashlib
-import itertools
 import json
 import logging
 import os
-import sqlite3
 import zipfile
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from contextlib import closing, contextmanager
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 import scipy.io
@@ -39,110 +33,120 @@ from sppnet_jax.detection.proposers import (
     load_edge_model,
     selective_search,
 )
+from sppnet_jax.run.files import whole_file, write_array
 from sppnet_jax.run.progress import progress_bar
+from sppnet_jax.run.settings import at_least, one_of
 
 log = logging.getLogger(__name__)
 
+METHODS = ("selective_search", "edge_boxes", "file")
 # Raise this when the same settings give other boxes than before.
 _VERSION = 1
 _IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff")
 _MAX_NAMED = 5
-_LOCK_SECONDS = 60
 
 
 class ProposalSettings(NamedTuple):
     """How to find proposals; see `selective_search` and `edge_boxes`.
 
-    `method`: "selective_search", which reads `width`, `min_side` and `seed`, or
-    "edge_boxes", which reads `edge_model`, the path of its model.
+    `method`: "selective_search", which reads `width` (0: images' own), `min_side` and
+    `seed`; "edge_boxes", which reads `model`, the path of its model; or "file", which
+    takes them from `file`, and `test_file` for the test split ("": the same).
+    `max_windows`: of an image. `workers`: threads that search; 0 is one for each core.
     """
 
-    method: str = "selective_search"
-    max_windows: int = 2000
-    width: int = 500
-    min_side: int = 20
-    seed: int = 0
-    edge_model: str = ""
+    method: Annotated[str, one_of(METHODS)] = "selective_search"
+    max_windows: Annotated[int, at_least(1)] = 2000
+    width: Annotated[int, at_least(0)] = 500
+    min_side: Annotated[int, at_least(1)] = 20
+    seed: Annotated[int, at_least(0)] = 0
+    workers: Annotated[int, at_least(0)] = 0
+    file: str = ""
+    test_file: str = ""
+    model: str = ""
+
+    def check(self) -> None:
+        """Raises ValueError for settings that don't fit together."""
+        if self.method == "file" and not self.file:
+            raise ValueError("give the file of boxes: --config.proposals.file=FILE")
+        if self.method == "edge_boxes" and not self.model:
+            raise ValueError(
+                "EdgeBoxes needs its structured-edge model: --config.proposals.model="
+                "model.yml.gz (opencv_extra has it)"
+            )
 
 
 def propose(
-    source: Source,
-    settings: ProposalSettings,
-    cache: str | Path,
-    *,
-    workers: int | None = None,
+    source: Source, settings: ProposalSettings, folder: str | Path
 ) -> list[np.ndarray]:
-    """The proposals of every record of a source, from the cache or found now.
+    """The proposals of every record of a source, from the folder or found now.
 
-    An image that can't be decoded has none; it is named and counted in the log, and
-    tried again by the next run. An interrupted run goes on where it stopped.
+    `folder`: where proposals are kept, those of other data sets and settings too.
 
-    `source`: its records have `image`, encoded, and `name`.
-    `cache`: an SQLite file, made if it is missing; it may hold those of other data
-    sets and settings too.
-    `workers`: threads that search; by default one for each core.
-
-    Returns: a list of read-only float32 [N, 4], one for each record.
-    Raises: ValueError for settings that don't fit; FileNotFoundError for a missing
-    model of EdgeBoxes; OSError for a cache that can't be used; RuntimeError naming the
-    image where searching fails.
+    Returns: a list of float32 [N, 4], one for each record; empty for an image that
+    can't be decoded, which the log names and the next run tries again.
+    Raises: FileNotFoundError for a missing model of EdgeBoxes; OSError for a folder
+    that can't be used; RuntimeError naming the image where searching fails.
     """
-    if workers is None:
-        workers = os.cpu_count() or 1
-    if workers < 1:
-        raise ValueError(f"workers must be at least 1, got {workers}")
-    key = settings_key(settings)
-    digests = []
-    first: dict[bytes, int] = {}
+    folder = Path(folder) / hashlib.sha256(settings_key(settings).encode()).hexdigest()
+    folder.mkdir(parents=True, exist_ok=True)
+    files = []
+    missing: dict[Path, int] = {}
     for index in range(len(source.records)):
-        digest = hashlib.sha256(source.records[index]["image"]).digest()
-        digests.append(digest)
-        first.setdefault(digest, index)
-    with _opened(Path(cache)) as connection:
-        found = _read(connection, first, key)
-        missing = {d: index for d, index in first.items() if d not in found}
-        if missing:
-            found |= _find_missing(source, settings, connection, key, missing, workers)
+        digest = hashlib.sha256(source.records[index]["image"]).hexdigest()
+        files.append(folder / f"{digest}.npy")
+        if not files[-1].exists():
+            missing.setdefault(files[-1], index)
+    if missing:
+        _find_missing(source, settings, missing)
     broken = BrokenImages(source)
-    for index, digest in enumerate(digests):
-        if digest not in found:
-            broken.add(index)
+    for index in (index for index, file in enumerate(files) if not file.exists()):
+        broken.add(index)
     broken.summarize()
-    return [found.get(digest, _to_array(b"")) for digest in digests]
+    none = np.zeros((0, 4), np.float32)
+    return [np.load(file) if file.exists() else none for file in files]
+
+
+def find_boxes(image: np.ndarray, settings: ProposalSettings) -> np.ndarray:
+    """The proposals of one image, uint8 [height, width, 3]: float32 [N, 4].
+
+    Raises: ValueError where they are from a file.
+    """
+    if settings.method == "file":
+        raise ValueError(
+            "this detector was trained on proposals from a file, which has none for "
+            "new images: give --config.proposals.method=selective_search"
+        )
+    if settings.method == "edge_boxes":
+        return edge_boxes(image, settings.model, max_windows=settings.max_windows)
+    return selective_search(
+        image,
+        width=settings.width,
+        min_side=settings.min_side,
+        max_windows=settings.max_windows,
+        seed=settings.seed,
+    )
 
 
 def settings_key(settings: ProposalSettings) -> str:
-    """The settings that decide about the boxes, as canonical JSON: the cache's key.
+    """The settings that decide about the boxes, as canonical JSON.
 
     The model of EdgeBoxes is in it by the hash of its bytes.
 
-    Raises: ValueError for settings that don't fit, FileNotFoundError for a missing
-    model.
+    Raises: FileNotFoundError for a missing model, ValueError for a file that is none.
     """
-    if settings.max_windows < 1:
-        raise ValueError(f"max_windows must be at least 1, got {settings.max_windows}")
     chosen: dict[str, Any] = {
         "method": settings.method,
-        "max_windows": int(settings.max_windows),
+        "max_windows": settings.max_windows,
         "version": _VERSION,
     }
-    if settings.method == "selective_search":
-        if settings.width < 0 or settings.min_side < 1:
-            raise ValueError(
-                f"width {settings.width} must be at least 0, and min_side "
-                f"{settings.min_side} at least 1"
-            )
-        for name in ("width", "min_side", "seed"):
-            chosen[name] = int(getattr(settings, name))
-    elif settings.method == "edge_boxes":
-        load_edge_model(settings.edge_model)
-        content = Path(settings.edge_model).read_bytes()
+    if settings.method == "edge_boxes":
+        load_edge_model(settings.model)
+        content = Path(settings.model).read_bytes()
         chosen["edge_model"] = hashlib.sha256(content).hexdigest()
     else:
-        raise ValueError(
-            f"unknown method {settings.method!r}: use 'selective_search' or "
-            "'edge_boxes'"
-        )
+        names = ("width", "min_side", "seed")
+        chosen |= {name: getattr(settings, name) for name in names}
     return json.dumps(chosen, sort_keys=True)
 
 
@@ -169,33 +173,28 @@ def save_proposals(
     for name, boxes in zip(names, proposals, strict=True):
         _check_boxes(boxes, f"the proposals of {name!r}")
     arrays = [np.asarray(boxes, np.float32).reshape(-1, 4) for boxes in proposals]
-    part = path.with_name(path.name + ".part")
-    with part.open("wb") as file:
+    with whole_file(path) as file:
         np.savez_compressed(
             file,
             names=np.array(names, str),
             counts=np.array([len(boxes) for boxes in arrays], np.int64),
             boxes=np.concatenate([np.zeros((0, 4), np.float32), *arrays]),
         )
-    part.replace(path)
 
 
 def load_proposals(path: str | Path, source: Source) -> list[np.ndarray]:
-    """Reads proposals of a source's images from a file.
+    """Reads proposals of a source's images from a file, clipped to their image.
 
     `path`: an `.npz` as `save_proposals` documents it; or a `.mat` of the R-CNN
     releases, such as `selective_search_data/voc_2007_trainval.mat`: a cell `images` of
     names, and a cell `boxes` of [N, 4], 1-based and inclusive (ymin, xmin, ymax, xmax).
     `source`: its records are matched by name, with or without their suffix.
 
-    Boxes are clipped to their image; those wholly outside of it are left out, and the
-    log says how many. So are all boxes of an image that can't be opened.
-
-    Returns: a list of float32 [N, 4], one for each record, half-open.
-    Raises: FileNotFoundError if there is no file. ValueError for a file of another
-    kind, images without proposals (their number and the first few), arrays of wrong
-    shapes, numbers that aren't finite, boxes that end before they begin, and an image
-    all of whose boxes are outside.
+    Returns: a list of float32 [N, 4], one for each record; boxes wholly outside of
+    their image are left out, and all of an image that can't be opened.
+    Raises: FileNotFoundError if there is no file; ValueError for a file of another
+    kind, images without proposals, boxes that are none, and an image all of whose boxes
+    are outside.
     """
     path = Path(path)
     if not path.is_file():
@@ -248,10 +247,9 @@ def proposal_recall(
     `proposals`: float [N, 4] for each image. `objects`: those of each image.
     `threshold`: the IoU from which on an object is found, 0–1.
 
-    Returns: a dict of plain values, for JSON: "recall" (over all objects; None without
-    any), "class_recall" (a list; None for a class without objects), "objects" and
-    "found" (numbers), "class_objects" (a list of numbers), "mean_proposals" (of an
-    image) and "threshold".
+    Returns: plain values for JSON: "recall", over all objects, and "class_recall", None
+    without any; "objects" and "found", numbers; "class_objects"; "mean_proposals" of an
+    image; "threshold".
     Raises: ValueError for lists of different lengths, and labels out of range.
     """
     if len(proposals) != len(objects):
@@ -268,24 +266,18 @@ def proposal_recall(
                 f"0…{num_classes - 1}"
             )
         counts += np.bincount(labels, minlength=num_classes)
-        if not len(labels) or not len(boxes):
-            continue
-        overlaps = np.asarray(iou(np.asarray(those.boxes)[counted], boxes))
-        hits = overlaps.max(axis=1) >= threshold
+        overlaps = iou(np.reshape(those.boxes, (-1, 4))[counted], boxes)
+        hits = overlaps.max(axis=1, initial=-1) >= threshold
         found += np.bincount(labels[hits], minlength=num_classes)
-    total = int(counts.sum())
+    total, hit = int(counts.sum()), int(found.sum())
+    pairs = zip(found.tolist(), counts.tolist(), strict=True)
     return {
-        "recall": int(found.sum()) / total if total else None,
-        "class_recall": [
-            int(hits) / int(count) if count else None
-            for hits, count in zip(found, counts, strict=True)
-        ],
+        "recall": hit / total if total else None,
+        "class_recall": [own / count if count else None for own, count in pairs],
         "objects": total,
-        "found": int(found.sum()),
+        "found": hit,
         "class_objects": counts.tolist(),
-        "mean_proposals": (
-            sum(map(len, proposals)) / len(proposals) if len(proposals) else 0.0
-        ),
+        "mean_proposals": sum(map(len, proposals)) / max(len(proposals), 1),
         "threshold": threshold,
     }
 
@@ -293,120 +285,49 @@ def proposal_recall(
 def _find_missing(
     source: Source,
     settings: ProposalSettings,
-    connection: sqlite3.Connection,
-    key: str,
-    missing: Mapping[bytes, int],
-    workers: int,
-) -> dict[bytes, np.ndarray]:
-    """Finds the proposals of these images and writes each to the cache at once."""
-    found: dict[bytes, np.ndarray] = {}
-    todo = iter(missing.items())
-    running: dict[Future[np.ndarray | None], tuple[bytes, int]] = {}
+    missing: Mapping[Path, int],
+) -> None:
+    """Finds the proposals of some records, and writes each to its file at once."""
+
+    def find(path: Path, index: int) -> None:
+        record = source.records[index]
+        try:
+            image = decode_image(record["image"])
+        except ValueError:
+            return  # `propose` names it
+        try:
+            boxes = find_boxes(image, settings)
+        except Exception as error:
+            raise RuntimeError(
+                f"no proposals could be found in {record['name']!r}, record {index} of "
+                f"split {source.split!r} of {source.name}: {error!r}. What was found "
+                "in other images is kept"
+            ) from error
+        write_array(path, boxes.astype(np.float32))
+
     known = len(source.records) - len(missing)
     with (
         progress_bar("proposals", len(source.records), done=known) as bar,
-        ThreadPoolExecutor(workers) as pool,
+        ThreadPoolExecutor(settings.workers or os.cpu_count()) as pool,
     ):
         try:
-            while True:
-                # Two for each worker: none waits, and few images are in memory.
-                for digest, index in itertools.islice(todo, 2 * workers - len(running)):
-                    image = source.records[index]["image"]
-                    future = pool.submit(_find, image, settings)
-                    running[future] = digest, index
-                if not running:
-                    return found
-                for future in wait(running, return_when=FIRST_COMPLETED).done:
-                    digest, index = running.pop(future)
-                    boxes = _result(future, source, index)
-                    if boxes is not None:
-                        blob = boxes.astype("<f4").tobytes()
-                        _write(connection, digest, key, blob)
-                        found[digest] = _to_array(blob)
-                    bar.update()
+            found = [pool.submit(find, *one) for one in missing.items()]
+            for future in as_completed(found):
+                future.result()
+                bar.update()
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
 
 
-def _find(encoded: bytes, settings: ProposalSettings) -> np.ndarray | None:
-    """The proposals of an encoded image; None if it can't be decoded."""
-    try:
-        image = decode_image(encoded)
-    except ValueError:
-        return None
-    if settings.method == "edge_boxes":
-        return edge_boxes(image, settings.edge_model, max_windows=settings.max_windows)
-    return selective_search(
-        image,
-        width=settings.width,
-        min_side=settings.min_side,
-        max_windows=settings.max_windows,
-        seed=settings.seed,
-    )
-
-
-def _result(
-    future: Future[np.ndarray | None], source: Source, index: int
-) -> np.ndarray | None:
-    try:
-        return future.result()
-    except Exception as error:
-        raise RuntimeError(
-            f"no proposals could be found in {source.records[index]['name']!r}, record "
-            f"{index} of split {source.split!r} of {source.name}: {error!r}. What was "
-            "found in other images is kept"
-        ) from error
-
-
-@contextmanager
-def _opened(path: Path) -> Iterator[sqlite3.Connection]:
-    """The cache's connection; each statement is a transaction of its own."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        connection = sqlite3.connect(path, timeout=_LOCK_SECONDS, isolation_level=None)
-        with closing(connection):
-            connection.execute(
-                "CREATE TABLE IF NOT EXISTS proposals (image BLOB, settings TEXT, "
-                "boxes BLOB NOT NULL, PRIMARY KEY (image, settings))"
-            )
-            yield connection
-    except sqlite3.Error as error:
-        raise OSError(
-            f"can't keep proposals in {str(path)!r}: {error}. Choose another file, or "
-            "remove it if it is none of proposals"
-        ) from error
-
-
-def _read(
-    connection: sqlite3.Connection, digests: Mapping[bytes, int], key: str
-) -> dict[bytes, np.ndarray]:
-    query = "SELECT boxes FROM proposals WHERE image = ? AND settings = ?"
-    rows = {d: connection.execute(query, (d, key)).fetchone() for d in digests}
-    return {digest: _to_array(row[0]) for digest, row in rows.items() if row}
-
-
-def _write(
-    connection: sqlite3.Connection, digest: bytes, key: str, blob: bytes
-) -> None:
-    # Another process may have been faster; its boxes are the same.
-    query = "INSERT OR IGNORE INTO proposals VALUES (?, ?, ?)"
-    connection.execute(query, (digest, key, blob))
-
-
-def _to_array(blob: bytes) -> np.ndarray:
-    return np.frombuffer(blob, "<f4").reshape(-1, 4)
-
-
 def _read_npz(path: Path) -> tuple[list[str], list[np.ndarray]]:
-    wanted = {"names", "boxes", "counts"}
+    wanted = ("names", "boxes", "counts")
     try:
         with np.load(path, allow_pickle=False) as file:
-            arrays = {name: file[name] for name in wanted & set(file.files)}
+            arrays = {name: file[name] for name in wanted if name in file}
     except (ValueError, TypeError, OSError, EOFError, zipfile.BadZipFile) as error:
         raise ValueError(f"can't read proposals from {str(path)!r}: {error}") from error
-    _check_keys(path, arrays, wanted)
-    names, boxes, counts = (arrays[name] for name in ("names", "boxes", "counts"))
+    names, boxes, counts = _chosen(path, arrays, wanted)
     fits = (
         names.ndim == 1
         and names.dtype.kind == "U"
@@ -436,18 +357,17 @@ def _read_mat(path: Path) -> tuple[list[str], list[np.ndarray]]:
         ) from error
     except (ValueError, TypeError, OSError, MatReadError) as error:
         raise ValueError(f"can't read proposals from {str(path)!r}: {error}") from error
-    arrays = {name: content[name] for name in ("images", "boxes") if name in content}
-    _check_keys(path, arrays, {"images", "boxes"})
-    cells = [arrays["images"].ravel(), arrays["boxes"].ravel()]
-    if len(cells[0]) != len(cells[1]) or any(cell.dtype != object for cell in cells):
+    images, cells = (
+        part.ravel() for part in _chosen(path, content, ("images", "boxes"))
+    )
+    if len(images) != len(cells) or {images.dtype, cells.dtype} != {np.dtype(object)}:
         raise ValueError(
             f"{str(path)!r} must hold cells `images` and `boxes` of the same length, "
-            f"but has {cells[0].dtype} {cells[0].shape} and {cells[1].dtype} "
-            f"{cells[1].shape}"
+            f"but has {images.dtype} {images.shape} and {cells.dtype} {cells.shape}"
         )
-    names = [str(np.squeeze(name)) for name in cells[0]]
+    names = [str(np.squeeze(name)) for name in images]
     boxes = []
-    for name, inclusive in zip(names, cells[1], strict=True):
+    for name, inclusive in zip(names, cells, strict=True):
         inclusive = inclusive.astype(np.float64) if inclusive.size else np.zeros((0, 4))
         if inclusive.ndim != 2 or inclusive.shape[1] != 4:
             raise ValueError(
@@ -458,10 +378,11 @@ def _read_mat(path: Path) -> tuple[list[str], list[np.ndarray]]:
     return names, boxes
 
 
-def _check_keys(path: Path, arrays: Mapping[str, Any], wanted: set[str]) -> None:
-    absent = sorted(wanted - set(arrays))
+def _chosen(path: Path, arrays: Mapping[str, Any], wanted: Sequence[str]) -> list[Any]:
+    absent = sorted(set(wanted) - set(arrays))
     if absent:
         raise ValueError(f"{str(path)!r} holds no proposals: it lacks {absent}")
+    return [arrays[name] for name in wanted]
 
 
 def _check_distinct(names: Sequence[str], where: str) -> None:

@@ -16,6 +16,8 @@ from pathlib import Path
 import cv2
 import numpy as np
 
+from sppnet_jax.data.images import check_image
+
 log = logging.getLogger(__name__)
 
 # The release's fast mode: graph segmentations with these k, merged no smaller than k.
@@ -40,12 +42,9 @@ def selective_search(
 
     The settings are those of the R-CNN release's fast mode: HSV and Lab, k = 50 and
     100, σ = 0.8, regions merged by colour, texture, size and fill and by the last three
-    (OpenCV's own "fast" has k = 150, 300 and 450 and finds 38 % as many windows).
-    What differs: OpenCV rounds colours to 8 bits and compares four neighbours a pixel.
-
-    As in the paper on selective search, windows are ranked by their position in the
-    hierarchy, the whole image first, times a random number; the position is read off
-    their areas.
+    (OpenCV's own "fast" has k = 150, 300 and 450 and finds 38 % as many windows). As in
+    the paper on selective search, windows are ranked by their position in the
+    hierarchy, the whole image first, times a random number.
 
     `image`: uint8 [height, width, 3], RGB.
     `width`: of the image that is searched, in pixels; 0 takes it as it is. One that
@@ -59,7 +58,7 @@ def selective_search(
     where there is no window (section 4.1 of the paper).
     Raises: ValueError for arguments that do not fit.
     """
-    _check_image(image)
+    check_image(image)
     if width < 0 or min_side < 1 or max_windows < 1:
         raise ValueError(
             f"width {width} must be at least 0, min_side {min_side} and max_windows "
@@ -82,18 +81,14 @@ def edge_boxes(
     """Windows that hold whole contours and cut few (EdgeBoxes).
 
     `image`: uint8 [height, width, 3], RGB.
-    `model_path`: the structured-edge model, `model.yml.gz` of OpenCV's repository
-    opencv_extra (testdata/cv/ximgproc).
+    `model_path`: of the structured-edge model, see `load_edge_model`.
     `max_windows`: how many windows to keep at most, those with the best scores.
 
-    Returns: float32 [N, 4] with 1 ≤ N ≤ max_windows, no two alike; the whole image
-    where there is no window.
+    Returns: as `selective_search`.
     Raises: FileNotFoundError if there is no model, ValueError for a file that is none
-    and for arguments that do not fit.
+    and for an array that is no image.
     """
-    _check_image(image)
-    if max_windows < 1:
-        raise ValueError(f"max_windows {max_windows} must be at least 1")
+    check_image(image)
     detector = load_edge_model(model_path)
     if min(image.shape[:2]) < _EDGE_PATCH:
         return _whole_image(image)
@@ -218,13 +213,3 @@ def _to_boxes(
 
 def _whole_image(image: np.ndarray) -> np.ndarray:
     return np.array([[0, 0, *image.shape[:2]]], np.float32)
-
-
-def _check_image(image: np.ndarray) -> None:
-    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
-        raise ValueError(
-            "image must be uint8 [height, width, 3], RGB, got "
-            f"{image.dtype} {list(image.shape)}"
-        )
-    if 0 in image.shape:
-        raise ValueError(f"the image is empty: shape {list(image.shape)}")

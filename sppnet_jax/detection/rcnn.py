@@ -7,9 +7,7 @@ the map of each window, or its pooled vector where that is smaller.
 """
 
 import logging
-import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +18,15 @@ import numpy as np
 from sppnet_jax.data.broken import BrokenImages
 from sppnet_jax.data.images import decode_image
 from sppnet_jax.data.sources import Source
-from sppnet_jax.detection.maps import save_array
+from sppnet_jax.detection.finetune import StepsAhead
 from sppnet_jax.detection.warp import warp_windows
 from sppnet_jax.network.model import SPPNet
 from sppnet_jax.network.preprocess import Preprocessing, normalize
+from sppnet_jax.network.trained import Network
 from sppnet_jax.network.trunks import layers_geometry
 from sppnet_jax.pyramid.pooling import num_bins
 from sppnet_jax.run import parallel
+from sppnet_jax.run.files import write_array
 from sppnet_jax.run.progress import progress_bar
 
 PAPER_CONTEXT = 16 / 227  # of the warped side, on each side of the window
@@ -35,9 +35,7 @@ log = logging.getLogger(__name__)
 
 
 def convolve_windows(
-    model: SPPNet,
-    params: Any,
-    preprocessing: Preprocessing,
+    network: Network,
     source: Source,
     boxes: Sequence[np.ndarray],
     folder: Path,
@@ -46,73 +44,55 @@ def convolve_windows(
     batch_size: int = 128,
     threads: int = 8,
     dtype: str = "float32",
-) -> dict[str, Any]:
+) -> None:
     """Writes what the convolutions give each box of each image, where it is not there.
 
     `boxes`: float [N, 4] for each image, in its pixels.
     `context`: pixels of the warped window that show the surroundings, on each side.
     `batch_size`: warped windows that are convolved at a time.
-
-    Returns: a report of plain values: images, windows, broken, and the seconds that
-    warping and convolving took.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     missing = [i for i in range(len(boxes)) if not (folder / f"{i:06d}.npy").exists()]
-    run = windows_function(model, params, preprocessing, batch_size=batch_size)
-    fill = fill_color(preprocessing)
+    run = windows_function(network, batch_size=batch_size)
+    fill, side = fill_color(network.preprocessing), network.model.image_size
     broken = BrokenImages(source)
-    seconds = {"warping": 0.0, "convolving": 0.0}
 
-    def load(index: int) -> tuple[np.ndarray | None, float]:
-        started = time.perf_counter()
+    def load(index: int) -> np.ndarray | None:
         try:
             image = decode_image(source.records[index]["image"])
         except ValueError:
-            return None, 0.0
-        warped = warp_windows(
-            image, boxes[index], model.image_size, context=context, fill=fill
-        )
-        return warped, time.perf_counter() - started
+            return None
+        return warp_windows(image, boxes[index], side, context=context, fill=fill)
 
     done = len(boxes) - len(missing)
     with (
-        ThreadPoolExecutor(1) as ahead,
+        StepsAhead(lambda step: load(missing[step]), len(missing)) as ahead,
         progress_bar("windows of R-CNN", len(boxes), done=done) as bar,
     ):
-        waiting = ahead.submit(load, missing[0]) if missing else None
-        for number, index in enumerate(missing):
-            assert waiting is not None
-            warped, taken = waiting.result()
-            if number + 1 < len(missing):
-                waiting = ahead.submit(load, missing[number + 1])
-            seconds["warping"] += taken
-            path = folder / f"{index:06d}.npy"
+        for index in missing:
+            warped = next(ahead)
             if warped is None:
                 broken.add(index)
-                save_array(path, np.zeros((0, 0, 0, 0), dtype))
+                found = np.zeros((0, 0, 0, 0))
             else:
-                started = time.perf_counter()
                 found = run(warped)
-                seconds["convolving"] += time.perf_counter() - started
-                save_array(path, found.astype(dtype))
+            write_array(folder / f"{index:06d}.npy", found.astype(dtype))
             bar.update()
     broken.summarize()
-    return {
-        "images": len(boxes),
-        "windows": int(sum(len(boxes[i]) for i in missing)),
-        "broken": len(broken),
-        "seconds": {name: round(value, 2) for name, value in seconds.items()},
-        "stored": "pooled vectors" if stores_pooled(model) else "maps of the windows",
-    }
+
+
+def load_windows(folder: Path, index: int) -> np.ndarray:
+    """What is kept of an image's windows, [N, …]; read as far as it is used."""
+    return np.load(folder / f"{index:06d}.npy", mmap_mode="r")
 
 
 def windows_function(
-    model: SPPNet, params: Any, preprocessing: Preprocessing, *, batch_size: int
+    network: Network, *, batch_size: int
 ) -> Callable[[np.ndarray], np.ndarray]:
     """From warped windows uint8 [N, side, side, 3] to what is kept of each, [N, …].
 
     Runs in batches on all devices.
     """
+    model, preprocessing = network.model, network.preprocessing
     pooled = stores_pooled(model)
 
     def convolve(params: Any, images: jax.Array) -> jax.Array:
@@ -123,7 +103,7 @@ def windows_function(
         return maps.astype(jnp.float32)
 
     program = parallel.data_parallel(convolve)
-    replicated = parallel.replicate(params)
+    replicated = parallel.replicate(network.params)
     batch = parallel.round_up_to_devices(batch_size)
 
     def run(warped: np.ndarray) -> np.ndarray:
@@ -141,12 +121,22 @@ def windows_function(
     return run
 
 
+def kept_as(model: SPPNet) -> str:
+    """What is kept of each window, in words."""
+    return "pooled vectors" if stores_pooled(model) else "maps of windows"
+
+
 def stores_pooled(model: SPPNet) -> bool:
     """Whether a window's pooled vector is smaller than its map, and so is kept."""
     if model.levels is None:
         return True
     side = layers_geometry(model.backbone.layers).map_size(model.image_size)
     return side * side > num_bins(model.levels)
+
+
+def levels_to_pool(model: SPPNet) -> tuple[int, ...] | None:
+    """The pyramid's levels where a window's map is kept, None for its pooled vector."""
+    return None if stores_pooled(model) else model.levels
 
 
 def fill_color(preprocessing: Preprocessing) -> np.ndarray:

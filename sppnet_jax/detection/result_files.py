@@ -12,22 +12,21 @@ numbers, here 1 for the first.
 """
 
 import json
-import math
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote, unquote
+from urllib.parse import quote
 
 import numpy as np
 
+from sppnet_jax.data.sources import Objects
 from sppnet_jax.detection.detection_table import (
     DetectionTable,
-    GroundTruth,
     check_detections,
     check_ground_truth,
 )
-from sppnet_jax.run.run_folder import whole_file
+from sppnet_jax.run.files import whole_file, write_text
 
 
 def write_voc_results(
@@ -37,7 +36,6 @@ def write_voc_results(
     class_names: Sequence[str],
     *,
     split: str = "test",
-    competition: str = "comp4",
 ) -> list[Path]:
     """Writes VOC's results files, one for each class, also where nothing was found.
 
@@ -45,7 +43,7 @@ def write_voc_results(
     `detections`: of all images and classes.
     `image_ids`: of each image; in VOC the file's name without its suffix.
     `class_names`: in the order of the labels.
-    `split`, `competition`: parts of the files' names.
+    `split`: part of the files' names.
 
     Returns: the files, in the order of the classes.
     Raises: ValueError for ids or names that are empty or there twice, and for
@@ -53,77 +51,13 @@ def write_voc_results(
     """
     table = check_detections(detections, len(image_ids), len(class_names))
     ids = _encode_names(image_ids, "image ids")
-    paths = _voc_paths(folder, class_names, split, competition)
-    folder.mkdir(parents=True, exist_ok=True)
-    # Sorted by class once; rows of a class stay in their order.
-    order = np.argsort(table.labels, kind="stable")
-    bounds = np.searchsorted(table.labels[order], np.arange(len(class_names) + 1))
+    (start,) = _encode_names([f"comp4_det_{split}"], "the split")
+    names = _encode_names(class_names, "class names")
+    paths = [folder / f"{start}_{name}.txt" for name in names]
     for label, path in enumerate(paths):
-        rows = order[bounds[label] : bounds[label + 1]]
+        rows = np.flatnonzero(table.labels == label)
         _write_lines(path, _voc_lines(table, rows, ids))
     return paths
-
-
-def read_voc_results(
-    folder: Path,
-    image_ids: Sequence[str],
-    class_names: Sequence[str],
-    *,
-    split: str = "test",
-    competition: str = "comp4",
-) -> DetectionTable:
-    """Reads VOC's results files, by whichever program they were written.
-
-    Arguments as those of `write_voc_results`.
-
-    Returns: the detections class by class, each in the order of its file; scores and
-    boxes in float64.
-    Raises: FileNotFoundError for a class without a file; ValueError for a line that
-    isn't `image_id score xmin ymin xmax ymax`, naming the file and the line, and for
-    images that aren't among `image_ids`.
-    """
-    numbers = {id_: number for number, id_ in enumerate(image_ids)}
-    paths = _voc_paths(folder, class_names, split, competition)
-    missing = [path.name for path in paths if not path.exists()]
-    if missing:
-        raise FileNotFoundError(
-            f"{folder} holds no {missing[0]} ({len(missing)} of {len(paths)} classes "
-            "have no file): check the folder, split, competition and class names"
-        )
-    images: list[int] = []
-    labels: list[int] = []
-    values: list[list[float]] = []
-    for label, path in enumerate(paths):
-        for number, line in enumerate(
-            path.read_text("utf-8-sig").splitlines(), start=1
-        ):
-            fields = line.split()
-            if not fields:
-                continue
-            row = _floats(fields[1:])
-            if len(row) != 5 or not all(map(math.isfinite, row)):
-                raise ValueError(
-                    f"{path}, line {number}: {line!r} is not 'image_id score xmin ymin "
-                    "xmax ymax'"
-                )
-            # What other programs wrote may hold a % that means itself.
-            image = numbers.get(unquote(fields[0]), numbers.get(fields[0]))
-            if image is None:
-                raise ValueError(
-                    f"{path}, line {number}: {fields[0]!r} is none of the "
-                    f"{len(image_ids)} images; are these results of another split?"
-                )
-            images.append(image)
-            labels.append(label)
-            values.append(row)
-    columns = np.array(values, np.float64).reshape(-1, 5)
-    scores, xmin, ymin, xmax, ymax = columns.T
-    return DetectionTable(
-        np.array(images, np.int64),
-        np.array(labels, np.int64),
-        scores,
-        np.stack([ymin - 1, xmin - 1, ymax, xmax], axis=1),
-    )
 
 
 def write_coco_results(path: Path, detections: DetectionTable) -> None:
@@ -138,26 +72,25 @@ def write_coco_results(path: Path, detections: DetectionTable) -> None:
     limits = (1 + int(np.max(c, initial=0)) for c in detections[:2])
     table = check_detections(detections, *limits)
 
-    def records() -> Iterator[dict[str, Any]]:
-        boxes = _coco_boxes(table.boxes)
-        columns = (table.images.tolist(), table.labels.tolist(), table.scores.tolist())
-        for image, label, score, box in zip(*columns, boxes, strict=True):
-            yield {
-                "image_id": image + 1,
-                "category_id": label + 1,
-                "bbox": box,
-                "score": score,
-            }
-
-    path.parent.mkdir(parents=True, exist_ok=True)
-    _write_lines(path, _json_list(records()))
+    boxes = _coco_boxes(table.boxes)
+    columns = (table.images.tolist(), table.labels.tolist(), table.scores.tolist())
+    records = (
+        {
+            "image_id": image + 1,
+            "category_id": label + 1,
+            "bbox": box,
+            "score": score,
+        }
+        for image, label, score, box in zip(*columns, boxes, strict=True)
+    )
+    _write_lines(path, _json_list(records))
 
 
 def write_coco_ground_truth(
     path: Path,
     file_names: Sequence[str],
     sizes: np.ndarray,
-    ground_truth: Sequence[GroundTruth],
+    ground_truth: Sequence[Objects],
     class_names: Sequence[str],
 ) -> None:
     """Writes the objects of all images as a COCO annotation file.
@@ -179,11 +112,10 @@ def write_coco_ground_truth(
             f"as many, got {sizes.shape} and {len(file_names)}"
         )
     check_ground_truth(ground_truth, len(class_names))
+    named = zip(file_names, sizes.tolist(), strict=True)
     images = [
-        {"id": number, "file_name": name, "height": int(size[0]), "width": int(size[1])}
-        for number, (name, size) in enumerate(
-            zip(file_names, sizes, strict=True), start=1
-        )
+        {"id": number, "file_name": name, "height": int(height), "width": int(width)}
+        for number, (name, (height, width)) in enumerate(named, start=1)
     ]
     objects = [
         {
@@ -206,16 +138,7 @@ def write_coco_ground_truth(
         "annotations": [{"id": n, **one} for n, one in enumerate(objects, start=1)],
         "categories": [{"id": n, "name": c} for n, c in enumerate(class_names, 1)],
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    _write_lines(path, [json.dumps(value)])
-
-
-def _voc_paths(
-    folder: Path, class_names: Sequence[str], split: str, competition: str
-) -> list[Path]:
-    (start,) = _encode_names([f"{competition}_det_{split}"], "the split")
-    names = _encode_names(class_names, "class names")
-    return [folder / f"{start}_{name}.txt" for name in names]
+    write_text(path, json.dumps(value))
 
 
 def _encode_names(names: Sequence[str], what: str) -> list[str]:
@@ -227,11 +150,8 @@ def _encode_names(names: Sequence[str], what: str) -> list[str]:
     if len(set(names)) < len(names):
         twice = next(name for name in names if names.count(name) > 1)
         raise ValueError(f"{what} must be different, {twice!r} is there twice")
-    return [re.sub(r"[\s\x00-\x1f\x7f%/\\]", _quote, name) for name in names]
-
-
-def _quote(match: re.Match[str]) -> str:
-    return quote(match[0], safe="")
+    unsafe = re.compile(r"[\s\x00-\x1f\x7f%/\\]")
+    return [unsafe.sub(lambda found: quote(found[0], safe=""), name) for name in names]
 
 
 def _voc_lines(
@@ -245,13 +165,6 @@ def _voc_lines(
     for image, score, corner in zip(images, scores, corners.tolist(), strict=True):
         pixels = " ".join(repr(value).removesuffix(".0") for value in corner)
         yield f"{ids[image]} {score} {pixels}\n"
-
-
-def _floats(fields: Sequence[str]) -> list[float]:
-    try:
-        return [float(field) for field in fields]
-    except ValueError:
-        return []
 
 
 def _coco_boxes(boxes: np.ndarray) -> list[list[float]]:

@@ -19,9 +19,10 @@ from sppnet_jax.detection.average_precision import evaluate_detections
 from sppnet_jax.detection.detection_table import join_detections
 from sppnet_jax.detection.detector import Detections
 from sppnet_jax.detection.proposals import proposal_recall
-from sppnet_jax.run.run_folder import write_json
+from sppnet_jax.run.files import write_json, write_text
 
 EXAMPLES = 12  # images in the picture
+CURVES = ("recall", "precision")  # too long for results.json
 
 
 def write_results(
@@ -52,7 +53,10 @@ def write_results(
         "map_11_point": result.map_11_point,
         "map_area": result.map_area,
         "classes": [
-            {"name": name, **_without_curves(one)}
+            {
+                "name": name,
+                **{k: v for k, v in one._asdict().items() if k not in CURVES},
+            }
             for name, one in zip(class_names, result.classes, strict=True)
         ],
         "left_out": result.left_out,
@@ -61,18 +65,13 @@ def write_results(
     }
     write_json(folder / "results.json", report)
     text = markdown_table(report)
-    (folder / "table.md").write_text(text)
-    names = [source.records[index]["name"] for index in range(len(source.records))]
+    write_text(folder / "table.md", text)
     result_files.write_voc_results(
-        folder / "voc",
-        table,
-        image_ids(source),
-        class_names,
-        split=source.split,
+        folder / "voc", table, image_ids(source), class_names, split=source.split
     )
     result_files.write_coco_results(folder / "coco_results.json", table)
     result_files.write_coco_ground_truth(
-        folder / "coco_ground_truth.json", names, sizes, objects, class_names
+        folder / "coco_ground_truth.json", _names(source), sizes, objects, class_names
     )
     curves = [
         detection_plots.Curve(name, one.recall, one.precision, one.ap_11_point)
@@ -92,8 +91,7 @@ def image_ids(source: Source) -> list[str]:
 
     Raises: ValueError where two images have the same.
     """
-    names = [source.records[index]["name"] for index in range(len(source.records))]
-    ids = [str(Path(name).with_suffix("")) for name in names]
+    ids = [str(Path(name).with_suffix("")) for name in _names(source)]
     repeated = [name for name, count in Counter(ids).items() if count > 1]
     if repeated:
         raise ValueError(
@@ -133,9 +131,8 @@ def markdown_table(report: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _without_curves(one: Any) -> dict[str, Any]:
-    numbers = one._asdict()
-    return {k: v for k, v in numbers.items() if k not in ("recall", "precision")}
+def _names(source: Source) -> list[str]:
+    return [source.records[index]["name"] for index in range(len(source.records))]
 
 
 def _draw_examples(
@@ -153,16 +150,6 @@ def _draw_examples(
             image = decode_image(source.records[int(index)]["image"])
         except ValueError:
             continue
-        kept, truth = found[index].above(least_score), objects[index]
-        shown.append(
-            detection_plots.Shown(
-                image,
-                kept.boxes,
-                kept.labels,
-                kept.scores,
-                truth.boxes,
-                truth.labels,
-                truth.difficult,
-            )
-        )
+        kept = found[index].above(least_score)
+        shown.append(detection_plots.Shown(image, *kept, *objects[index]))
     return detection_plots.plot_detections(shown, source.class_names, path)

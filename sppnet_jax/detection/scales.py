@@ -21,14 +21,10 @@ Size = tuple[int, int]
 
 
 def scale_factors(image_size: Size, sizes: Sequence[Size]) -> np.ndarray:
-    """Pixels of each resized image for one of the original, of rows and of columns.
+    """Pixels of each resized image for one of the original: float64 [scales, 2].
 
-    The two differ by the rounding of the resized sides, and where an image longer than
-    4:1 was squeezed.
-
-    `image_size`: (height, width) of the image. `sizes`: of the image at each scale.
-
-    Returns: float64 [scales, 2].
+    Those of rows and of columns differ by rounding, and where a long image was
+    squeezed. `image_size`: (height, width) of the image. `sizes`: at each scale.
     """
     return np.asarray(sizes, np.float64).reshape(-1, 2) / np.asarray(image_size, float)
 
@@ -80,9 +76,6 @@ def boxes_to_atlas(
 
 def share_windows(windows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Windows of the same cells once each, and which of them each window is.
-
-    Boxes closer together than the stride often have the same cells; what the network
-    says of them is computed once.
 
     `windows`: int [N, 4].
 

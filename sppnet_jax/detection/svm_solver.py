@@ -13,11 +13,8 @@ liblinear does so one class at a time. But all classes share their examples, and
 only in signs and bounds: an example that a class leaves out has the bounds 0 and 0. So
 a block of examples is scored by all classes in one product of matrices, its variables
 are optimised one after the other on the block's own small Gram matrix, and a second
-product brings the weights up to date. Every step is liblinear's; the arithmetic is two
-large products. The dual never falls, and its limit is the optimum.
-
-What remains to be gained is bounded by the duality gap, the primal objective less the
-dual one: it is computed for every class, and decides when to stop.
+product brings the weights up to date. The dual never falls, and its limit is the
+optimum; the duality gap of every class bounds what remains, and decides when to stop.
 """
 
 import functools
@@ -28,6 +25,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from sppnet_jax.classification.ranking import check_finite
 from sppnet_jax.classification.svm import LinearSVMs
 
 log = logging.getLogger(__name__)
@@ -62,8 +60,7 @@ def solve_svms(
 ) -> SolvedSVMs:
     """Trains the linear SVM of every class, L1 hinge loss, to a known accuracy.
 
-    The defaults are those of the R-CNN release, whose features are scaled to a mean
-    length of 20 (see `hard_negatives.feature_scale`).
+    The defaults are those of the R-CNN release, for features of a mean length of 20.
 
     `features`: float [N, D], finite; computed with in float32.
     `labels`: int8 [N, classes]: 1 for a positive of the class, -1 for a negative, 0
@@ -78,31 +75,35 @@ def solve_svms(
     earlier solution with rows of zeros appended for new examples.
     `seed`: of the order in which examples are visited; equal seeds, equal results.
 
-    Returns: the SVMs, their dual variables, objectives, gaps and the epochs it took.
     Raises: ValueError for arguments that do not fit.
     """
     features, labels = np.asarray(features, np.float32), np.asarray(labels)
-    _check(features, labels, C, positive_weight, bias_multiplier, tolerance, max_epochs)
+    _check(features, labels)
     count, classes = labels.shape
     rng = np.random.default_rng(seed)
     order = rng.permutation(count)
     blocks = -(-count // BLOCK)
-    signs = _fill(labels[order], blocks)
+    signs = _in_blocks(labels, order)
     bounds = np.float32(C) * np.where(signs > 0, np.float32(positive_weight), signs**2)
     duals = np.zeros_like(signs)
     if start is not None:
-        duals = _fill(_checked_start(start, labels.shape)[order], blocks)
-        duals = np.clip(duals, 0, bounds)
-    examples = _prepare(
-        _shuffled(features, order, blocks), signs, bounds, bias_multiplier
+        start = np.asarray(start)
+        if start.shape != labels.shape or not np.isfinite(start).all():
+            raise ValueError(
+                f"start must be finite dual variables [N, classes] = {labels.shape}, "
+                f"got shape {start.shape}; append rows of zeros for new examples"
+            )
+        duals = np.clip(_in_blocks(start, order), 0, bounds)
+    x, constant = jnp.asarray(_in_blocks(features, order)), jnp.float32(bias_multiplier)
+    examples = _Examples(
+        x, jnp.asarray(signs), jnp.asarray(bounds), _grams(x, constant), constant
     )
     # From here on a dual variable has the sign of its example.
-    signed = jnp.asarray(duals * signs).reshape(examples.signs.shape)
+    signed = jnp.asarray(duals * signs)
     epochs = 0
     while True:
-        look = _look(examples, signed)
-        objectives = np.asarray(look.objectives, np.float64)
-        gaps = np.asarray(look.gaps, np.float64)
+        weights, bias, *found = _look(examples, signed)
+        objectives, gaps = (np.asarray(part, np.float64) for part in found)
         open_classes = gaps > tolerance * objectives
         if not open_classes.any() or epochs >= max_epochs:
             break
@@ -112,20 +113,29 @@ def solve_svms(
         signed = _visit(
             examples,
             signed,
-            look.weights,
-            look.bias,
+            weights,
+            bias,
             jnp.asarray(visits, jnp.int32),
             jnp.asarray(turns, jnp.int32),
         )
         epochs += some
     if open_classes.any():
-        _warn(open_classes, objectives, gaps, tolerance, epochs)
-    found = np.zeros((count, classes), np.float32)
-    found[order] = np.abs(np.asarray(signed).reshape(-1, classes)[:count])
-    svms = LinearSVMs(
-        np.asarray(look.weights), bias_multiplier * np.asarray(look.bias, np.float32)
-    )
-    return SolvedSVMs(svms, found, objectives, gaps, epochs)
+        named = (
+            f"class {number} (gap {gaps[number] / objectives[number]:.1e})"
+            for number in np.flatnonzero(open_classes)
+        )
+        log.warning(
+            "SVMs not within %g of their optimum after %d epochs: %s. Lower C, scale "
+            "the features down, or raise max_epochs",
+            tolerance,
+            epochs,
+            ", ".join(named),
+        )
+    final = np.zeros((count, classes), np.float32)
+    final[order] = np.abs(np.asarray(signed).reshape(-1, classes)[:count])
+    biases = bias_multiplier * np.asarray(bias, np.float32)
+    svms = LinearSVMs(np.asarray(weights), biases)
+    return SolvedSVMs(svms, final, objectives, gaps, epochs)
 
 
 class _Examples(NamedTuple):
@@ -138,26 +148,8 @@ class _Examples(NamedTuple):
     bias_feature: jax.Array
 
 
-class _Look(NamedTuple):
-    weights: jax.Array  # [classes, D]
-    bias: jax.Array  # [classes], the weight of the constant feature
-    objectives: jax.Array
-    gaps: jax.Array
-
-
 # TensorFloat-32, which GPUs would use, is too coarse for a gap of 1e-3.
 _dot = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
-
-
-def _prepare(
-    x: np.ndarray, signs: np.ndarray, bounds: np.ndarray, bias_multiplier: float
-) -> _Examples:
-    def in_blocks(rows: np.ndarray) -> jax.Array:
-        return jnp.asarray(rows.reshape(-1, BLOCK, rows.shape[1]))
-
-    examples, constant = in_blocks(x), jnp.float32(bias_multiplier)
-    grams = _grams(examples, constant)
-    return _Examples(examples, in_blocks(signs), in_blocks(bounds), grams, constant)
 
 
 @jax.jit
@@ -210,8 +202,9 @@ def _visit(
 
 
 @jax.jit
-def _look(examples: _Examples, signed: jax.Array) -> _Look:
-    """The SVMs that dual variables stand for, with objectives and gaps."""
+def _look(examples: _Examples, signed: jax.Array) -> tuple[jax.Array, ...]:
+    """The weights [classes, D] that dual variables stand for, and for each class that
+    of the constant feature, the objective and the gap."""
     # Summed anew, so that rounding errors of many updates do not add up.
     flat = signed.reshape(-1, signed.shape[-1])
     x = examples.x.reshape(len(flat), -1)
@@ -222,45 +215,23 @@ def _look(examples: _Examples, signed: jax.Array) -> _Look:
     losses = examples.bounds.reshape(flat.shape) * jnp.maximum(0, 1 - signs * scores)
     length = (weights**2).sum(axis=1) + bias**2
     loss, dual = losses.sum(axis=0), jnp.abs(flat).sum(axis=0)
-    return _Look(weights, bias, length / 2 + loss, length + loss - dual)
+    return weights, bias, length / 2 + loss, length + loss - dual
 
 
-def _shuffled(features: np.ndarray, order: np.ndarray, blocks: int) -> np.ndarray:
-    """Blocks that mix examples of all images; blank ones, bounded by 0, fill the last.
+def _in_blocks(rows: np.ndarray, order: np.ndarray) -> np.ndarray:
+    """Rows in an order, float32 [blocks, BLOCK, …]: blocks mix examples of all images.
 
-    One copy and no more: features may take gigabytes.
+    Blank ones, bounded by 0, fill the last. One copy and no more: features may take
+    gigabytes.
     """
-    x = np.empty((blocks * BLOCK, features.shape[1]), np.float32)
-    np.take(features, order, axis=0, out=x[: len(order)], mode="clip")
-    x[len(order) :] = 0
-    return x
-
-
-def _fill(rows: np.ndarray, blocks: int) -> np.ndarray:
+    blocks = -(-len(order) // BLOCK)
     filled = np.zeros((blocks * BLOCK, rows.shape[1]), np.float32)
-    filled[: len(rows)] = rows
-    return filled
+    source, out = np.asarray(rows, np.float32), filled[: len(order)]
+    np.take(source, order, axis=0, out=out, mode="clip")
+    return filled.reshape(blocks, BLOCK, -1)
 
 
-def _checked_start(start: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    start = np.asarray(start)
-    if start.shape != shape or not np.isfinite(start).all():
-        raise ValueError(
-            f"start must be finite dual variables [N, classes] = {shape}, got shape "
-            f"{start.shape}; append rows of zeros for new examples"
-        )
-    return start
-
-
-def _check(
-    features: np.ndarray,
-    labels: np.ndarray,
-    C: float,
-    positive_weight: float,
-    bias_multiplier: float,
-    tolerance: float,
-    max_epochs: int,
-) -> None:
+def _check(features: np.ndarray, labels: np.ndarray) -> None:
     if features.ndim != 2 or labels.ndim != 2 or len(features) != len(labels):
         raise ValueError(
             f"features {features.shape} must be [N, D], and labels {labels.shape} "
@@ -276,36 +247,4 @@ def _check(
             "labels must be 1 (positive), -1 (negative) or 0 (left out), but there are "
             f"{np.unique(labels)[:10].tolist()}"
         )
-    finite = np.isfinite(features).all(axis=1)
-    if not finite.all():
-        raise ValueError(
-            f"features {features.shape} have numbers that aren't finite, first in row "
-            f"{finite.argmin()}"
-        )
-    if not (C > 0 and positive_weight > 0 and tolerance > 0 and max_epochs > 0):
-        raise ValueError(
-            f"C {C}, positive_weight {positive_weight}, tolerance {tolerance} and "
-            f"max_epochs {max_epochs} must be above 0"
-        )
-    if not bias_multiplier >= 0:
-        raise ValueError(f"bias_multiplier must be at least 0, not {bias_multiplier}")
-
-
-def _warn(
-    open_classes: np.ndarray,
-    objectives: np.ndarray,
-    gaps: np.ndarray,
-    tolerance: float,
-    epochs: int,
-) -> None:
-    named = ", ".join(
-        f"class {number} (gap {gaps[number] / objectives[number]:.1e})"
-        for number in np.flatnonzero(open_classes)
-    )
-    log.warning(
-        "SVMs not within %g of their optimum after %d epochs: %s. Lower C, scale the "
-        "features down, or raise max_epochs",
-        tolerance,
-        epochs,
-        named,
-    )
+    check_finite(features, "features")

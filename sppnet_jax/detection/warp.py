@@ -18,6 +18,8 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import PIL.Image
 
+from sppnet_jax.data.images import check_image
+
 # Edges are rounded to this part of a pixel, which Pillow's float32 holds exactly, so
 # that a window depends on its own box alone.
 GRID = 1 / 256
@@ -51,8 +53,11 @@ def warp_windows(
     warped = np.empty((len(boxes), side, side, 3), np.uint8)
     if not len(boxes):
         return warped
-    corners, pixels = _enlarge(boxes, side, context)
-    padded, origin = _pad(image, corners, pixels, color)
+    frame = (boxes[:, 2:] - boxes[:, :2]) * (context / (side - 2 * context))
+    start = np.round((boxes[:, :2] - frame) / GRID) * GRID
+    stop = np.round((boxes[:, 2:] + frame) / GRID) * GRID
+    padded, origin = _pad(image, start, stop, side, color)
+    corners = np.concatenate([start, stop], axis=1)
     # Pillow wants (left, top, right, bottom), from the corner of the padded image.
     areas = (corners - np.tile(origin, 2))[:, [1, 0, 3, 2]]
 
@@ -68,30 +73,17 @@ def warp_windows(
     return warped
 
 
-def _enlarge(
-    boxes: np.ndarray, side: int, context: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """Boxes with their surroundings [N, 4], and the pixels a square's one spans [N, 2].
-
-    The second is (rows, columns): how much the image shrinks along each.
-    """
-    frame = (boxes[:, 2:] - boxes[:, :2]) * (context / (side - 2 * context))
-    start = np.round((boxes[:, :2] - frame) / GRID) * GRID
-    stop = np.round((boxes[:, 2:] + frame) / GRID) * GRID
-    return np.concatenate([start, stop], axis=1), (stop - start) / side
-
-
 def _pad(
-    image: np.ndarray, corners: np.ndarray, pixels: np.ndarray, color: np.ndarray
+    image: np.ndarray, start: np.ndarray, stop: np.ndarray, side: int, color: np.ndarray
 ) -> tuple[PIL.Image.Image, np.ndarray]:
     """The image with colour around it, and the (y, x) where the result begins.
 
-    It holds every pixel with a weight in any window: beyond a window's edge, half of
-    the triangle's width less half a pixel of the square.
+    It holds every pixel with a weight in any window [start, stop): beyond its edge,
+    half of the triangle's width less half a pixel of the square.
     """
-    reach = np.maximum(pixels, 1)
-    start = np.floor((corners[:, :2] - reach).min(axis=0)).astype(int)
-    stop = np.ceil((corners[:, 2:] + reach).max(axis=0)).astype(int)
+    reach = np.maximum((stop - start) / side, 1)
+    start = np.floor((start - reach).min(axis=0)).astype(int)
+    stop = np.ceil((stop + reach).max(axis=0)).astype(int)
     size = np.array(image.shape[:2])
     before, after = np.maximum(-start, 0), np.maximum(stop - size, 0)
     padded = np.empty((*(before + size + after), 3), np.uint8)
@@ -109,12 +101,7 @@ def _check(
     fill: float | Sequence[float] | np.ndarray,
 ) -> np.ndarray:
     """Checks the arguments of `warp_windows`; returns the colour, uint8 [3]."""
-    if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
-        raise ValueError(
-            f"image must be uint8 [h, w, 3], got {image.dtype} {image.shape}"
-        )
-    if 0 in image.shape:
-        raise ValueError(f"the image has no pixels: shape {image.shape}")
+    check_image(image)
     if boxes.ndim != 2 or boxes.shape[1] != 4:
         raise ValueError(
             "boxes must be float [N, 4], (ymin, xmin, ymax, xmax) in pixels, got shape "
@@ -125,22 +112,12 @@ def _check(
             f"a context of {context} pixels on each side leaves nothing of {side} for "
             "the box: it must be at least 0 and below side / 2"
         )
-    _check_boxes(boxes, *image.shape[:2])
-    color = np.asarray(fill, np.float64)
-    if color.shape not in ((), (3,)) or not ((color >= 0) & (color <= 255)).all():
-        raise ValueError(
-            f"fill must be one number from 0 to 255, or three, got {fill!r}"
-        )
-    return np.broadcast_to(np.round(color).astype(np.uint8), 3)
-
-
-def _check_boxes(boxes: np.ndarray, height: int, width: int) -> None:
-    size = np.array([height, width] * 2)
-    image = f"{height}×{width} pixels"
+    size = np.array(image.shape[:2] * 2)
+    pixels = "×".join(map(str, image.shape[:2]))
     faults = {
         "is not finite": ~np.isfinite(boxes).all(axis=1),
         "is empty": ~(boxes[:, 2:] > boxes[:, :2]).all(axis=1),
-        f"is far outside the image of {image}; clip boxes to it first": (
+        f"is far outside the image of {pixels} pixels; clip boxes to it first": (
             (boxes < -size) | (boxes > 2 * size)
         ).any(axis=1),
     }
@@ -148,3 +125,9 @@ def _check_boxes(boxes: np.ndarray, height: int, width: int) -> None:
         if bad.any():
             first = int(bad.argmax())
             raise ValueError(f"box {first} {fault}: {boxes[first].tolist()}")
+    color = np.asarray(fill, np.float64)
+    if color.shape not in ((), (3,)) or not ((color >= 0) & (color <= 255)).all():
+        raise ValueError(
+            f"fill must be one number from 0 to 255, or three, got {fill!r}"
+        )
+    return np.broadcast_to(np.round(color).astype(np.uint8), 3)

@@ -1,8 +1,7 @@
 """What the network says of boxes in an image: pooled, then through the fc layers.
 
 SPP-net pools each box's window from the maps of its image (`from_maps`); R-CNN warps
-and convolves each box by itself (`from_warped`). Both give a `WindowFeatures`, and all
-that is built on pooled features, from fine-tuning to tests, is the same code for both.
+and convolves each box by itself (`from_warped`). All else is the same code for both.
 
     features = from_maps(...)
     program = make_program(features, head)
@@ -13,7 +12,6 @@ rows: fc7, or the scores of all classes. Boxes with the same cells go through it
 """
 
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -22,7 +20,7 @@ import numpy as np
 
 from sppnet_jax.buckets.choice import choose_buckets
 from sppnet_jax.buckets.table import smallest_bucket
-from sppnet_jax.detection.maps import load_maps, scaled_sizes
+from sppnet_jax.detection.maps import scaled_sizes
 from sppnet_jax.detection.scales import (
     atlas_size,
     boxes_to_atlas,
@@ -58,7 +56,7 @@ class WindowFeatures(NamedTuple):
 
 
 def from_maps(
-    folder: Path,
+    maps_of: Callable[[int], list[np.ndarray]],
     boxes: Sequence[np.ndarray],
     sizes: np.ndarray,
     *,
@@ -69,12 +67,12 @@ def from_maps(
     rule: str = "paper",
     max_buckets: int = 4,
 ) -> WindowFeatures:
-    """Boxes pooled from the maps that `convolve_split` wrote: SPP-net.
+    """Boxes pooled from the maps of their images: SPP-net.
 
+    `maps_of`: an image's maps at all scales, `maps.load_maps` for instance.
     `boxes`: float [N, 4] for each image, in its pixels. `sizes`: of the images, int
     [images, 2]; (0, 0) for a broken one, which must have no boxes.
-    `sides`, `area`, `rule`: see scales.py. `max_buckets`: shapes of stacked maps; each
-    is a program of its own.
+    `sides`, `area`, `rule`: see scales.py. `max_buckets`: shapes of stacked maps.
     """
     per_side = [scaled_sizes(sizes, side) for side in sides]
     shapes = [
@@ -84,9 +82,7 @@ def from_maps(
     buckets = choose_buckets(np.array(shapes), max_buckets) if shapes else ()
 
     def inputs(image: int, chosen: Rows) -> tuple[Any, int, np.ndarray]:
-        atlas = stack_maps(
-            load_maps(folder, sides, image), smallest_bucket(shapes[image], buckets)
-        )
+        atlas = stack_maps(maps_of(image), smallest_bucket(shapes[image], buckets))
         windows = boxes_to_atlas(
             boxes[image][chosen],
             tuple(sizes[image]),
@@ -108,7 +104,8 @@ def atlas_inputs(
 ) -> tuple[tuple[np.ndarray, np.ndarray], int, np.ndarray]:
     """An atlas and its distinct windows, padded; see `WindowFeatures.inputs`."""
     distinct, which = share_windows(windows)
-    padded = np.tile(np.array([[0, 0, 1, 1]], np.int32), (_padded(len(distinct)), 1))
+    padded = np.zeros((padded_count(len(distinct)), 4), np.int32)
+    padded[:, 2:] = 1
     padded[: len(distinct)] = distinct
     return (atlas, padded), len(distinct), which
 
@@ -121,17 +118,20 @@ def pool_atlas(
 
 
 def from_warped(
-    folder: Path, boxes: Sequence[np.ndarray], levels: tuple[int, ...] | None
+    stored_of: Callable[[int], np.ndarray],
+    boxes: Sequence[np.ndarray],
+    levels: tuple[int, ...] | None,
 ) -> WindowFeatures:
-    """Boxes warped and convolved one by one, from the files of rcnn.py: R-CNN.
+    """Boxes warped and convolved one by one, see rcnn.py: R-CNN.
 
-    `levels`: of the pyramid; None where the files hold pooled features already.
+    `stored_of`: what is kept of an image's boxes, [N, …].
+    `levels`: of the pyramid; None where that is pooled already.
     """
 
     def inputs(image: int, chosen: Rows) -> tuple[Any, int, np.ndarray]:
-        stored = np.load(folder / f"{image:06d}.npy", mmap_mode="r")
+        stored = stored_of(image)
         rows, which = np.unique(chosen, return_inverse=True)
-        padded = np.zeros((_padded(len(rows)), *stored.shape[1:]), np.float32)
+        padded = np.zeros((padded_count(len(rows)), *stored.shape[1:]), np.float32)
         padded[: len(rows)] = stored[rows]
         return padded, len(rows), which.reshape(-1)
 
@@ -145,8 +145,8 @@ def from_warped(
 def make_program(features: WindowFeatures, head: Head) -> Callable[..., Any]:
     """Compiles (params, arrays, count) → `head` of the pooled features, [M, …] each.
 
-    Rows from `count`, rounded up to a whole chunk, on are zeros: what is padding does
-    not go through the fc layers, which take most of the time.
+    Whole chunks of padding, from row `count` on, stay zeros: the fc layers take most
+    of the time.
     """
 
     @jax.jit
@@ -163,20 +163,16 @@ def in_chunks(head: Head, params: Any, pooled: jax.Array, count: jax.Array) -> A
     def part(start: Any) -> Any:
         return head(params, jax.lax.dynamic_slice_in_dim(pooled, start, chunk))
 
-    shapes = jax.eval_shape(part, 0)
     zeros = jax.tree.map(
-        lambda s: jnp.zeros((len(pooled), *s.shape[1:]), s.dtype), shapes
+        lambda s: jnp.zeros((len(pooled), *s.shape[1:]), s.dtype),
+        jax.eval_shape(part, 0),
     )
 
     def step(index: jax.Array, found: Any) -> Any:
         start = index * chunk
-        return jax.tree.map(
-            lambda all_rows, rows: jax.lax.dynamic_update_slice_in_dim(
-                all_rows, rows, start, 0
-            ),
-            found,
-            part(start),
-        )
+        put = jax.lax.dynamic_update_slice_in_dim
+        rows = part(start)
+        return jax.tree.map(lambda old, new: put(old, new, start, 0), found, rows)
 
     return jax.lax.fori_loop(0, (count + chunk - 1) // chunk, step, zeros)
 
@@ -202,7 +198,7 @@ def pooled_rows(params: Any, pooled: jax.Array) -> jax.Array:
     return pooled
 
 
-def _padded(count: int) -> int:
+def padded_count(count: int) -> int:
     """The next multiple of `CHUNK`; of few rows, the next power of two."""
     if count > CHUNK:
         return -(-count // CHUNK) * CHUNK

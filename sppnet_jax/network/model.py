@@ -6,7 +6,7 @@ image to the size that the network was made for.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Annotated, Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -21,6 +21,7 @@ from sppnet_jax.network.layers import (
     zero_beyond,
 )
 from sppnet_jax.network.trunks import (
+    BACKBONES,
     LRN,
     Backbone,
     Conv,
@@ -29,9 +30,56 @@ from sppnet_jax.network.trunks import (
     output_size,
 )
 from sppnet_jax.pyramid.pooling import check_levels, spatial_pyramid_pool
+from sppnet_jax.run.settings import above, at_least, between, one_of
 
 Images = Float[Array, "batch height width 3"]
 Intermediates = dict[str, Array]
+
+
+WEIGHT_INITS = ("paper", "he")
+
+
+class Architecture(NamedTuple):
+    """Which network is made; see `create_model`.
+
+    `backbone`: "zf5", "convnet5", "overfeat5" or "overfeat7". `levels`: the pyramid; ()
+    for the twin without SPP. `width`: scales the filters and the units of fc6 and fc7.
+    `dropout`: of fc6 and fc7. `weight_init`: "paper", or "he" for narrow networks.
+    `bfloat16`: activations in bfloat16; parameters stay in float32.
+    """
+
+    backbone: Annotated[str, one_of(BACKBONES)] = "zf5"
+    levels: tuple[Annotated[int, at_least(1)], ...] = (6, 3, 2, 1)
+    width: Annotated[float, above(0)] = 1.0
+    dropout: Annotated[float, between(0, 1)] = 0.5
+    weight_init: Annotated[str, one_of(WEIGHT_INITS)] = "paper"
+    bfloat16: bool = False
+
+
+class Dense(nn.Module):
+    """A fully connected layer, whole or of a lower rank.
+
+    Its parameters are "kernel" [in, out] and "bias" [out]; instead of a kernel they may
+    hold two that follow each other, "down" [in, rank] and "up" [rank, out].
+    """
+
+    units: int
+    dtype: Any
+    kernel_init: Callable[..., Array]
+    bias_init: Callable[..., Array]
+
+    @nn.compact
+    def __call__(self, inputs: Float[Array, "batch in"]) -> Float[Array, "batch out"]:
+        if self.has_variable("params", "down"):
+            kernels = [self.get_variable("params", name) for name in ("down", "up")]
+        else:
+            shape = inputs.shape[-1], self.units
+            kernels = [self.param("kernel", self.kernel_init, shape)]
+        bias = self.param("bias", self.bias_init, (self.units,))
+        outputs = inputs.astype(self.dtype)
+        for kernel in kernels:
+            outputs = outputs @ jnp.asarray(kernel, self.dtype)
+        return outputs + jnp.asarray(bias, self.dtype)
 
 
 class SPPNet(nn.Module):
@@ -132,7 +180,10 @@ class SPPNet(nn.Module):
     def classify(
         self, pyramid: Float[Array, "batch pooled"], *, train: bool = False
     ) -> tuple[Float[Array, "batch classes"], Intermediates]:
-        """Logits from pooled vectors, and the activations of fc6 and fc7."""
+        """Logits from pooled vectors, and the activations of fc6 and fc7.
+
+        It needs the parameters of "fc6", "fc7" and "fc8" alone, whole or truncated.
+        """
         fc6 = nn.relu(self.fc6(pyramid))
         fc7 = nn.relu(self.fc7(self.drop(fc6, deterministic=not train)))
         logits = self.fc8(self.drop(fc7, deterministic=not train))
@@ -156,8 +207,8 @@ class SPPNet(nn.Module):
                 f"image_size."
             )
 
-    def _dense(self, units: int, bias: float) -> nn.Dense:
-        return nn.Dense(
+    def _dense(self, units: int, bias: float) -> Dense:
+        return Dense(
             units,
             dtype=self.dtype,
             kernel_init=self._kernel_init(),
@@ -197,7 +248,7 @@ def create_model(
     Raises: ValueError for an unknown backbone, or values that do not fit.
     """
     backbone = get_backbone(name)
-    if weight_init not in ("paper", "he"):
+    if weight_init not in WEIGHT_INITS:
         raise ValueError(f"unknown weight_init {weight_init!r}: use 'paper' or 'he'")
     if not (width > 0 and num_classes >= 1 and 0 <= dropout < 1):
         raise ValueError(
@@ -216,6 +267,21 @@ def create_model(
         weight_init=weight_init,
         dtype=dtype,
     )
+
+
+def make_model(architecture: Architecture, num_classes: int, image_size: int) -> SPPNet:
+    """The network of some settings; `image_size` is the side that it is trained at."""
+    named = architecture._asdict()
+    dtype = jnp.bfloat16 if named.pop("bfloat16") else jnp.float32
+    name, levels = named.pop("backbone"), named.pop("levels") or None
+    return create_model(
+        name, levels, num_classes, image_size=image_size, dtype=dtype, **named
+    )
+
+
+def param_shapes(model: SPPNet) -> Any:
+    """The shapes of a model's parameters; nothing is computed."""
+    return jax.eval_shape(lambda rng: init_params(model, rng), jax.random.PRNGKey(0))
 
 
 def init_params(model: SPPNet, rng: jax.Array) -> Any:

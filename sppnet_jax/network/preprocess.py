@@ -3,12 +3,34 @@
 Images are [batch, height, width, 3], RGB, 0 to 255.
 """
 
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Annotated, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, UInt8
+
+from sppnet_jax.run.settings import above, at_least
+
+
+class Inputs(NamedTuple):
+    """What the device makes of pixels; `make_preprocessing` turns it into numbers.
+
+    `mean`: subtracted; 0 subtracts the training set's mean image. `scale`: pixels are
+    divided by it after that. `color_sigma`: of the colour altering; 0 for none.
+    `statistics_images`: so many are read for the mean image and the colours, at most.
+    """
+
+    mean: float = 128.0
+    scale: Annotated[float, above(0)] = 1.0
+    color_sigma: Annotated[float, at_least(0)] = 0.1
+    statistics_images: Annotated[int, at_least(1)] = 10_000
+
+    @property
+    def need_statistics(self) -> bool:
+        """Whether the training set's statistics take part."""
+        return not self.mean or bool(self.color_sigma)
 
 
 class Preprocessing(NamedTuple):
@@ -24,6 +46,23 @@ class Preprocessing(NamedTuple):
     mean: np.ndarray
     scale: float
     color_shifts: np.ndarray
+
+
+def make_preprocessing(
+    inputs: Inputs, statistics: Mapping[str, np.ndarray] | None
+) -> Preprocessing:
+    """The numbers of a run.
+
+    `statistics`: "mean_image" [side, side, 3] and "covariance" [3, 3] of the training
+    set, where the inputs need them; None changes no colours and subtracts `mean`.
+    """
+    mean = np.asarray(inputs.mean, np.float32)
+    shifts = np.zeros((3, 3), np.float32)
+    if statistics is not None:
+        shifts = color_shifts(statistics["covariance"], inputs.color_sigma)
+        if not inputs.mean:
+            mean = statistics["mean_image"]
+    return Preprocessing(mean=mean, scale=inputs.scale, color_shifts=shifts)
 
 
 def normalize(

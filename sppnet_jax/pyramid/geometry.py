@@ -17,6 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import ArrayLike, Float, Int
 
+RULES = ("paper", "closest")  # from boxes to windows
+
 
 class Sliding(NamedTuple):
     """How one layer slides: side of its kernel, stride, padding on each side."""
@@ -105,7 +107,7 @@ def boxes_to_windows(
     Returns: int32 [N, 4], half-open, of NumPy where all arguments are.
     Raises: ValueError for arguments that do not fit.
     """
-    if rule not in ("paper", "closest"):
+    if rule not in RULES:
         raise ValueError(f"unknown rule {rule!r}: use 'paper' or 'closest'")
     arguments = jax.tree.leaves((boxes, scale, tuple(map_size)))
     in_jax = any(isinstance(argument, jax.Array) for argument in arguments)

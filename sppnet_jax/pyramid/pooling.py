@@ -11,6 +11,7 @@ Layout everywhere: features [..., height, width, channels], bins row-major in a 
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -18,11 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, ArrayLike, Float, Int
 
-from sppnet_jax.pyramid.span_max import span_max
-
-Maps = Float[Array, "batch height width channels"]
-Sizes = Int[Array, "batch 2"]
-Pooled = dict[int, jax.Array]  # by level: [batch, level, level, channels]
+from sppnet_jax.pyramid.span_max import reduce_slices, span_max
 
 
 def pyramid_bins(size: int, level: int, rule: str = "adaptive") -> np.ndarray:
@@ -46,11 +43,13 @@ def pyramid_bins(size: int, level: int, rule: str = "adaptive") -> np.ndarray:
         window, stride = math.ceil(size / level), size // level
         outputs = (size - window) // stride + 1 if stride else 0
         if outputs != level:
+            seen = f"{outputs}×{outputs}" if outputs else "no"
+            why = "" if outputs else " (stride 0)"
             raise ValueError(
-                f"the sliding rule gives {_count(outputs)} on a map of size {size} at "
-                f"level {level}, not {level}: window ceil({size}/{level}) = {window}, "
-                f"stride floor({size}/{level}) = {stride}. Use rule='adaptive', which "
-                "fits every size."
+                f"the sliding rule gives {seen} outputs{why} on a map of size {size} "
+                f"at level {level}, not {level}: window ceil({size}/{level}) = "
+                f"{window}, stride floor({size}/{level}) = {stride}. "
+                "Use rule='adaptive', which fits every size."
             )
         return np.stack([index * stride, index * stride + window], axis=1)
     raise ValueError(f"unknown rule {rule!r}: use 'adaptive' or 'sliding'")
@@ -79,22 +78,30 @@ def spatial_pyramid_pool(
     Raises: ValueError or TypeError for arguments that do not fit.
     """
     features = jnp.asarray(features)
-    _check_features(features, reducer)
+    if reducer not in ("max", "mean"):
+        raise ValueError(f"unknown reducer {reducer!r}: use 'max' or 'mean'")
+    if features.ndim < 3:
+        raise ValueError(
+            f"features must be [..., height, width, channels], got {features.shape}"
+        )
+    check_maps(features)
     levels = check_levels(levels)
     *batch, height, width, channels = features.shape
     maps = features.reshape(math.prod(batch), height, width, channels)
     if reducer == "mean":
         maps = maps.astype(jnp.promote_types(maps.dtype, jnp.float32))
     if valid_size is None:
-        pooled = _pool_whole(maps, levels, rule, reducer)
+        pool = partial(_pool_whole, maps, rule=rule, reducer=reducer)
     else:
         if rule != "adaptive":
             raise ValueError(
                 f"valid_size needs rule='adaptive', got {rule!r}: whether the sliding "
                 "rule gives n×n bins depends on the size, which is not known here"
             )
-        sizes = _check_valid_size(valid_size, batch, height, width)
-        pooled = _pool_valid(maps, levels, sizes.reshape(-1, 2), reducer)
+        sizes = _check_valid_size(valid_size, batch, height, width).reshape(-1, 2)
+        pool = partial(_pool_valid, maps, sizes=sizes, reducer=reducer)
+    nested = rule == "adaptive" and reducer == "max"
+    pooled = _pool_levels(levels, pool, nested=nested)
     bins = jnp.concatenate(
         [pooled[level].reshape(len(maps), level * level, channels) for level in levels],
         axis=1,
@@ -121,40 +128,29 @@ def check_levels(levels: Sequence[int]) -> tuple[int, ...]:
     return tuple(int(n) for n in levels)
 
 
-def _pool_whole(maps: Maps, levels: tuple[int, ...], rule: str, reducer: str) -> Pooled:
-    """Each level of whole maps."""
-
-    def pool(level: int) -> jax.Array:
-        rows = pyramid_bins(maps.shape[1], level, rule)
-        columns = pyramid_bins(maps.shape[2], level, rule)
-        if reducer == "max":
-            return span_max(maps, rows, columns)
-        return _mean_of_spans(_mean_of_spans(maps, rows, 1), columns, 2)
-
-    return _pool_levels(levels, pool, nested=(rule == "adaptive" and reducer == "max"))
+def _pool_whole(maps: jax.Array, level: int, *, rule: str, reducer: str) -> jax.Array:
+    rows, columns = (pyramid_bins(size, level, rule) for size in maps.shape[1:3])
+    if reducer == "max":
+        return span_max(maps, rows, columns)
+    return _mean_of_spans(_mean_of_spans(maps, rows, 1), columns, 2)
 
 
 def _pool_valid(
-    maps: Maps, levels: tuple[int, ...], sizes: Sizes, reducer: str
-) -> Pooled:
-    """Each level of the valid part of every map."""
-
-    def pool(level: int) -> jax.Array:
-        rows = _reduce_gathered(maps, sizes[:, 0], level, 1, reducer)
-        return _reduce_gathered(rows, sizes[:, 1], level, 2, reducer)
-
-    return _pool_levels(levels, pool, nested=reducer == "max")
+    maps: jax.Array, level: int, *, sizes: jax.Array, reducer: str
+) -> jax.Array:
+    rows = _reduce_gathered(maps, sizes[:, 0], level, 1, reducer)
+    return _reduce_gathered(rows, sizes[:, 1], level, 2, reducer)
 
 
 def _pool_levels(
     levels: tuple[int, ...], pool: Callable[[int], jax.Array], *, nested: bool
-) -> Pooled:
+) -> dict[int, jax.Array]:
     """Pools the finest level first; a level that divides a finer one is read off it.
 
     Under the adaptive rule, if n divides m, a bin of level n is exactly the union of
     (m/n)×(m/n) neighbouring bins of level m, whatever the size of the map.
     """
-    pooled: Pooled = {}
+    pooled: dict[int, jax.Array] = {}  # by level: [batch, level, level, channels]
     for level in sorted(set(levels), reverse=True):
         finer = [m for m in pooled if m % level == 0]
         if nested and finer:
@@ -171,11 +167,7 @@ def _mean_of_spans(maps: jax.Array, spans: np.ndarray, axis: int) -> jax.Array:
     if size % level == 0:
         tiles = (*maps.shape[:axis], level, size // level, *maps.shape[axis + 1 :])
         return jnp.mean(maps.reshape(tiles), axis=axis + 1)
-    parts = [
-        jnp.mean(jax.lax.slice_in_dim(maps, start, stop, axis=axis), axis=axis)
-        for start, stop in spans.tolist()
-    ]
-    return jnp.stack(parts, axis=axis)
+    return reduce_slices(jnp.mean, maps, spans.tolist(), axis)
 
 
 def _reduce_gathered(
@@ -201,17 +193,8 @@ def _reduce_gathered(
     return jnp.mean(cells, axis=axis + 1, where=inside)
 
 
-def _count(outputs: int) -> str:
-    return f"{outputs}×{outputs} outputs" if outputs else "no outputs (stride 0)"
-
-
-def _check_features(features: jax.Array, reducer: str) -> None:
-    if reducer not in ("max", "mean"):
-        raise ValueError(f"unknown reducer {reducer!r}: use 'max' or 'mean'")
-    if features.ndim < 3:
-        raise ValueError(
-            f"features must be [..., height, width, channels], got {features.shape}"
-        )
+def check_maps(features: jax.Array) -> None:
+    """Raises ValueError or TypeError for maps that are empty or of whole numbers."""
     if 0 in features.shape[-3:-1]:
         raise ValueError(f"features hold an empty map: shape {features.shape}")
     if not jnp.issubdtype(features.dtype, jnp.floating):

@@ -2,7 +2,9 @@
 
 A bin is a span of rows and one of columns: bins of a pyramid's level, or windows of a
 max pooling. On a CPU, XLA's own gradients of these maxima take seven times as long in
-the pyramid and 6 to 20 times in the pooling layers (its select-and-scatter).
+the pyramid and 6 to 20 times in the pooling layers (its select-and-scatter). Elsewhere
+the maxima are XLA's reduce-windows; the gradient is this one there too, since which of
+the two is faster on a GPU or TPU was not measured.
 
 The gradient asks each cell of each bin whether it is the bin's maximum, twice: to count
 them, and to hand each its share. Both are plain loops over bins and cells that XLA
@@ -12,7 +14,7 @@ each pass by itself where a bin is reduced in two. It is a gradient for reverse 
 """
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -45,22 +47,27 @@ def span_max(
     dtype, maps = maps.dtype, maps.astype(jnp.promote_types(maps.dtype, jnp.float32))
     rows, columns = _as_spans(rows), _as_spans(columns)
     if max(_longest(rows), _longest(columns)) > LONGEST:
-        return _max_of_slices(_max_of_slices(maps, rows, 1), columns, 2).astype(dtype)
+        best = reduce_slices(jnp.max, reduce_slices(jnp.max, maps, rows, 1), columns, 2)
+        return best.astype(dtype)
     cells = _longest(rows) * _longest(columns)
     if cells > MOST_CELLS or len(_runs(rows)) * len(_runs(columns)) > MOST_RUNS:
-        every_row = tuple((i, i + 1) for i in range(len(rows)))
-        every_column = tuple((i, i + 1) for i in range(maps.shape[2]))
-        maps = _span_max(maps, rows, every_column)
-        rows = every_row
+        maps = _span_max(maps, rows, tuple((i, i + 1) for i in range(maps.shape[2])))
+        rows = tuple((i, i + 1) for i in range(len(rows)))
     return _span_max(maps, rows, columns).astype(dtype)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
 def _span_max(maps: jax.Array, rows: Spans, columns: Spans) -> jax.Array:
-    def block(some_rows: Run, some_columns: Run) -> jax.Array:
-        return functools.reduce(jnp.maximum, _cells(maps, some_rows, some_columns))
+    def on_cpu(maps: jax.Array) -> jax.Array:
+        def block(some_rows: Run, some_columns: Run) -> jax.Array:
+            return functools.reduce(jnp.maximum, _cells(maps, some_rows, some_columns))
 
-    return materialized(_from_blocks(block, rows, columns))
+        return _window_of_one(_from_blocks(block, rows, columns))
+
+    def elsewhere(maps: jax.Array) -> jax.Array:
+        return _from_blocks(functools.partial(_reduce_window, maps), rows, columns)
+
+    return jax.lax.platform_dependent(maps, cpu=on_cpu, default=elsewhere)
 
 
 def _forward(
@@ -80,7 +87,8 @@ def _backward(
 
     # Nothing equals NaN: all cells of its bin get its gradient, which is NaN.
     def ties_of(some_rows: Run, some_columns: Run) -> jax.Array:
-        best = _of_runs(pooled, some_rows, some_columns)
+        best = _strided(pooled, some_rows.first, some_rows._replace(step=1), axis=1)
+        best = _strided(best, some_columns.first, some_columns._replace(step=1), axis=2)
         cells = _cells(maps, some_rows, some_columns)
         ties = functools.reduce(
             jnp.add, [(c == best).astype(maps.dtype) for c in cells]
@@ -140,11 +148,19 @@ def _strided(maps: jax.Array, start: int, run: Run, axis: int) -> jax.Array:
     return jax.lax.slice_in_dim(maps, start, stop, run.step, axis)
 
 
-def _of_runs(pooled: jax.Array, rows: Run, columns: Run) -> jax.Array:
-    """The bins of the runs."""
-    some = jax.lax.slice_in_dim(pooled, rows.first, rows.first + rows.spans, axis=1)
-    stop = columns.first + columns.spans
-    return jax.lax.slice_in_dim(some, columns.first, stop, axis=2)
+def _reduce_window(maps: jax.Array, rows: Run, columns: Run) -> jax.Array:
+    """The maxima of the runs' bins, as XLA has them."""
+    for axis, run in ((1, rows), (2, columns)):
+        stop = run.start + (run.spans - 1) * run.step + run.length
+        maps = jax.lax.slice_in_dim(maps, run.start, stop, axis=axis)
+    return jax.lax.reduce_window(
+        maps,
+        np.array(-np.inf, maps.dtype),
+        jax.lax.max,
+        (1, rows.length, columns.length, 1),
+        (1, rows.step, columns.step, 1),
+        "VALID",
+    )
 
 
 def _from_blocks(
@@ -176,9 +192,15 @@ def _covering(spans: Spans, size: int) -> list[tuple[np.ndarray, np.ndarray]]:
     ]
 
 
-def _max_of_slices(maps: jax.Array, spans: Spans, axis: int) -> jax.Array:
+def reduce_slices(
+    reduce: Callable[..., jax.Array],
+    maps: jax.Array,
+    spans: Iterable[Sequence[int]],
+    axis: int,
+) -> jax.Array:
+    """Each span of an axis reduced to one cell."""
     parts = [
-        jnp.max(jax.lax.slice_in_dim(maps, start, stop, axis=axis), axis=axis)
+        reduce(jax.lax.slice_in_dim(maps, start, stop, axis=axis), axis=axis)
         for start, stop in spans
     ]
     return jnp.stack(parts, axis=axis)
@@ -213,15 +235,13 @@ materialized.defvjp(
 
 
 def _window_of_one(maps: jax.Array) -> jax.Array:
-    windows, strides = (1, 1, 1, 2, 1), (1, 1, 1, 1, 1)
-    padding = ((0, 0), (0, 0), (0, 0), (1, 0), (0, 0))
     is_float = jnp.issubdtype(maps.dtype, jnp.floating)
     lowest = -jnp.inf if is_float else jnp.iinfo(maps.dtype).min
     return jax.lax.reduce_window(
         maps[:, :, :, None],
         np.array(lowest, maps.dtype),
         jax.lax.max,
-        windows,
-        strides,
-        padding,
+        (1, 1, 1, 2, 1),
+        (1, 1, 1, 1, 1),
+        ((0, 0), (0, 0), (0, 0), (1, 0), (0, 0)),
     )[:, :, :, 0]

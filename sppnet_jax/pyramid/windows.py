@@ -26,6 +26,7 @@ from jaxtyping import Array, ArrayLike, Float, Int
 from sppnet_jax.pyramid.pooling import (
     adaptive_span,
     check_levels,
+    check_maps,
     num_bins,
     pyramid_bins,
 )
@@ -67,35 +68,30 @@ def window_pyramid_pool(
             "features must be one map [height, width, channels], got "
             f"{features.shape}; use jax.vmap for several maps"
         )
-    if 0 in features.shape[:2]:
-        raise ValueError(f"features hold an empty map: shape {features.shape}")
-    if not jnp.issubdtype(features.dtype, jnp.floating):
-        raise TypeError(f"features must be floating point, got {features.dtype}")
+    check_maps(features)
     checked = _check_windows(windows, *features.shape[:2])
     return _pool_windows(features, checked, check_levels(levels))
 
 
-@functools.partial(jax.jit, static_argnames="levels")
-def _pool_windows(
-    features: jax.Array, windows: jax.Array, levels: tuple[int, ...]
-) -> jax.Array:
-    return _differentiable(features, windows, levels)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _differentiable(
+def _pool_here(
     features: jax.Array, windows: jax.Array, levels: tuple[int, ...]
 ) -> jax.Array:
     def on_cpu(features: jax.Array, windows: jax.Array) -> jax.Array:
         if features.dtype.itemsize != 2:
             return _pool(features, windows, levels)
         # A CPU has no arithmetic for half floats; their order is that of integers.
-        return _from_order(_pool(_order(features), windows, levels), features.dtype)
+        order = _flip_negative(_pool(_order(features), windows, levels))
+        return jax.lax.bitcast_convert_type(order, features.dtype)
 
-    def elsewhere(features: jax.Array, windows: jax.Array) -> jax.Array:
-        return _pool_at_once(features, windows, levels)
-
+    depth = features.shape[2]
+    elsewhere = functools.partial(
+        _pool, levels=levels, channels=depth, chunk=CHUNK_ELSEWHERE
+    )
     return jax.lax.platform_dependent(features, windows, cpu=on_cpu, default=elsewhere)
+
+
+_differentiable = jax.custom_vjp(_pool_here, nondiff_argnums=(2,))
+_pool_windows = jax.jit(_differentiable, static_argnums=2)
 
 
 def _forward(
@@ -115,16 +111,9 @@ def _backward(
     gradient = jnp.where(jnp.isnan(pooled), jnp.nan, gradient)
 
     def again(features: jax.Array) -> jax.Array:
-        def on_cpu(features: jax.Array) -> jax.Array:
-            return _pool(features, windows, levels)
-
-        def elsewhere(features: jax.Array) -> jax.Array:
-            return _pool_at_once(features, windows, levels)
-
         # Thousands of windows add to a cell: half floats would lose most of the sum.
         wide = features.astype(jnp.promote_types(features.dtype, jnp.float32))
-        pooled = jax.lax.platform_dependent(wide, cpu=on_cpu, default=elsewhere)
-        return pooled.astype(features.dtype)
+        return _pool_here(wide, windows, levels).astype(features.dtype)
 
     return jax.vjp(again, features)[1](gradient)[0], None
 
@@ -184,21 +173,10 @@ def _pool(
     return jax.lax.fori_loop(0, depth // channels, pool_channels, results)
 
 
-def _pool_at_once(
-    features: jax.Array, windows: jax.Array, levels: tuple[int, ...]
-) -> jax.Array:
-    depth = features.shape[2]
-    return _pool(features, windows, levels, channels=depth, chunk=CHUNK_ELSEWHERE)
-
-
 def _order(features: jax.Array) -> jax.Array:
     """Half floats as int16 of the same order; NaN is above all, a maximum keeps it."""
     features = jnp.where(jnp.isnan(features), jnp.nan, features)  # without a sign
     return _flip_negative(jax.lax.bitcast_convert_type(features, jnp.int16))
-
-
-def _from_order(order: jax.Array, dtype: Any) -> jax.Array:
-    return jax.lax.bitcast_convert_type(_flip_negative(order), dtype)
 
 
 def _flip_negative(bits: jax.Array) -> jax.Array:

@@ -31,16 +31,10 @@ class Checkpoints:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._manager.wait_until_finished()
         self._manager.close()
 
     def save(
-        self,
-        step: int,
-        *,
-        params: Any,
-        training: Any,
-        host: dict[str, Any],
+        self, step: int, *, params: Any, training: Any, host: dict[str, Any]
     ) -> None:
         """Saves trees of NumPy arrays and a JSON dict."""
         self._manager.save(
@@ -62,34 +56,27 @@ class Checkpoints:
         `params` and `training` give the expected shapes.
         Raises: ValueError that names every array whose shape differs.
         """
-        step = self._require_step()
-        self.check_shapes(params)
-        restored = self._manager.restore(
-            step,
-            args=ocp.args.Composite(
-                params=ocp.args.StandardRestore(params),
-                training=ocp.args.StandardRestore(training),
-                host=ocp.args.JsonRestore(),
-            ),
+        restored = self._restore(
+            params,
+            training=ocp.args.StandardRestore(training),
+            host=ocp.args.JsonRestore(),
         )
         return restored.params, restored.training, restored.host
 
     def restore_params(self, params: Any) -> Any:
         """The parameters alone of the newest checkpoint; raises as `restore` does."""
-        step = self._require_step()
-        self.check_shapes(params)
-        return self._manager.restore(
-            step, args=ocp.args.Composite(params=ocp.args.StandardRestore(params))
-        ).params
+        return self._restore(params).params
 
-    def _require_step(self) -> int:
-        step = self._manager.latest_step()
+    def _restore(self, params: Any, **others: Any) -> Any:
+        step = self.latest_step()
         if step is None:
             raise FileNotFoundError(
                 f"no checkpoint in {self._folder}: train first, or give the --workdir "
                 "of a run that has been trained"
             )
-        return step
+        self.check_shapes(params)
+        args = ocp.args.Composite(params=ocp.args.StandardRestore(params), **others)
+        return self._manager.restore(step, args=args)
 
     def check_shapes(self, params: Any) -> None:
         """Raises ValueError if the newest checkpoint holds parameters of other shapes.

@@ -10,6 +10,10 @@ import jax
 log = logging.getLogger(__name__)
 
 
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C or SIGTERM stopped some work; what was done is saved, and can go on."""
+
+
 class Interrupt:
     """Notes Ctrl-C and SIGTERM, so that the step under way can end and be saved.
 

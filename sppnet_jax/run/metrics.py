@@ -4,6 +4,8 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sppnet_jax.run.files import write_text
+
 if TYPE_CHECKING:
     from tensorboardX import SummaryWriter
 
@@ -26,9 +28,7 @@ class MetricsLog:
             return
         path = workdir / FILE
         kept = [row for row in read_metrics(workdir) if row["step"] <= resumed_step]
-        partial = path.with_suffix(".partial")
-        partial.write_text("".join(json.dumps(row) + "\n" for row in kept))
-        partial.rename(path)
+        write_text(path, "".join(json.dumps(row) + "\n" for row in kept))
         self._file = path.open("a")
         self._workdir, self._purge_step = workdir, resumed_step + 1
         self._events: SummaryWriter | None = None
@@ -55,9 +55,8 @@ class MetricsLog:
             # first row is written when the first step is under way on the device.
             from tensorboardX import SummaryWriter
 
-            self._events = SummaryWriter(
-                str(self._workdir), purge_step=self._purge_step
-            )
+            where, purge = str(self._workdir), self._purge_step
+            self._events = SummaryWriter(where, purge_step=purge)
         for name, value in values.items():
             self._events.add_scalar(f"{split}/{name}", value, step)
 

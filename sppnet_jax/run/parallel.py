@@ -24,6 +24,11 @@ def join_processes(coordinator: str, process_index: int, process_count: int) -> 
     """
     if coordinator == "auto":
         jax.distributed.initialize()
+    elif process_count > 1 and not coordinator:
+        raise ValueError(
+            f"--process_count={process_count} processes must find each other: give "
+            "--coordinator=HOST:PORT of the first"
+        )
     elif coordinator:
         jax.distributed.initialize(coordinator, process_count, process_index)
 
@@ -42,10 +47,9 @@ def wait_for_all_processes(name: str) -> None:
 def data_parallel(
     step: Callable[..., Any], *, scalars: int = 0, donate_state: bool = False
 ) -> Callable[..., Any]:
-    """Runs `step(state, batch, *scalars)` on every device, each with its shard.
+    """Runs `step(replicated state, sharded batch, *scalars)` on every device.
 
-    `state` is replicated, `batch` sharded (see `shard`), the scalars are the same
-    everywhere. Inside, `sum_over_devices` adds up.
+    The scalars are the same everywhere. Inside, `sum_over_devices` adds up.
     """
     return jax.pmap(
         step,

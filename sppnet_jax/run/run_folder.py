@@ -1,14 +1,16 @@
 """The files of a run's folder that describe it: config, training data, statistics."""
 
 import contextlib
+import fcntl
 import json
-import os
-import uuid
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
+
+from sppnet_jax.run.files import read_arrays, write_arrays, write_json
+from sppnet_jax.run.settings import at_new_names
 
 CONFIG_FILE = "config.json"
 DATA_FILE = "data.json"
@@ -17,13 +19,32 @@ CHECKPOINTS = "checkpoints"
 
 
 class TrainingData(NamedTuple):
-    """What a run is trained on; class names are in the order of the labels."""
+    """What a run is trained on; class names are in the order of the labels.
+
+    `digest`: of every file's place, size and label; "" where a run knows none.
+    """
 
     name: str
     root: str
     split: str
     records: int
     class_names: tuple[str, ...]
+    digest: str = ""
+
+    def difference(self, now: "TrainingData") -> str:
+        """How data differs from these, in words; "" if it is the same.
+
+        The same files in a folder that was moved are the same data.
+        """
+        parts = (self.name, self.split, self.records, self.class_names)
+        if parts != (now.name, now.split, now.records, now.class_names):
+            return f"then {self}, now {now}"
+        if self.digest and self.digest != now.digest:
+            return (
+                f"{now} as before, but files have since been renamed, exchanged, "
+                "relabelled or changed"
+            )
+        return ""
 
     def __str__(self) -> str:
         names = ", ".join(self.class_names[:5])
@@ -35,10 +56,36 @@ class TrainingData(NamedTuple):
         )
 
 
+@contextlib.contextmanager
+def locked(workdir: Path) -> Iterator[None]:
+    """Keeps other processes from training in the same folder.
+
+    Raises: ValueError if one does.
+    """
+    if workdir.exists() and not workdir.is_dir():
+        raise ValueError(f"{workdir} is a file, no folder: give another --workdir")
+    workdir.mkdir(parents=True, exist_ok=True)
+    with (workdir / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise ValueError(
+                f"another process is training in {workdir}: wait for it, or use "
+                "another --workdir"
+            ) from error
+        yield  # released by the system if we are killed
+
+
+def newest_step(workdir: Path) -> int | None:
+    """The step of a run's newest checkpoint; None before the first."""
+    folder = workdir / CHECKPOINTS
+    names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+    return max((int(name) for name in names if name.isdigit()), default=None)
+
+
 def has_checkpoint(workdir: Path) -> bool:
     """Whether a run has got as far as its first checkpoint."""
-    folder = workdir / CHECKPOINTS
-    return folder.is_dir() and any(path.name.isdigit() for path in folder.iterdir())
+    return newest_step(workdir) is not None
 
 
 def save_config(workdir: Path, config: dict[str, Any]) -> None:
@@ -48,7 +95,10 @@ def save_config(workdir: Path, config: dict[str, Any]) -> None:
 
 def load_config(workdir: Path) -> dict[str, Any]:
     """The settings that a run was trained with; FileNotFoundError if there are none."""
-    return read_json(workdir / CONFIG_FILE)
+    values = read_json(workdir / CONFIG_FILE)
+    if not isinstance(values, dict) or not {"data", "seed"} <= set(values):
+        raise ValueError(f"{workdir / CONFIG_FILE} holds no settings of a run")
+    return at_new_names(values)
 
 
 def save_training_data(workdir: Path, data: TrainingData) -> None:
@@ -59,7 +109,12 @@ def save_training_data(workdir: Path, data: TrainingData) -> None:
 def load_training_data(workdir: Path) -> TrainingData:
     """What a run was trained on; FileNotFoundError if there is none."""
     stored = read_json(workdir / DATA_FILE)
-    return TrainingData(**{**stored, "class_names": tuple(stored["class_names"])})
+    try:
+        return TrainingData(**{**stored, "class_names": tuple(stored["class_names"])})
+    except (KeyError, TypeError) as error:
+        raise ValueError(
+            f"{workdir / DATA_FILE} doesn't tell what was trained on ({error!r})"
+        ) from error
 
 
 def save_statistics(workdir: Path, arrays: dict[str, np.ndarray]) -> None:
@@ -73,42 +128,14 @@ def load_statistics(workdir: Path) -> dict[str, np.ndarray] | None:
     return read_arrays(path) if path.exists() else None
 
 
-@contextlib.contextmanager
-def whole_file(path: Path) -> Iterator[IO[bytes]]:
-    """Opens a file to write that is whole or not there, whoever else writes it."""
-    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.partial")
-    try:
-        with partial.open("wb") as file:
-            yield file
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def write_arrays(path: Path, **arrays: Any) -> None:
-    """Writes arrays by name into an .npz file that is whole or not there."""
-    with whole_file(path) as file:
-        np.savez(file, **arrays)
-
-
-def read_arrays(path: Path) -> dict[str, np.ndarray]:
-    """The arrays of an .npz file, by name."""
-    with np.load(path) as arrays:
-        return dict(arrays)
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Writes a file that is whole or not there; makes its folder."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with whole_file(path) as file:
-        file.write((json.dumps(value, indent=2) + "\n").encode())
-
-
 def read_json(path: Path) -> Any:
     """The value of a file in a run's folder; FileNotFoundError if it isn't there."""
     if not path.exists():
         raise FileNotFoundError(
-            f"{path.parent} holds no trained run ({path.name} is missing): train with "
-            "python -m sppnet_jax.train, or check --workdir"
+            f"{path.parent} holds no trained run ({path.name} is missing): train one "
+            "first, or check --workdir"
         )
-    return json.loads(path.read_text())
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: {error}") from error

@@ -3,13 +3,11 @@
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import PercentFormatter
 
-from sppnet_jax.run.figures import save_figure
+from sppnet_jax.run.figures import save_figure, tidy
 from sppnet_jax.run.metrics import read_metrics
 
 
@@ -19,7 +17,8 @@ def plot_training(workdir: Path) -> Path:
     steps = [row for row in rows if row["split"] == "train"]
     epochs = [row for row in rows if row["split"] == "train_epoch"]
     tests = [row for row in rows if row["split"] == "validation"]
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
+    figure = Figure((10, 3.8), layout="constrained")
+    left, right = figure.subplots(1, 2)
     _line(left, steps, "loss", color="0.8", label="training, one batch")
     _line(left, epochs, "loss", color="C0", label="training, epoch mean")
     _line(left, tests, "loss", color="C1", label="validation")
@@ -27,10 +26,10 @@ def plot_training(workdir: Path) -> Path:
     _line(right, epochs, "accuracy", color="C0", label="training (augmented)")
     _line(right, tests, "top1", color="C1", label="validation, centre crop")
     right.set(xlabel="epoch", ylabel="top-1 accuracy", ylim=(0, 1))
-    right.yaxis.set_major_formatter(matplotlib.ticker.PercentFormatter(1, decimals=0))
+    right.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     for axes in (left, right):
         axes.grid(alpha=0.3)
-        axes.spines[["top", "right"]].set_visible(False)
+        tidy(axes)
         if axes.get_legend_handles_labels()[0]:
             axes.legend(frameon=False)
     return save_figure(figure, workdir / "training.png")

@@ -1,189 +1,159 @@
-"""The training loop: batches in, checkpoints and metrics out, resumable at any step."""
+"""The one training loop: batches in, checkpoints and metrics out, resumable anywhere.
+
+Whole networks and the fc layers of detectors go through it alike. A training is given
+as what it is made of: a fresh state, batches, a program for each size of images, a
+learning rate. What it remembers on the host is saved with each checkpoint.
+"""
 
 import logging
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Protocol
 
 import jax
 import numpy as np
 
-from sppnet_jax.data.batches import Batches, steps_per_epoch
-from sppnet_jax.data.broken import BrokenImages
-from sppnet_jax.data.sources import Source
-from sppnet_jax.network.model import SPPNet
-from sppnet_jax.network.preprocess import Preprocessing
 from sppnet_jax.run import parallel
 from sppnet_jax.run.checkpoints import Checkpoints
-from sppnet_jax.run.interrupt import Interrupt
+from sppnet_jax.run.interrupt import Interrupt, Interrupted
 from sppnet_jax.run.metrics import MetricsLog
 from sppnet_jax.run.run_folder import CHECKPOINTS
 from sppnet_jax.training.profile import FOLDER as PROFILE
 from sppnet_jax.training.profile import Profile
-from sppnet_jax.training.schedule import Schedule
-from sppnet_jax.training.sizes import epoch_size
-from sppnet_jax.training.step_log import DivergedError, Progress, fresh_memory
-from sppnet_jax.training.steps import (
-    Optimizer,
-    TrainState,
-    create_state,
-    make_train_step,
-    shard_batch,
+from sppnet_jax.training.step_log import (
+    DivergedError,
+    Pace,
+    StepLog,
+    fresh_memory,
 )
+from sppnet_jax.training.steps import TrainState
 
 log = logging.getLogger(__name__)
 
 
-class Run(NamedTuple):
-    """How long a run is, and how often it logs and saves.
+class StepBatches(Protocol):
+    """Batches in an order of their own, whose position can be saved as JSON."""
 
-    `sizes`: the sides of the training images in pixels, see sizes.py; () leaves them as
-    the batches bring them. `size_multiple`: of sizes that are drawn.
-    `checkpoint_steps`: 0 saves at the end of every epoch; otherwise also every so many
-    steps. `max_steps`: stops early, as if interrupted; 0 for the whole run.
-    `profile_steps`: so many steps are traced, see profile.py; 0 for none.
-    """
-
-    epochs: int
-    batch_size: int
-    seed: int = 0
-    sizes: tuple[int | str, ...] = ()
-    size_multiple: int = 1
-    log_steps: int = 50
-    checkpoint_steps: int = 0
-    keep_checkpoints: int = 2
-    max_steps: int = 0
-    profile_steps: int = 0
+    def __next__(self) -> Any: ...
+    def get_state(self) -> dict[str, Any]: ...
+    def set_state(self, state: dict[str, Any]) -> None: ...
+    def start_prefetch(self) -> None: ...
 
 
 def train(
-    workdir: Path,
-    model: SPPNet,
-    source: Source,
-    batches: Batches,
+    folder: Path,
+    name: str,
+    pace: Pace,
     *,
-    validate: Callable[[Any], dict[str, float]],
-    run: Run,
-    optimizer: Optimizer,
-    schedule: Schedule,
-    preprocessing: Preprocessing,
-) -> dict[str, float]:
-    """Trains to the end of the last epoch, from the newest checkpoint if there is one.
+    make_state: Callable[[], TrainState],
+    batches: StepBatches,
+    place: Callable[[Any], Any],
+    make_program: Callable[[int | None], Callable[..., Any]],
+    rate: Callable[[int, list[float]], float],
+    size_of: Callable[[int], int | None] = lambda epoch: None,
+    validate: Callable[[Any], dict[str, float]] | None = None,
+) -> dict[str, Any]:
+    """Trains to the last step, from the newest checkpoint in a folder if there is one.
 
-    `batches`: the training batches of `source`; their position is saved and restored.
-    `validate`: tests replicated parameters after each epoch; its "top1" decides when a
-    plateau is reached.
+    `name`: what to call it, in the bar and in messages. `make_state`: makes a fresh
+    state, replicated. `batches`: their position is saved and restored. `place`: puts a
+    batch where the program takes it.
+    `make_program`: from the side of the images (None: as they come) to the step, see
+    steps.py. `rate`: from a step and the validation errors so far to a learning rate.
+    `size_of`: from an epoch, counted from 0, to the side of its images.
+    `validate`: tests replicated parameters after each epoch, "top1" among the results.
 
-    Returns: the last validation metrics.
+    Returns: what was remembered; "validation" are the last test's metrics, "last" the
+    loss and accuracy of the last step.
     Raises: DivergedError when the loss or the weights are not finite; ValueError for a
-    checkpoint of another model. An interrupt saves a checkpoint and ends the run.
+    checkpoint of another model; Interrupted after Ctrl-C or SIGTERM, with a checkpoint
+    saved.
     """
-    epoch_steps = steps_per_epoch(source, run.batch_size)
-    total_steps = run.epochs * epoch_steps
-    last_step = min(total_steps, run.max_steps or total_steps)
+    last_step = min(pace.total_steps, pace.max_steps or pace.total_steps)
     programs: dict[int | None, Callable[..., Any]] = {}
-    broken = BrokenImages(source)
-    with Checkpoints(workdir / CHECKPOINTS, keep=run.keep_checkpoints) as checkpoints:
+    with Checkpoints(folder / CHECKPOINTS, keep=pace.keep_checkpoints) as checkpoints:
         # The state and the step's program are made while the first batches load.
         step, resumes = 0, checkpoints.latest_step() is not None
         if not resumes:
             batches.start_prefetch()
-        state, memory = create_state(model, optimizer, run.seed), fresh_memory()
+        state, memory = make_state(), fresh_memory()
         if resumes:
             state, memory = _restore(checkpoints, state, batches)
-            batches.start_prefetch()
             step = int(parallel.unreplicate(state.step))
-            log.info("resuming at step %d of %d", step, total_steps)
+            log.info("%s goes on at step %d of %d", name, step, pace.total_steps)
+            if step < last_step:
+                batches.start_prefetch()
         first = parallel.is_first_process()
         with (
             Interrupt() as interrupt,
-            MetricsLog(workdir, resumed_step=step, enabled=first) as metrics_log,
-            Progress(
-                memory,
-                metrics_log,
-                step=step,
-                last_step=last_step,
-                epoch_steps=epoch_steps,
-                batch_size=run.batch_size,
-                log_steps=run.log_steps,
-            ) as progress,
+            MetricsLog(folder, resumed_step=step, enabled=first) as metrics_log,
+            StepLog(name, memory, metrics_log, pace, step, last_step) as step_log,
             Profile(
-                workdir / PROFILE, steps=run.profile_steps if first else 0, start=step
+                folder / PROFILE, steps=pace.profile_steps if first else 0, start=step
             ) as profile,
         ):
             stopping = False
             while step < last_step and not stopping:
                 with profile.step(step):
-                    batch = next(batches)
-                    broken.report(batch)
-                    rate = schedule.rate(
-                        step,
-                        steps_per_epoch=epoch_steps,
-                        total_steps=total_steps,
-                        validation_errors=memory["validation_errors"],
-                    )
-                    size = _epoch_size(run, step // epoch_steps)
+                    inputs = place(next(batches))
+                    learning_rate = rate(step, memory["validation_errors"])
+                    size = size_of(step // pace.epoch_steps if pace.epoch_steps else 0)
                     known = size in programs
                     if not known:
-                        programs[size] = make_train_step(
-                            model, optimizer, preprocessing, size=size
-                        )
-                    inputs, started = shard_batch(batch), time.monotonic()
-                    state, metrics = programs[size](state, inputs, np.float32(rate))
+                        programs[size] = make_program(size)
+                    started = time.monotonic()
+                    state, metrics = programs[size](
+                        state, inputs, np.float32(learning_rate)
+                    )
                     if not known:  # the call returns when the program is compiled
-                        progress.compiled(step, size, time.monotonic() - started)
+                        step_log.compiled(step, size, time.monotonic() - started)
                 step += 1
                 profile.add(metrics)
-                progress.add(step, rate, metrics)
-                epoch_ends = step % epoch_steps == 0
+                step_log.add(step, learning_rate, metrics)
+                epoch_ends = bool(pace.epoch_steps) and step % pace.epoch_steps == 0
                 if epoch_ends:
-                    progress.end_epoch(step, size)
-                    progress.validated(step, validate(state.params))
+                    step_log.end_epoch(step, size)
+                    if validate is not None:
+                        step_log.validated(step, validate(state.params))
                 stopping = interrupt.requested or step == last_step
-                every = run.checkpoint_steps
+                every = pace.checkpoint_steps
                 if epoch_ends or stopping or (every and step % every == 0):
-                    progress.flush()
-                    _save(checkpoints, step, state, memory, batches)
-    if step < total_steps:
-        log.info(
-            "stopped at step %d of %d; the same command goes on from there",
-            step,
-            total_steps,
-        )
-    broken.summarize()
-    return memory["validation"]
-
-
-def _epoch_size(run: Run, epoch: int) -> int | None:
-    if not run.sizes:
-        return None
-    return epoch_size(run.sizes, epoch, seed=run.seed, multiple=run.size_multiple)
+                    step_log.flush()
+                    _save(checkpoints, name, step, state, memory, batches)
+            interrupted = interrupt.requested and step < last_step
+    where = f"{name} stopped at step {step} of {pace.total_steps}"
+    if interrupted:
+        raise Interrupted(f"{where}; the same command goes on from there")
+    if step < pace.total_steps:
+        log.info("%s; the same command goes on from there", where)
+    return memory
 
 
 def _restore(
-    checkpoints: Checkpoints, state: TrainState, batches: Batches
+    checkpoints: Checkpoints, state: TrainState, batches: StepBatches
 ) -> tuple[TrainState, dict[str, Any]]:
     """The saved state and the host's memory; moves `batches` to where they were."""
     params, training = _split(parallel.unreplicate(state))
     params, training, host = checkpoints.restore(params=params, training=training)
     batches.set_state(host["batches"])
     restored = TrainState(params=params, **training)
-    return parallel.replicate(restored), host["memory"]
+    return parallel.replicate(restored), fresh_memory() | host["memory"]
 
 
 def _save(
     checkpoints: Checkpoints,
+    name: str,
     step: int,
     state: TrainState,
     memory: dict[str, Any],
-    batches: Batches,
+    batches: StepBatches,
 ) -> None:
     params, training = _split(parallel.unreplicate(state))
     if not all(np.isfinite(x).all() for x in jax.tree.leaves(params)):
         raise DivergedError(
-            f"the weights are not finite after step {step}; no checkpoint is written. "
-            "A lower learning_rate or a longer warmup_epochs usually helps"
+            f"the weights are not finite after step {step} of {name}; no checkpoint is "
+            "written. A lower learning_rate or a longer warm-up usually helps"
         )
     host = {"memory": memory, "batches": batches.get_state()}
     checkpoints.save(step, params=params, training=training, host=host)

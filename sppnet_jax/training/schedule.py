@@ -2,7 +2,9 @@
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
+
+from sppnet_jax.run.settings import at_least, one_of
 
 KINDS = ("epochs", "plateau", "cosine", "constant")
 
@@ -11,19 +13,20 @@ class Schedule(NamedTuple):
     """A learning rate over a run.
 
     `kind`: "epochs" divides by `drop_factor` at each of `drop_epochs`; "plateau" does
-    so when the validation error has not fallen by `min_improvement` for `patience`
-    epochs, at most `max_drops` times (the paper: twice); "cosine" falls to zero over
-    the run; "constant" stays. Each may begin with `warmup_epochs` of linear rise.
+    so when the validation error has not fallen by `plateau_improvement` for
+    `plateau_epochs`, at most `plateau_drops` times (the paper: twice); "cosine" falls
+    to zero over the run; "constant" stays. Each may begin with `warmup_epochs` of
+    linear rise.
     """
 
-    learning_rate: float = 0.01
-    kind: str = "plateau"
-    warmup_epochs: float = 0.0
-    drop_factor: float = 10.0
-    drop_epochs: tuple[float, ...] = ()
-    patience: int = 5
-    min_improvement: float = 0.001
-    max_drops: int = 2
+    learning_rate: Annotated[float, at_least(0)] = 0.01
+    kind: Annotated[str, one_of(KINDS)] = "plateau"
+    warmup_epochs: Annotated[float, at_least(0)] = 0.0
+    drop_factor: Annotated[float, at_least(1)] = 10.0
+    drop_epochs: tuple[Annotated[float, at_least(0)], ...] = (30.0, 50.0)
+    plateau_epochs: Annotated[int, at_least(1)] = 5
+    plateau_improvement: Annotated[float, at_least(0)] = 0.001
+    plateau_drops: Annotated[int, at_least(0)] = 2
 
     def rate(
         self,
@@ -52,10 +55,10 @@ class Schedule(NamedTuple):
         """How many plateaus the errors of the epochs so far have shown."""
         best, waited, drops = math.inf, 0, 0
         for error in validation_errors:
-            if error < best - self.min_improvement:
+            if error < best - self.plateau_improvement:
                 best, waited = error, 0
                 continue
             waited += 1
-            if waited >= self.patience and drops < self.max_drops:
+            if waited >= self.plateau_epochs and drops < self.plateau_drops:
                 drops, waited = drops + 1, 0
         return drops

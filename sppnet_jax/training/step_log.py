@@ -4,7 +4,7 @@ import logging
 import math
 import time
 from collections import deque
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 
@@ -19,6 +19,26 @@ class DivergedError(RuntimeError):
     """The loss or the weights are no longer finite numbers."""
 
 
+class Pace(NamedTuple):
+    """How long a training is, and how often it logs and saves.
+
+    `batch_size`: examples of a step, over all devices. `epoch_steps`: after so many the
+    training is tested; 0 where there are no epochs.
+    `checkpoint_steps`: 0 saves at the end of an epoch and of the training; otherwise
+    also every so many steps. `max_steps`: ends there without a word; 0 for the whole.
+    `profile_steps`: so many steps are traced, see profile.py; 0 for none.
+    """
+
+    total_steps: int
+    batch_size: int
+    epoch_steps: int = 0
+    log_steps: int = 50
+    checkpoint_steps: int = 0
+    keep_checkpoints: int = 2
+    max_steps: int = 0
+    profile_steps: int = 0
+
+
 def fresh_memory() -> dict[str, Any]:
     """What the host remembers from step to step at the start of a run; JSON values."""
     return {
@@ -26,38 +46,37 @@ def fresh_memory() -> dict[str, Any]:
         "validation": {},
         "epoch_sums": _zero_sums(),
         "last_finite": None,
+        "last": {},
     }
 
 
-class Progress:
+class StepLog:
     """Turns the metrics of steps into log rows, the progress bar and epoch averages.
 
     The device runs ahead: the numbers of a step are read when the next is under way.
     `memory`: see `fresh_memory`; changed in place and saved with each checkpoint.
+    `step`, `last_step`: where the training begins and ends.
     """
 
     def __init__(
         self,
+        name: str,
         memory: dict[str, Any],
         log: MetricsLog,
-        *,
+        pace: Pace,
         step: int,
         last_step: int,
-        epoch_steps: int,
-        batch_size: int,
-        log_steps: int,
     ) -> None:
-        self._memory, self._log = memory, log
-        self._epoch_steps, self._log_steps = epoch_steps, log_steps
-        self._batch_size = batch_size
+        self._name, self._memory, self._log, self._pace = name, memory, log, pace
+        self._last_step = last_step
         self._pending: deque[tuple[int, float, dict[str, jax.Array]]] = deque()
         self._shown: dict[str, str] = {}
         self._timed_from = (step, time.monotonic())
         self._bar = progress_bar(
-            "training", last_step * batch_size, done=step * batch_size
+            name, last_step * pace.batch_size, done=step * pace.batch_size
         )
 
-    def __enter__(self) -> "Progress":
+    def __enter__(self) -> "StepLog":
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -77,7 +96,8 @@ class Progress:
     def compiled(self, step: int, size: int | None, seconds: float) -> None:
         """Logs that the program for images of a size was compiled before a step."""
         log.info(
-            "compiled the training step%s in %.1f s",
+            "compiled the step of %s%s in %.1f s",
+            self._name,
             "" if size is None else f" for {size}×{size} pixels",
             seconds,
         )
@@ -90,7 +110,7 @@ class Progress:
         sums = self._memory["epoch_sums"]
         if sums["count"]:
             means = {
-                "epoch": step // self._epoch_steps,
+                "epoch": step // self._pace.epoch_steps,
                 "loss": sums["loss"] / sums["count"],
                 "accuracy": sums["correct"] / sums["count"],
             }
@@ -103,7 +123,7 @@ class Progress:
         """Logs the test after an epoch, and remembers it."""
         self._memory["validation_errors"].append(1 - metrics["top1"])
         self._memory["validation"] = metrics
-        row = {"epoch": step // self._epoch_steps, **metrics}
+        row = {"epoch": step // self._pace.epoch_steps, **metrics}
         self._log.write("validation", step, row)
         self._show(validation=f"{metrics['top1']:.1%}")
         self._timed_from = (step, time.monotonic())
@@ -115,15 +135,20 @@ class Progress:
         count = max(metrics["count"], 1)
         loss, accuracy = metrics["loss"] / count, metrics["correct"] / count
         self._check_finite(step, loss)
+        self._memory["last"] = {"loss": loss, "accuracy": accuracy}
         sums = self._memory["epoch_sums"]
         for name in sums:
             sums[name] += metrics[name]
-        self._bar.update(self._batch_size)
-        epoch = step / self._epoch_steps
-        self._show(epoch=f"{epoch:.1f}", loss=f"{loss:.3f}", accuracy=f"{accuracy:.0%}")
-        if self._log_steps and step % self._log_steps == 0:
+        self._bar.update(self._pace.batch_size)
+        epochs = self._pace.epoch_steps
+        at = {"epoch": step / epochs} if epochs else {}
+        shown = {name: f"{epoch:.1f}" for name, epoch in at.items()}
+        self._show(**shown, loss=f"{loss:.3f}", accuracy=f"{accuracy:.0%}")
+        every = self._pace.log_steps
+        last = not epochs and step == self._last_step
+        if every and (step % every == 0 or last):
             row = {
-                "epoch": epoch,
+                **at,
                 "loss": loss,
                 "accuracy": accuracy,
                 "learning_rate": float(rate),
@@ -138,8 +163,8 @@ class Progress:
             if last:
                 before = f"the last finite loss was {last[1]:.4g} at step {last[0]}"
             raise DivergedError(
-                f"the loss is {loss} at step {step}; {before}. A lower learning_rate "
-                "or a longer warmup_epochs usually helps"
+                f"the loss of {self._name} is {loss} at step {step}; {before}. A lower "
+                "learning_rate or a longer warm-up usually helps"
             )
         self._memory["last_finite"] = [step, loss]
 
@@ -148,7 +173,7 @@ class Progress:
         since, started = self._timed_from
         now = time.monotonic()
         self._timed_from = (step, now)
-        return (step - since) * self._batch_size / max(now - started, 1e-9)
+        return (step - since) * self._pace.batch_size / max(now - started, 1e-9)
 
     def _show(self, **values: str) -> None:
         self._shown |= values

@@ -1,10 +1,10 @@
-"""One training step and one test step, data parallel.
+"""One training step, data parallel.
 
 Broken and padded examples have mask False: they weigh nothing in losses and counts.
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +19,7 @@ from sppnet_jax.network.preprocess import (
     resize,
 )
 from sppnet_jax.run import parallel
+from sppnet_jax.run.settings import at_least, between
 
 Batch = dict[str, jax.Array]  # "image", "label", "mask"
 Metrics = dict[str, jax.Array]
@@ -34,12 +35,16 @@ class TrainState(NamedTuple):
 
 
 class Optimizer(NamedTuple):
-    """SGD with momentum; the learning rate is given to each step (see schedule.py)."""
+    """SGD with momentum; the learning rate is given to each step (see schedule.py).
 
-    momentum: float = 0.9
+    `weight_decay`: of kernels, not of biases. `label_smoothing`: the share of a label
+    that all classes have alike.
+    """
+
+    momentum: Annotated[float, between(0, 1)] = 0.9
     nesterov: bool = False
-    weight_decay: float = 5e-4
-    label_smoothing: float = 0.0
+    weight_decay: Annotated[float, at_least(0)] = 5e-4
+    label_smoothing: Annotated[float, between(0, 1)] = 0.0
 
     def transform(self) -> optax.GradientTransformation:
         return optax.chain(
@@ -65,20 +70,17 @@ def shard_batch(batch: dict[str, Any]) -> Batch:
     return parallel.shard({name: batch[name] for name in ("image", "label", "mask")})
 
 
-def make_train_step(
-    model: SPPNet,
+def make_step(
+    losses_of: Callable[[Any, Any, jax.Array], tuple[jax.Array, jax.Array]],
     optimizer: Optimizer,
-    preprocessing: Preprocessing,
-    *,
-    size: int | None = None,
 ) -> Any:
     """The jitted step `(state, batch, learning_rate) -> (state, metrics)`.
 
     The state is donated. Metrics: sums over the batch of all devices, "loss",
     "correct" and "count".
 
-    `size`: the side that the batch's images are resized to on the device; None trains
-    on them as they come. A smaller input is the same crop, resized (section 2.3).
+    `losses_of`: from parameters, a device's batch ("label", "mask" and what else it
+    takes) and a key for random numbers to the losses [rows] and logits [rows, classes].
     """
     transform = optimizer.transform()
 
@@ -86,24 +88,12 @@ def make_train_step(
         state: TrainState, batch: Batch, learning_rate: jax.Array
     ) -> tuple[TrainState, Metrics]:
         rng = jax.random.fold_in(state.rng, state.step)
-        color_rng, dropout_rng = jax.random.split(
-            jax.random.fold_in(rng, parallel.device_index())
-        )
-        images = alter_colors(batch["image"], color_rng, preprocessing)
-        if size is not None:
-            images = resize(images, size)
-        images = normalize(images, preprocessing)
+        rng = jax.random.fold_in(rng, parallel.device_index())
         count = parallel.sum_over_devices(batch["mask"].sum())
 
         def loss_fn(params: Any) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-            logits, _ = model.apply(
-                {"params": params}, images, train=True, rngs={"dropout": dropout_rng}
-            )
-            targets = optax.smooth_labels(
-                jax.nn.one_hot(batch["label"], logits.shape[-1]),
-                optimizer.label_smoothing,
-            )
-            losses = optax.softmax_cross_entropy(logits, targets) * batch["mask"]
+            losses, logits = losses_of(params, batch, rng)
+            losses = losses * batch["mask"]
             # This device's share of the mean over the whole batch.
             return losses.sum() / jnp.maximum(count, 1), (losses, logits)
 
@@ -123,31 +113,38 @@ def make_train_step(
     return parallel.data_parallel(step, scalars=1, donate_state=True)
 
 
-def make_test_step(
-    model: SPPNet, preprocessing: Preprocessing
-) -> Callable[..., tuple[Metrics, jax.Array]]:
-    """The step `(params, batch) -> (counts, probabilities)`.
+def make_train_step(
+    model: SPPNet,
+    optimizer: Optimizer,
+    preprocessing: Preprocessing,
+    *,
+    size: int | None = None,
+) -> Any:
+    """The step of a whole network, see `make_step`, on batches of uint8 images.
 
-    Counts: sums over all devices, "loss", "top1", "top5" and "count"; probabilities:
-    softmax scores of this process's rows, [devices, rows, classes].
+    `size`: the side that the batch's images are resized to on the device; None trains
+    on them as they come. A smaller input is the same crop, resized (section 2.3).
     """
 
-    def step(params: Any, batch: Batch) -> tuple[Metrics, jax.Array]:
-        images = normalize(batch["image"], preprocessing)
-        logits, _ = model.apply({"params": params}, images)
-        mask = batch["mask"]
-        losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"])
-        best = jax.lax.top_k(logits, min(5, logits.shape[-1]))[1]
-        hits = best == batch["label"][:, None]
-        counts = {
-            "loss": (losses * mask).sum(),
-            "top1": (hits[:, 0] & mask).sum(),
-            "top5": (hits.any(axis=1) & mask).sum(),
-            "count": mask.sum(),
-        }
-        return parallel.sum_over_devices(counts), jax.nn.softmax(logits)
+    def losses_of(
+        params: Any, batch: Batch, rng: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        color_rng, dropout_rng = jax.random.split(rng)
+        images = alter_colors(batch["image"], color_rng, preprocessing)
+        if size is not None:
+            images = resize(images, size)
+        logits, _ = model.apply(
+            {"params": params},
+            normalize(images, preprocessing),
+            train=True,
+            rngs={"dropout": dropout_rng},
+        )
+        targets = optax.smooth_labels(
+            jax.nn.one_hot(batch["label"], logits.shape[-1]), optimizer.label_smoothing
+        )
+        return optax.softmax_cross_entropy(logits, targets), logits
 
-    return parallel.data_parallel(step)
+    return make_step(losses_of, optimizer)
 
 
 def _is_kernel(params: Any) -> Any:

@@ -1,40 +1,39 @@
-"""A run's files are whole or not there, whoever writes them at the same time."""
+"""Files are whole or not there, whoever writes them at the same time."""
 
+import json
 import threading
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 
-from sppnet_jax.run.run_folder import (
+from sppnet_jax.run.files import (
     read_arrays,
-    read_json,
     whole_file,
+    write_array,
     write_arrays,
     write_json,
+    write_text,
 )
 
 ROUNDS = 60
 
 
-def write_whole_arrays(path: Path, number: int) -> None:
+def write_whole_arrays(path, number):
     write_arrays(path, numbers=np.full(20_000, number))
 
 
-def read_whole_arrays(path: Path) -> set[int]:
+def read_whole_arrays(path):
     numbers = read_arrays(path)["numbers"]
     assert len(numbers) == 20_000
     return set(numbers.tolist())
 
 
-def write_whole_json(path: Path, number: int) -> None:
+def write_whole_json(path, number):
     write_json(path, [number] * 20_000)
 
 
-def read_whole_json(path: Path) -> set[int]:
-    numbers = read_json(path)
+def read_whole_json(path):
+    numbers = json.loads(path.read_text())
     assert len(numbers) == 20_000
     return set(numbers)
 
@@ -43,17 +42,13 @@ def read_whole_json(path: Path) -> set[int]:
     ("write", "read"),
     [(write_whole_arrays, read_whole_arrays), (write_whole_json, read_whole_json)],
 )
-def test_two_that_write_one_file_never_leave_a_mixture(
-    write: Callable[[Path, int], None],
-    read: Callable[[Path], set[int]],
-    tmp_path: Path,
-) -> None:
+def test_two_that_write_one_file_never_leave_a_mixture(write, read, tmp_path):
     path = tmp_path / "file"
     write(path, 0)
-    errors: list[BaseException] = []
+    errors = []
     start = threading.Barrier(3)
 
-    def work(number: int) -> None:
+    def work(number):
         try:
             start.wait()
             for _ in range(ROUNDS):
@@ -80,13 +75,13 @@ def test_two_that_write_one_file_never_leave_a_mixture(
 @pytest.mark.parametrize("failure", [OSError, KeyboardInterrupt])
 @pytest.mark.parametrize("before", [None, b"whole"])
 def test_a_write_that_fails_leaves_what_was_there_and_nothing_else(
-    before: bytes | None, failure: Any, tmp_path: Path
-) -> None:
+    before, failure, tmp_path
+):
     path = tmp_path / "file"
     if before is not None:
         path.write_bytes(before)
 
-    def fail() -> None:
+    def fail():
         with whole_file(path) as file:
             file.write(b"half")
             file.flush()
@@ -98,11 +93,16 @@ def test_a_write_that_fails_leaves_what_was_there_and_nothing_else(
     assert found == ({} if before is None else {"file": before})
 
 
-def test_what_was_written_is_read(tmp_path: Path) -> None:
-    write_json(tmp_path / "new/folder/value.json", {"a": [1, None]})
-    assert read_json(tmp_path / "new/folder/value.json") == {"a": [1, None]}
-    write_arrays(tmp_path / "arrays.npz", a=np.arange(3), b=np.zeros((0, 2)))
-    found = read_arrays(tmp_path / "arrays.npz")
+def test_what_was_written_is_read(tmp_path):
+    folder = tmp_path / "new" / "folder"
+    write_json(folder / "value.json", {"a": [1, None]})
+    assert json.loads((folder / "value.json").read_text()) == {"a": [1, None]}
+    write_text(folder / "value.txt", "α\n")
+    assert (folder / "value.txt").read_text() == "α\n"
+    write_array(folder / "array.npy", np.arange(3))
+    np.testing.assert_array_equal(np.load(folder / "array.npy"), np.arange(3))
+    write_arrays(folder / "arrays.npz", a=np.arange(3), b=np.zeros((0, 2)))
+    found = read_arrays(folder / "arrays.npz")
     assert {name: array.shape for name, array in found.items()} == {
         "a": (3,),
         "b": (0, 2),

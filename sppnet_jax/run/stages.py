@@ -8,18 +8,16 @@ empty folder, and the log says what has changed. A folder that no stage has made
 never removed.
 """
 
-import contextlib
-import fcntl
 import hashlib
 import json
 import logging
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from sppnet_jax.run.run_folder import write_json
+from sppnet_jax.run.files import write_json
 
 STAGE_FILE = "stage.json"
 
@@ -73,24 +71,6 @@ def done_digest(workdir: Path, name: str) -> str | None:
     return digest_of(known["inputs"]) if known and known["done"] else None
 
 
-@contextlib.contextmanager
-def locked(workdir: Path) -> Iterator[None]:
-    """Keeps other processes from running stages in the same folder.
-
-    Raises: ValueError if one does.
-    """
-    workdir.mkdir(parents=True, exist_ok=True)
-    with (workdir / ".lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise ValueError(
-                f"another process is training in {workdir}: wait for it, or use "
-                "another --workdir"
-            ) from error
-        yield  # released by the system if we are killed
-
-
 def is_done(workdir: Path, name: str) -> bool:
     """Whether a stage has been finished."""
     return done_digest(workdir, name) is not None
@@ -137,8 +117,8 @@ def _flat(values: dict[str, Any], path: str = "") -> dict[str, Any]:
     """Nested dicts as one, its keys joined by dots."""
     found: dict[str, Any] = {}
     for name, value in values.items():
-        inner = _flat(value, f"{path}{name}.") if isinstance(value, dict) else None
-        found |= {f"{path}{name}": value} if inner is None else inner
+        nested = isinstance(value, dict)
+        found |= _flat(value, f"{path}{name}.") if nested else {f"{path}{name}": value}
     return found
 
 

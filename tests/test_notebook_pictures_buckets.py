@@ -5,7 +5,8 @@ import pytest
 from matplotlib.patches import Rectangle
 
 from notebooks.pictures import buckets as bucket_plots
-from sppnet_jax.buckets.table import BucketRow, choose_buckets, padding_waste
+from sppnet_jax.buckets import choose_buckets, padding_waste
+from sppnet_jax.buckets.table import BucketRow
 from tests.data_helpers import picture
 
 SIZES = [(40, 50), (40, 60), (50, 40), (70, 40), (40, 60)]

@@ -1,13 +1,10 @@
 """Pictures of a detector at work: what they draw is what the arrays say."""
 
 import re
-from typing import Any
 
 import numpy as np
 import pytest
-from matplotlib.axes import Axes
 from matplotlib.colors import to_rgba
-from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from notebooks.pictures.detection import (
@@ -21,11 +18,11 @@ from notebooks.pictures.detection import (
     plot_windows,
 )
 from sppnet_jax.detection.detector import Detections
-from sppnet_jax.detection.pictures import COLORS
 from sppnet_jax.detection.scales import boxes_to_atlas
 from sppnet_jax.pyramid.geometry import Sliding, stack_geometry
 from sppnet_jax.pyramid.pooling import spatial_pyramid_pool
-from tests.data_helpers import picture
+from sppnet_jax.run.figures import COLORS
+from tests.data_helpers import overlap, picture
 
 # Stride 4; unit 0's centre is pixel 3; a unit sees 9 pixels.
 GEOMETRY = stack_geometry([Sliding(5, 2, 1), Sliding(3, 2, 0)])
@@ -33,33 +30,25 @@ SIZE = (40, 60)
 LEVELS = (3, 2, 1)
 
 
-def some_boxes(count: int, seed: int = 0) -> np.ndarray:
+def some_boxes(count, seed=0):
     rng = np.random.default_rng(seed)
     starts = rng.uniform(0, 0.6, (count, 2)) * SIZE
     return np.concatenate([starts, starts + rng.uniform(8, 16, (count, 2))], axis=1)
 
 
-def some_map(image: np.ndarray, channels: int = 5, seed: int = 0) -> np.ndarray:
+def some_map(image, channels=5, seed=0):
     rows, columns = (GEOMETRY.map_size(side) for side in image.shape[:2])
     rng = np.random.default_rng(seed)
     return rng.random((rows, columns, channels)).astype(np.float32)
 
 
-def frames(axes: Axes) -> list[np.ndarray]:
+def frames(axes):
     """The boxes of the frames that were drawn, (ymin, xmin, ymax, xmax)."""
     found = [patch.get_bbox() for patch in axes.patches if isinstance(patch, Rectangle)]
     return [np.array([frame.y0, frame.x0, frame.y1, frame.x1]) for frame in found]
 
 
-def overlap(one: np.ndarray, other: np.ndarray) -> float:
-    """The IoU of two boxes, from its definition."""
-    ends, starts = np.minimum(one[2:], other[2:]), np.maximum(one[:2], other[:2])
-    shared = np.prod(np.maximum(ends - starts, 0))
-    both = np.prod(one[2:] - one[:2]) + np.prod(other[2:] - other[:2])
-    return float(shared / (both - shared))
-
-
-def dots(axes: Axes, color: str) -> set[tuple[float, ...]]:
+def dots(axes, color):
     """The (x, y) of the dots of a colour."""
     return {
         tuple(map(float, place))
@@ -69,12 +58,12 @@ def dots(axes: Axes, color: str) -> set[tuple[float, ...]]:
     }
 
 
-def panels(figure: Figure) -> list[Axes]:
+def panels(figure):
     figure.canvas.draw()  # so that nothing goes wrong when it is shown
     return [axes for axes in figure.axes if axes.axison]
 
 
-def test_proposals_are_counted_as_in_a_recall() -> None:
+def test_proposals_are_counted_as_in_a_recall():
     proposals, objects = some_boxes(30), some_boxes(4, seed=0)[[3, 1]] + 1.5
     objects = np.concatenate([objects, [[0.0, 0.0, 2.0, 2.0]]])
     _, middle, right = panels(plot_proposals(picture(*SIZE), proposals, objects))
@@ -93,7 +82,7 @@ def test_proposals_are_counted_as_in_a_recall() -> None:
         np.testing.assert_allclose(line, expected)
 
 
-def test_a_channels_dot_is_its_strongest_unit_amid_what_it_sees() -> None:
+def test_a_channels_dot_is_its_strongest_unit_amid_what_it_sees():
     image = picture(*SIZE)
     features = some_map(image)
     strongest = np.argsort(-features.max(axis=(0, 1)))
@@ -113,7 +102,7 @@ def test_a_channels_dot_is_its_strongest_unit_amid_what_it_sees() -> None:
         np.testing.assert_allclose(frames(axes[0])[number], field)
 
 
-def test_windows_hold_the_units_whose_centres_are_in_their_boxes() -> None:
+def test_windows_hold_the_units_whose_centres_are_in_their_boxes():
     images = [picture(*SIZE), picture(2 * SIZE[0], 2 * SIZE[1])]
     maps = [some_map(image, seed=number) for number, image in enumerate(images)]
     boxes = some_boxes(7)
@@ -147,7 +136,7 @@ def test_windows_hold_the_units_whose_centres_are_in_their_boxes() -> None:
             assert (frame[2:] <= features.shape[:2]).all()
 
 
-def test_the_vector_of_a_window_is_that_of_the_cropped_map() -> None:
+def test_the_vector_of_a_window_is_that_of_the_cropped_map():
     features = some_map(picture(*SIZE), channels=4)
     axes = panels(plot_pyramid(features, np.array([2, 3, 8, 10]), LEVELS))
     expected = np.asarray(spatial_pyramid_pool(features[2:8, 3:10], LEVELS))
@@ -165,7 +154,7 @@ def test_the_vector_of_a_window_is_that_of_the_cropped_map() -> None:
 
 
 @pytest.mark.parametrize("change", [0.0, 0.25])
-def test_the_largest_difference_is_told(change: float) -> None:
+def test_the_largest_difference_is_told(change):
     first = np.random.default_rng(0).random((5, 6)).astype(np.float32)
     second = first.copy()
     second[3, 2] += change
@@ -174,7 +163,7 @@ def test_the_largest_difference_is_told(change: float) -> None:
     assert (axes.get_xlabel(), axes.get_ylabel()) == ("one", "other")
 
 
-def test_a_pixel_has_the_best_score_of_the_boxes_around_it() -> None:
+def test_a_pixel_has_the_best_score_of_the_boxes_around_it():
     boxes = np.round(some_boxes(6))
     scores = np.random.default_rng(1).normal(size=(6, 3)).astype(np.float32)
     names = ["a", "b", "c"]
@@ -196,12 +185,12 @@ def test_a_pixel_has_the_best_score_of_the_boxes_around_it() -> None:
         np.testing.assert_array_equal(frames(panel)[0], best)
 
 
-def some_found(count: int) -> Detections:
+def some_found(count):
     scores = np.sort(np.random.default_rng(2).normal(size=count))[::-1]
     return Detections(some_boxes(count), np.arange(count) % 3, scores)
 
 
-def test_steps_are_beside_each_other_with_what_they_overlap() -> None:
+def test_steps_are_beside_each_other_with_what_they_overlap():
     few, many = some_found(3), some_found(20)
     objects = few.boxes[:2] + 1.0
     steps = {"many": many, "few": few}
@@ -215,10 +204,10 @@ def test_steps_are_beside_each_other_with_what_they_overlap() -> None:
     assert len(left.texts) == 0
     told = {text.get_text() for text in right.texts}
     names = ["x", "$y_", "z"]
-    assert told == {f"{n}  {s:.1f}" for n, s in zip(names, few.scores, strict=True)}
+    assert told == {f"{n} {s:.1f}" for n, s in zip(names, few.scores, strict=True)}
 
 
-def test_nothing_found_is_drawn_too() -> None:
+def test_nothing_found_is_drawn_too():
     none = Detections(np.zeros((0, 4)), np.zeros(0, int), np.zeros(0))
     (axes,) = panels(
         plot_found(picture(*SIZE), {"nothing": none}, ["x"], some_boxes(2))
@@ -226,7 +215,7 @@ def test_nothing_found_is_drawn_too() -> None:
     assert axes.get_title() == "nothing: 0 boxes"
 
 
-def test_each_scene_has_its_own_boxes() -> None:
+def test_each_scene_has_its_own_boxes():
     images = [picture(*SIZE), picture(80, 50)]
     found, objects = [some_found(2), some_found(4)], [some_boxes(1), np.zeros((0, 4))]
     axes = panels(plot_scenes(images, found, objects, ["x", "y", "z"]))
@@ -235,47 +224,39 @@ def test_each_scene_has_its_own_boxes() -> None:
         np.testing.assert_allclose(frames(panel), [*truth, *one.boxes[::-1]])
 
 
-def refused(image: np.ndarray) -> dict[str, Any]:
-    features, boxes = some_map(image), some_boxes(3)
-    scores, window = np.zeros((3, 2)), np.array([0, 0, 2, 2])
-    return {
-        "proposals must be float [N, 4]": lambda: plot_proposals(
-            image, np.zeros((0, 4)), boxes
-        ),
-        "objects must be float [N, 4]": lambda: plot_proposals(
-            image, boxes, np.zeros((0, 4))
-        ),
-        "image must be uint8": lambda: plot_proposals(image / 255.0, boxes, boxes),
-        "has a map of 9×14, but the features are 8×14": lambda: plot_channels(
-            image, features[1:], GEOMETRY
-        ),
-        "channels must be 1 to 5, got 6": lambda: plot_channels(
-            image, features, GEOMETRY
-        ),
-        "features must be one map": lambda: plot_pyramid(features[0], window, LEVELS),
-        "window 0, [0, 0, 99, 2], must": lambda: plot_pyramid(
-            features, np.array([0, 0, 99, 2]), LEVELS
-        ),
-        "windows must be int [N, 4]": lambda: plot_pyramid(
-            features, window * 1.0, LEVELS
-        ),
-        "3 boxes have 1 windows": lambda: plot_windows(
-            [image], [features], boxes, window[None], SIZE, GEOMETRY
-        ),
-        "1 images have 2 maps": lambda: plot_windows(
-            [image], [features] * 2, boxes, window[None], SIZE, GEOMETRY
-        ),
-        "the same shape": lambda: plot_agreement(scores, scores[1:], ("a", "b")),
-        "scores must be [3, 1]": lambda: plot_scores(image, boxes, scores, ["x"]),
-        "classes must be 1 to 2, got 4": lambda: plot_scores(
-            image, boxes, scores, ["x", "y"]
-        ),
-        "got 2, 0 and 2": lambda: plot_scenes([image] * 2, [], [boxes] * 2, ["x"]),
-        "no detections to draw": lambda: plot_found(image, {}, ["x"]),
-    }
+IMAGE, BOXES, NONE = picture(*SIZE), some_boxes(3), np.zeros((0, 4))
+MAP, WINDOW, SCORES = some_map(IMAGE), np.array([0, 0, 2, 2]), np.zeros((3, 2))
+TO_SHOW = BOXES, WINDOW[None], SIZE, GEOMETRY
 
 
-@pytest.mark.parametrize("message", refused(picture(*SIZE)))
-def test_what_does_not_fit_is_refused(message: str) -> None:
+@pytest.mark.parametrize(
+    ("draw", "arguments", "message"),
+    [
+        (plot_proposals, (IMAGE, NONE, BOXES), "proposals must be float [N, 4]"),
+        (plot_proposals, (IMAGE, BOXES, NONE), "objects must be float [N, 4]"),
+        (plot_proposals, (IMAGE / 255.0, BOXES, BOXES), "image must be uint8"),
+        (
+            plot_channels,
+            (IMAGE, MAP[1:], GEOMETRY),
+            "has a map of 9×14, but the features are 8×14",
+        ),
+        (plot_channels, (IMAGE, MAP, GEOMETRY), "channels must be 1 to 5, got 6"),
+        (plot_pyramid, (MAP[0], WINDOW, LEVELS), "features must be one map"),
+        (plot_pyramid, (MAP, WINDOW * 49.5, LEVELS), "windows must be int [N, 4]"),
+        (
+            plot_pyramid,
+            (MAP, np.array([0, 0, 99, 2]), LEVELS),
+            "window 0, [0, 0, 99, 2], must",
+        ),
+        (plot_windows, ([IMAGE], [MAP], *TO_SHOW), "3 boxes have 1 windows"),
+        (plot_windows, ([IMAGE], [MAP] * 2, *TO_SHOW), "1 images have 2 maps"),
+        (plot_agreement, (SCORES, SCORES[1:], ("a", "b")), "the same shape"),
+        (plot_scores, (IMAGE, BOXES, SCORES, ["x"]), "scores must be [3, 1]"),
+        (plot_scores, (IMAGE, BOXES, SCORES, ["x", "y"]), "must be 1 to 2, got 4"),
+        (plot_scenes, ([IMAGE] * 2, [], [BOXES] * 2, ["x"]), "got 2, 0 and 2"),
+        (plot_found, (IMAGE, {}, ["x"]), "no detections to draw"),
+    ],
+)
+def test_what_does_not_fit_is_refused(draw, arguments, message):
     with pytest.raises(ValueError, match=re.escape(message)):
-        refused(picture(*SIZE))[message]()
+        draw(*arguments)

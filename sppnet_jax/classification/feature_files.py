@@ -1,0 +1,161 @@
+"""Files of features, to train SVMs on, with all that says where they are from."""
+
+import datetime
+import importlib.metadata
+import json
+import os
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sppnet_jax.classification.layer_features import (
+    Features,
+    check_request,
+    default_side,
+    extract_features,
+)
+from sppnet_jax.data.datasets import ImageData
+from sppnet_jax.data.sources import open_source
+from sppnet_jax.network.trained import load_network
+from sppnet_jax.run import parallel
+from sppnet_jax.run.files import absolute, write_arrays
+from sppnet_jax.run.settings import plain
+from sppnet_jax.training.network_settings import NetworkSettings
+
+
+def write_features(
+    settings: NetworkSettings,
+    workdir: Path,
+    *,
+    layer: str = "fc7",
+    split: str = "test",
+    mode: str = "crop",
+    side: int | None = None,
+    multi_label: bool = False,
+    output: Path | None = None,
+    max_buckets: int = 4,
+) -> tuple[Path, dict[str, Any]]:
+    """Extracts features with a run's newest checkpoint, into a file.
+
+    `settings`: of the run in `workdir`, whose `data.name`, `data.root` and
+    `data.data_dir` may name any data set. `layer`, `mode`, `side`: see
+    `layer_features.extract_features`.
+
+    Returns: the file, and what it says of where its features are from.
+    Raises: ValueError for a request that can't be met or a file that can't be written,
+    before any work.
+    """
+    data = settings.data
+    if side is None:
+        side = default_side(
+            mode, image_size=data.image_size, resize_side=data.resize_side
+        )
+    if output is None:
+        output = workdir / file_name(data, split, layer, mode, side)
+    network = load_network(workdir, plain(settings))
+    check_request(network.model, layer=layer, side=side, mode=mode)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    if output.is_dir() or not os.access(output.parent, os.W_OK):
+        raise ValueError(
+            f"can't write {output}: give --output=FILE.npz in a folder that you can "
+            "write to"
+        )
+    source = open_source(data.name, split, **data.place, multi_label=multi_label)
+    features = extract_features(
+        network,
+        source,
+        layer=layer,
+        side=side,
+        mode=mode,
+        batch_size=settings.batch_size,
+        max_buckets=max_buckets,
+        **data.loading,
+    )
+    provenance = {
+        "workdir": str(workdir.absolute()),
+        "checkpoint_step": network.step,
+        "trained_on": str(network.trained_on),
+        "layer": layer,
+        "mode": mode,
+        "side": side,
+        "data": data.name,
+        "root": absolute(data.root),
+        "split": split,
+        "multi_label": multi_label,
+        "records": len(source.records),
+        "images": len(features.values),
+        "broken": features.broken,
+        "numbers": features.values.shape[1],
+        "version": _version(),
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "config": plain(settings),
+    }
+    if parallel.is_first_process():
+        save_features(output, features, provenance)
+    return output, provenance
+
+
+def file_name(data: ImageData, split: str, layer: str, mode: str, side: int) -> str:
+    """What a file of features is called, unless the user says otherwise."""
+    name = data.name
+    if name == "image_folder":
+        name = f"image_folder-{Path(data.root).name}"
+    return f"features_{name}_{split}_{layer}_{mode}_{side}.npz".replace("/", "-")
+
+
+def save_features(path: Path, features: Features, provenance: dict[str, Any]) -> None:
+    """Writes features and where they are from into one .npz file.
+
+    `provenance`: plain values, for JSON. The file is there only when it is whole.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_arrays(
+        path,
+        features=features.values,
+        labels=features.labels,
+        indices=features.indices,
+        names=np.array(features.names, str),
+        class_names=np.array(features.class_names, str),
+        broken=np.array(features.broken),
+        provenance=np.array(json.dumps(provenance)),
+    )
+
+
+def load_features(path: str | Path) -> tuple[Features, dict[str, Any]]:
+    """The features of a file that `save_features` wrote, and their provenance.
+
+    Raises: ValueError for another kind of file.
+    """
+    try:
+        with np.load(path) as arrays:
+            provenance = json.loads(str(arrays["provenance"]))
+            features = Features(
+                values=arrays["features"],
+                labels=arrays["labels"],
+                indices=arrays["indices"],
+                names=tuple(arrays["names"].tolist()),
+                class_names=tuple(arrays["class_names"].tolist()),
+                broken=int(arrays["broken"]),
+            )
+    except (
+        AttributeError,
+        EOFError,
+        KeyError,
+        TypeError,
+        ValueError,
+        zipfile.BadZipFile,
+    ) as error:
+        raise ValueError(
+            f"{path} holds no features: give a file that python -m sppnet_jax.features "
+            f"wrote ({error})"
+        ) from error
+    return features, provenance
+
+
+def _version() -> str:
+    try:
+        return importlib.metadata.version("sppnet_jax")
+    except importlib.metadata.PackageNotFoundError:
+        return "unknown (run from a folder that is not installed)"

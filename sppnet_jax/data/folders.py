@@ -1,0 +1,143 @@
+"""What folders of images have in common, however they are laid out.
+
+Their files are read where they lie: nothing is copied, and nothing is kept.
+"""
+
+import functools
+import hashlib
+import logging
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar, cast
+
+from sppnet_jax.data.sources import Record, split_spans
+
+log = logging.getLogger(__name__)
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff")
+# Every fifth image of a class is held out where the folder has no test images.
+HOLD_OUT_EVERY = 5
+
+_File = TypeVar("_File")
+
+
+class FileRecords:
+    """Image files at paths in a root as records of these names, read when asked for.
+
+    `told`: what else is in each record, such as {"label": 3}; records may share it.
+    """
+
+    def __init__(
+        self, root: Path, paths: Sequence[str], told: Sequence[Mapping[str, Any]]
+    ) -> None:
+        self._root, self._paths, self._told = root, paths, told
+
+    def __len__(self) -> int:
+        return len(self._paths)
+
+    def __getitem__(self, index: int) -> Record:
+        path = self._paths[index]
+        image = (self._root / path).read_bytes()
+        return cast(
+            Record, {"image": image, "name": printable(path), **self._told[index]}
+        )
+
+
+def existing_folder(root: str | os.PathLike[str], kind: str, layout: str) -> Path:
+    """The folder's absolute path, links resolved.
+
+    `kind`, `layout`: for an error, what to call it and a sentence on its contents.
+
+    Raises: FileNotFoundError if there is no such folder; ValueError if it is a file.
+    """
+    folder = Path(root).expanduser()
+    if not folder.exists():
+        raise FileNotFoundError(f"there is no {kind} {str(folder)!r}. {layout}")
+    if not folder.is_dir():
+        raise ValueError(
+            f"the {kind} {str(folder)!r} is a file. If it is an archive, unpack it "
+            f"first. {layout}"
+        )
+    return folder.resolve()
+
+
+def read_split(
+    splits: Mapping[str, Sequence[_File]],
+    split: str,
+    path: Callable[[_File], str],
+    root: Path,
+) -> list[_File]:
+    """The files of a split, a slice of one or a sum of these.
+
+    A split is in the order of a hash of its files' paths, the one that TFDS would give
+    it: so each slice of it holds all classes. Raises ValueError for a split that there
+    is not, or that is empty.
+    """
+    lengths = {key: [len(files)] for key, files in splits.items()}
+    files: list[_File] = []
+    for key, first, end in split_spans(split, lengths, str(root)):
+
+        def order(file: _File, key: str = key) -> bytes:
+            text = key + printable(path(file)).replace("\\", "/")
+            return hashlib.md5(text.encode(), usedforsecurity=False).digest()
+
+        files += sorted(splits[key], key=order)[first:end]
+    return files
+
+
+def digest(root: Path, files: Iterable[tuple[str, str]]) -> str:
+    """A hash of files' paths below a root, their sizes, and what is said of each.
+
+    `files`: for each file its path, and the text, such as its class.
+
+    Returns: 32 hexadecimal digits.
+    """
+    found = hashlib.sha256()
+    for path, text in files:
+        size = os.stat(root / path).st_size
+        found.update(f"{printable(path)}\0{size}\0{text}\n".encode())
+    return found.hexdigest()[:32]
+
+
+@functools.cache
+def warn_once(note: str) -> None:
+    """Logs a note on a folder, unless this process did; commands open one often."""
+    log.warning("%s", printable(note))
+
+
+def hold_out(paths: Iterable[str]) -> set[str]:
+    """Every fifth of the paths, in the order of a hash of each."""
+    # By a hash, because neighbouring names are often shots of one scene.
+    order = sorted(paths, key=lambda p: hashlib.sha256(printable(p).encode()).digest())
+    return set(order[HOLD_OUT_EVERY - 1 :: HOLD_OUT_EVERY])
+
+
+def walk_files(folder: Path, above: tuple[str, ...] = ()) -> Iterator[Path]:
+    """Yields every visible file at any depth, following links, but not in circles."""
+    real = os.path.realpath(folder)
+    if real in above:
+        return
+    folders, files = list_folder(folder)
+    yield from (folder / name for name in files)
+    for name in folders:
+        yield from walk_files(folder / name, (*above, real))
+
+
+def list_folder(folder: Path) -> tuple[list[str], list[str]]:
+    """The names of a folder's visible folders and files, sorted."""
+    with os.scandir(folder) as entries:
+        visible = [e for e in entries if e.name[0] != "." and e.name != "__MACOSX"]
+    folders = sorted(entry.name for entry in visible if entry.is_dir())
+    return folders, sorted(entry.name for entry in visible if not entry.is_dir())
+
+
+def is_image(path: Path) -> bool:
+    """Whether there is a file of this path with the suffix of an image."""
+    # A broken link or a pipe is no image, whatever its name.
+    return path.name.lower().endswith(IMAGE_SUFFIXES) and path.is_file()
+
+
+def printable(path: str) -> str:
+    """A path as text: file names are bytes, and names are text."""
+    return os.fsencode(path).decode("utf-8", "backslashreplace")

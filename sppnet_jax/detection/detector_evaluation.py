@@ -1,0 +1,114 @@
+"""The test of a trained detector, or of several together, on a split with objects."""
+
+import logging
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from sppnet_jax.detection.box_split import open_split_of
+from sppnet_jax.detection.detector_settings import DetectorSettings, detector_settings
+from sppnet_jax.detection.results import image_ids, write_results
+from sppnet_jax.detection.trained_detector import (
+    check_is_detector,
+    detect_split,
+    load_detectors,
+)
+from sppnet_jax.run.settings import plain
+
+# Settings that may be others in a test than they were in training.
+TEST_ONLY = ("scorer", "fc_rank", "regression", "test", "proposals")
+
+log = logging.getLogger(__name__)
+
+
+def evaluate_detectors(
+    workdirs: Sequence[Path],
+    *,
+    settings: DetectorSettings | None = None,
+    score: float | None = None,
+) -> dict[str, Any]:
+    """Tests one detector, or several together, on the test split of the first's data.
+
+    Writes precisions, detections and pictures into WORKDIR/test of the first.
+
+    `settings`: of the first, if others than it was trained with. `score`: the least of
+    boxes in pictures; see `least_score`.
+
+    Returns: what results.json holds.
+    Raises: ValueError or FileNotFoundError for detectors that can't be tested so.
+    """
+    all_settings = settings_together(workdirs, settings)
+    first, workdir = all_settings[0], workdirs[0]
+    detectors = load_detectors(workdirs, all_settings)
+    class_names = detectors[0].class_names
+    split = open_split_of(first, "test", workdir)
+    source = split.source
+    if source.class_names != class_names:
+        raise ValueError(
+            f"{source.name!r} has the classes {', '.join(source.class_names)}; the "
+            f"detector in {workdir} was trained on {', '.join(class_names)}"
+        )
+    if not any((~found.difficult).any() for found in split.objects):
+        raise ValueError(
+            f"split {source.split!r} of {source.name!r} has no objects to find, or "
+            "difficult ones only: test on another --config.data.test_split"
+        )
+    image_ids(source)  # before hours of work
+    seen = [sum(i in d.images for i in split.images) for d in detectors]
+    if any(seen):
+        log.warning(
+            "%d of the %d images to test on were trained on: the result says little. "
+            "Give another --config.data.test_split",
+            max(seen),
+            len(split.images),
+        )
+    trained, given = (
+        {name: plain(settings)[name] for name in TEST_ONLY}
+        for settings in (detector_settings(workdir), first)
+    )
+    started = time.perf_counter()
+    found = detect_split(detectors, split)
+    seconds = time.perf_counter() - started
+    combined = f"_of_{len(workdirs)}" if len(workdirs) > 1 else ""
+    return write_results(
+        workdir / f"test{combined}{'_custom' if given != trained else ''}",
+        source,
+        split.objects,
+        split.sizes,
+        split.proposals,
+        found,
+        least_score=least_score(first, score),
+        about={
+            "workdirs": [str(workdir) for workdir in workdirs],
+            "seconds": round(seconds, 2),
+            "trained_on": max(seen),
+            "settings": given,
+        },
+    )
+
+
+def settings_together(
+    workdirs: Sequence[Path], settings: DetectorSettings | None = None
+) -> list[DetectorSettings]:
+    """The settings of each detector; what is said of tests is said to all of them.
+
+    `settings`: of the first, if others than it was trained with.
+    """
+    for workdir in workdirs:
+        check_is_detector(workdir)
+    trained, *others = (detector_settings(workdir) for workdir in workdirs)
+    given = settings or trained
+    said = {
+        name: getattr(given, name)
+        for name in TEST_ONLY
+        if getattr(given, name) != getattr(trained, name)
+    }
+    return [given, *(other._replace(**said) for other in others)]
+
+
+def least_score(settings: DetectorSettings, score: float | None = None) -> float:
+    """The least score of a box that is shown: 0 of an SVM, 0.5 of a softmax."""
+    if score is not None:
+        return score
+    return 0.5 if settings.scorer == "softmax" else 0.0

@@ -1,0 +1,214 @@
+"""Training a detector in stages: what each is made from, and what it makes.
+
+    network      the trained classifier, copied: a detector needs nothing but its folder
+    finetune     fc6, fc7 and a new fc8
+    svm          an SVM for each class, with hard-negative mining
+    regression   of boxes
+
+Each is run once, and again if what goes into it changes; see run/stages.py. Proposals
+and maps are no stages but a cache that detectors may share: each image has its own
+entry. detector.json, the last that training writes, says which stages belong together.
+"""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sppnet_jax.detection.box_split import BoxSplit, open_split_of
+from sppnet_jax.detection.detector import layer_head
+from sppnet_jax.detection.detector_settings import DetectorSettings
+from sppnet_jax.detection.examples import finetuning_examples, with_objects
+from sppnet_jax.detection.finetune import finetune
+from sppnet_jax.detection.learn import ROUNDS_FILE, learn_regression, learn_svms
+from sppnet_jax.detection.split_features import split_features
+from sppnet_jax.detection.trained_detector import (
+    DETECTOR_FILE,
+    NETWORK,
+    check_is_detector,
+    detector_fc,
+    finetuned_model,
+)
+from sppnet_jax.network.trained import Network, digest_arrays, load_network
+from sppnet_jax.run import files, parallel, run_folder, stages
+from sppnet_jax.run.checkpoints import Checkpoints
+from sppnet_jax.run.settings import plain
+
+log = logging.getLogger(__name__)
+
+
+def train_detector(settings: DetectorSettings, workdir: Path) -> None:
+    """Runs the stages of training that are not done yet.
+
+    Raises: ValueError for a folder that holds something else, and for a network that
+    can't do what the settings ask; and as stages do.
+    """
+    check_is_detector(workdir)
+    settings = settings.with_absolute_paths()
+    network = _origin(settings, workdir)
+    check_network(settings, network)
+    with run_folder.locked(workdir):
+        split = open_split_of(settings, "train", workdir)
+        # From here on stages may be of other settings than the config's.
+        (workdir / DETECTOR_FILE).unlink(missing_ok=True)
+        run_folder.save_config(workdir, plain(settings))
+        _copy_network(settings, network, workdir)
+        made = {
+            "classes": list(split.source.class_names),
+            "stages": _run_stages(settings, network, workdir, split),
+            "images": split.images,
+        }
+        files.write_json(workdir / DETECTOR_FILE, made)
+
+
+def check_network(settings: DetectorSettings, network: Network) -> None:
+    """Raises ValueError if a classifier can't do what the settings ask."""
+    model, origin = network.model, settings.network
+    if settings.system == "spp":
+        if model.levels is None:
+            raise ValueError(
+                f"the network in {origin} has no spatial pyramid (levels=None), so it "
+                "can't pool windows from the map of a whole image: train one with "
+                "levels such as (6, 3, 2, 1), or use --config.system=rcnn"
+            )
+        least = network.geometry.min_image_size
+        if min(settings.scales) < least:
+            raise ValueError(
+                f"config.scales has {min(settings.scales)} pixels, and the network in "
+                f"{origin} needs at least {least}"
+            )
+    elif 2 * settings.context >= model.image_size:
+        raise ValueError(
+            f"config.context of {settings.context} pixels on each side leaves nothing "
+            f"of the {model.image_size} that the network in {origin} takes"
+        )
+    if settings.finetune.steps:
+        parallel.check_batch_size(settings.finetune.batch_size)
+
+
+def _origin(settings: DetectorSettings, workdir: Path) -> Network:
+    """The classifier that the settings name, or the copy of it if it is gone."""
+    origin, copy = Path(settings.network), workdir / NETWORK
+    if run_folder.has_checkpoint(origin):
+        return load_network(origin)
+    record = copy / stages.STAGE_FILE
+    whole = stages.is_done(workdir, NETWORK)
+    if not whole or run_folder.read_json(record)["inputs"]["workdir"] != str(origin):
+        raise FileNotFoundError(
+            f"config.network, {origin}, holds no trained classifier: train one with "
+            "python -m sppnet_jax.train, or correct --config.network"
+        )
+    log.info("%s is gone; going on with the copy of it", origin)
+    return load_network(copy)
+
+
+def _copy_network(settings: DetectorSettings, network: Network, workdir: Path) -> None:
+    """Copies the trained classifier into the detector's folder, unless it is there."""
+    origin = Path(settings.network)
+    itself = origin.resolve() == (workdir / NETWORK).resolve()
+    if itself or not run_folder.has_checkpoint(origin):
+        return
+
+    def copy(folder: Path) -> dict[str, Any]:
+        run_folder.save_config(folder, dict(network.settings))
+        run_folder.save_training_data(folder, network.trained_on)
+        statistics = run_folder.load_statistics(origin)
+        if statistics is not None:
+            run_folder.save_statistics(folder, statistics)
+        with Checkpoints(folder / run_folder.CHECKPOINTS) as checkpoints:
+            if checkpoints.latest_step() is None:
+                none = {"step": np.int32(network.step)}
+                checkpoints.save(
+                    network.step, params=network.params, training=none, host={}
+                )
+        return {"trained on": str(network.trained_on)}
+
+    inputs = {"workdir": str(origin), "step": network.step, "network": network.digest}
+    stages.run_stage(workdir, NETWORK, inputs, copy)
+
+
+def _run_stages(
+    settings: DetectorSettings, network: Network, workdir: Path, split: BoxSplit
+) -> dict[str, str]:
+    """Runs what is not done; returns the digest of each stage."""
+    boxes = with_objects(split.objects, split.proposals)
+    features, made_of = split_features(settings, network, split, boxes, workdir)
+    names = split.source.class_names
+    labels = np.concatenate([f.labels[~f.difficult] for f in split.objects])
+    absent = np.setdiff1d(np.arange(len(names)), labels)
+    if len(absent):
+        log.warning(
+            "no object to train on, or difficult ones only: %s; they will never be "
+            "detected",
+            ", ".join(names[label] for label in absent),
+        )
+    shared: dict[str, Any] = {
+        **made_of,
+        "boxes": digest_arrays(boxes),
+        "objects": digest_arrays(part for found in split.objects for part in found),
+        "classes": list(names),
+        "seed": settings.seed,
+    }
+    digests: dict[str, str] = {}
+    finetuning = settings.finetune
+    if finetuning.steps:
+        digests["finetune"] = stages.run_stage(
+            workdir,
+            "finetune",
+            {**shared, "finetune": finetuning.deciding},
+            lambda folder: finetune(
+                folder,
+                finetuned_model(settings, network, len(names)),
+                network.params,
+                features,
+                [
+                    finetuning_examples(
+                        own,
+                        found,
+                        positive=finetuning.positive_overlap,
+                        negative=finetuning.negative_overlap,
+                    )
+                    for own, found in zip(boxes, split.objects, strict=True)
+                ],
+                finetuning,
+                settings.seed,
+            ),
+        )
+    if settings.scorer == "svm":
+        fc = detector_fc(settings, network, workdir, len(names))
+        learnt_on = {"finetuned": digests.get("finetune", ""), "layer": settings.layer}
+        digests["svm"] = stages.run_stage(
+            workdir,
+            "svm",
+            {**shared, **learnt_on, "svm": plain(settings.svm)},
+            lambda folder: learn_svms(
+                folder,
+                features,
+                split.objects,
+                len(names),
+                head=layer_head(network.model, settings.layer),
+                fc=fc,
+                mining=settings.svm,
+                seed=settings.seed,
+            ),
+        )
+        # Large, and of use to a run that is cut off only.
+        (workdir / "svm" / ROUNDS_FILE).unlink(missing_ok=True)
+    if settings.regression.enabled:
+        norm = settings.svm.feature_norm
+        digests["regression"] = stages.run_stage(
+            workdir,
+            "regression",
+            {**shared, "feature_norm": norm, "regression": plain(settings.regression)},
+            lambda folder: learn_regression(
+                folder,
+                features,
+                split.objects,
+                len(names),
+                settings.regression,
+                feature_norm=norm,
+                seed=settings.seed,
+            ),
+        )
+    return digests

@@ -1,0 +1,233 @@
+"""A trained detector as one value, and what it finds."""
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from sppnet_jax.classification.svm import LinearSVMs
+from sppnet_jax.detection.box_regression import BoxRegressors
+from sppnet_jax.detection.box_split import BoxSplit
+from sppnet_jax.detection.detector import (
+    Detections,
+    score_boxes,
+    scoring_head,
+    suppress,
+)
+from sppnet_jax.detection.detector_settings import DetectorSettings, detector_settings
+from sppnet_jax.detection.finetune import load_finetuned
+from sppnet_jax.detection.learn import REGRESSION_FILE, SVM_FILE
+from sppnet_jax.detection.low_rank import FC_LAYERS, truncate_fc
+from sppnet_jax.detection.proposals import find_boxes
+from sppnet_jax.detection.split_features import image_features, split_features
+from sppnet_jax.detection.window_features import WindowFeatures, make_program
+from sppnet_jax.network.model import SPPNet
+from sppnet_jax.network.trained import Network, load_network
+from sppnet_jax.run import files, run_folder, stages
+from sppnet_jax.run.progress import progress_bar
+from sppnet_jax.run.settings import plain
+
+DETECTOR_FILE = "detector.json"
+NETWORK = "network"
+
+log = logging.getLogger(__name__)
+
+
+class Detector(NamedTuple):
+    """A trained detector: what scores boxes, and of which classes.
+
+    `settings`: those to detect with. `workdir`: its folder. `images`: the digests of
+    those that it was trained on.
+    """
+
+    settings: DetectorSettings
+    workdir: Path
+    network: Network
+    head: Any
+    weights: Any
+    class_names: tuple[str, ...]
+    images: frozenset[str]
+
+
+def load_detector(workdir: Path, settings: DetectorSettings | None = None) -> Detector:
+    """The detector that `train_detector` left in a folder.
+
+    `settings`: to detect with, where they are others than it was trained with; what
+    only detecting uses may differ: `scorer`, `fc_rank`, `test`, splits and the like.
+
+    Raises: FileNotFoundError where there is none, or a stage that the settings need was
+    not run; ValueError for settings that the detector was not trained with.
+    """
+    check_is_detector(workdir)
+    if not stages.is_done(workdir, NETWORK):
+        raise FileNotFoundError(
+            f"{workdir} holds no detector: train one with python -m sppnet_jax.detect "
+            "train, or check --workdir"
+        )
+    settings = settings or detector_settings(workdir)
+    _check_trained_as(settings, workdir)
+    if not (workdir / DETECTOR_FILE).exists():
+        raise FileNotFoundError(
+            f"the training of the detector in {workdir} has not come to its end: run "
+            "python -m sppnet_jax.detect train, it goes on where it stopped"
+        )
+    made = run_folder.read_json(workdir / DETECTOR_FILE)
+    class_names = tuple(made["classes"])
+    needed = {
+        "finetune": bool(settings.finetune.steps),
+        "svm": settings.scorer == "svm",
+        "regression": settings.regression.enabled,
+    }
+    for name in (name for name, used in needed.items() if used):
+        digest = stages.done_digest(workdir, name)
+        if digest is None or made["stages"].get(name) != digest:
+            raise FileNotFoundError(
+                f"the last training of the detector in {workdir} left out the stage "
+                f"{name!r}: run python -m sppnet_jax.detect train with the settings "
+                "that you test with"
+            )
+    network = load_network(workdir / NETWORK)
+    fc = detector_fc(settings, network, workdir, len(class_names))
+    if any(settings.fc_rank):
+        fc = truncate_fc(fc, dict(zip(("fc6", "fc7"), settings.fc_rank, strict=True)))
+    svms = regressors = None
+    if needed["svm"]:
+        svms = LinearSVMs(**files.read_arrays(workdir / "svm" / SVM_FILE))
+    if needed["regression"]:
+        file = workdir / "regression" / REGRESSION_FILE
+        regressors = BoxRegressors(**files.read_arrays(file))
+    head, weights = scoring_head(
+        network.model, fc, layer=settings.layer, svms=svms, regressors=regressors
+    )
+    return Detector(
+        settings,
+        workdir,
+        network,
+        head,
+        jax.device_put(weights),
+        class_names,
+        frozenset(made["images"]),
+    )
+
+
+def load_detectors(
+    workdirs: Sequence[Path], settings: Sequence[DetectorSettings]
+) -> list[Detector]:
+    """Several detectors that detect together.
+
+    Raises: ValueError for detectors that can't be combined, and as `load_detector`.
+    """
+    if len({own.scorer for own in settings}) > 1:
+        raise ValueError(
+            "these detectors can't be combined: some score by SVMs, others by softmax. "
+            "Give all the same --config.scorer"
+        )
+    detectors = []
+    for own, workdir in zip(settings, workdirs, strict=True):
+        detectors.append(load_detector(workdir, own))
+        if detectors[-1].class_names != detectors[0].class_names:
+            raise ValueError(
+                f"the detectors in {workdirs[0]} and {workdir} know other classes"
+            )
+    return detectors
+
+
+def detect_split(detectors: Sequence[Detector], split: BoxSplit) -> list[Detections]:
+    """What one detector, or several together, find in each image of a split."""
+    features = []
+    for own in detectors:
+        given = own.settings, own.network, split, split.proposals, own.workdir
+        features.append(split_features(*given)[0])
+    return _detect(detectors, features, split.sizes)
+
+
+def detect_images(
+    detectors: Sequence[Detector], images: Sequence[np.ndarray]
+) -> list[Detections]:
+    """What one detector, or several together, find in images that are at hand.
+
+    `images`: uint8 [height, width, 3] each, RGB. Boxes are those of the first
+    detector's proposals.
+
+    Raises: ValueError for a detector whose proposals are from a file.
+    """
+    boxes = [find_boxes(image, detectors[0].settings.proposals) for image in images]
+    features = [
+        image_features(own.settings, own.network, images, boxes) for own in detectors
+    ]
+    sizes = np.array([image.shape[:2] for image in images]).reshape(-1, 2)
+    return _detect(detectors, features, sizes)
+
+
+def _detect(
+    detectors: Sequence[Detector],
+    features: Sequence[WindowFeatures],
+    sizes: np.ndarray,
+) -> list[Detections]:
+    programs = [
+        make_program(own, detector.head)
+        for own, detector in zip(features, detectors, strict=True)
+    ]
+    found = []
+    with progress_bar("detecting", len(sizes)) as bar:
+        for image, (height, width) in enumerate(sizes.tolist()):
+            scored = [
+                score_boxes(
+                    own,
+                    program,
+                    detector.weights,
+                    image,
+                    (height, width),
+                    len(detector.class_names),
+                )
+                for own, program, detector in zip(
+                    features, programs, detectors, strict=True
+                )
+            ]
+            found.append(suppress(scored, detectors[0].settings.test))
+            bar.update()
+    return found
+
+
+def finetuned_model(
+    settings: DetectorSettings, network: Network, classes: int
+) -> SPPNet:
+    """The network with an fc8 for so many classes and background, the last."""
+    return network.model.clone(
+        num_classes=classes + 1, dropout=settings.finetune.dropout
+    )
+
+
+def detector_fc(
+    settings: DetectorSettings, network: Network, workdir: Path, classes: int
+) -> Any:
+    """The fc layers, fine-tuned if they were."""
+    params = network.params
+    if settings.finetune.steps:
+        model = finetuned_model(settings, network, classes)
+        params = load_finetuned(workdir / "finetune", model, params)
+    return {name: params[name] for name in FC_LAYERS}
+
+
+def check_is_detector(workdir: Path) -> None:
+    """Raises ValueError if a folder holds a trained classifier and no detector."""
+    if (workdir / run_folder.CONFIG_FILE).exists():
+        detector_settings(workdir)
+
+
+def _check_trained_as(settings: DetectorSettings, workdir: Path) -> None:
+    """Raises ValueError if a detector was trained with other settings than these."""
+    known, given = plain(detector_settings(workdir)), plain(settings)
+    shared = ["system", "scales", "rule", "window_side", "context", "maps_dtype"]
+    shared += ["finetune"]
+    shared += ["layer", "svm"] if settings.scorer == "svm" else []
+    shared += ["regression"] if settings.regression.enabled else []
+    for name in shared:
+        if known[name] != given[name]:
+            raise ValueError(
+                f"the detector in {workdir} was trained with {name} = {known[name]}, "
+                f"not {given[name]}: run python -m sppnet_jax.detect train first"
+            )

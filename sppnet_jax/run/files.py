@@ -1,0 +1,66 @@
+"""Files that are whole or not there, whoever else writes or reads them."""
+
+import contextlib
+import json
+import os
+import uuid
+import zipfile
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+
+
+@contextlib.contextmanager
+def whole_file(path: Path) -> Iterator[IO[bytes]]:
+    """Opens a file to write, which is put in its place when all is written.
+
+    Makes its folder. A process that is killed leaves no more than a hidden `.partial`.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.partial")
+    try:
+        with partial.open("wb") as file:
+            yield file
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes text."""
+    with whole_file(path) as file:
+        file.write(text.encode())
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes a value as indented JSON."""
+    write_text(path, json.dumps(value, indent=2) + "\n")
+
+
+def write_array(path: Path, array: np.ndarray) -> None:
+    """Writes an array as an .npy file."""
+    with whole_file(path) as file:
+        np.save(file, array)
+
+
+def write_arrays(path: Path, **arrays: Any) -> None:
+    """Writes arrays by name as an .npz file."""
+    with whole_file(path) as file:
+        np.savez(file, **arrays)
+
+
+def read_arrays(path: Path) -> dict[str, np.ndarray]:
+    """The arrays of an .npz file, by name; ValueError for a damaged one."""
+    try:
+        with np.load(path) as arrays:
+            return dict(arrays)
+    except (EOFError, ValueError, zipfile.BadZipFile, zlib.error) as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
+
+
+def absolute(path: str) -> str:
+    """A path as text that is found again from any folder; "" stays ""."""
+    return str(Path(path).expanduser().absolute()) if path else ""

@@ -1,0 +1,85 @@
+"""All the settings of a network's training: what its config holds."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple
+
+from sppnet_jax.data.datasets import ImageData
+from sppnet_jax.network.model import Architecture, make_model
+from sppnet_jax.network.preprocess import Inputs
+from sppnet_jax.network.trunks import backbone_geometry
+from sppnet_jax.run.run_folder import load_config
+from sppnet_jax.run.settings import at_least, between, read
+from sppnet_jax.training.schedule import Schedule
+from sppnet_jax.training.sizes import possible_sizes
+from sppnet_jax.training.steps import Optimizer
+
+
+class NetworkSettings(NamedTuple):
+    """Everything that a network's training is made from; the paper's ImageNet recipe.
+
+    `seed`: of weights, of the order of images and of augmentation. `batch_size`: over
+    all devices of all processes.
+    `sizes`: sides of the training images, an epoch at each in turn, the crop resized,
+    as (224, 180); or ("uniform", 180, 224), drawn for each epoch; () is all epochs at
+    `data.image_size`. `size_multiple`: of a drawn size; each size compiles one program.
+    `log_steps`: between two rows of the log. `checkpoint_steps`: between checkpoints; 0
+    saves at the end of each epoch only. `keep_checkpoints`: the newest so many.
+    `max_steps`: ends there, to go on later; 0 for the whole run. `profile_steps`:
+    traced after the first ones, into WORKDIR/profile.
+    """
+
+    seed: Annotated[int, between(0, 2**32)] = 0
+    epochs: Annotated[int, at_least(1)] = 70
+    batch_size: Annotated[int, at_least(1)] = 128
+    sizes: tuple[int | str, ...] = ()
+    size_multiple: Annotated[int, at_least(1)] = 4
+    model: Architecture = Architecture()
+    data: ImageData = ImageData()
+    inputs: Inputs = Inputs()
+    schedule: Schedule = Schedule()
+    optimizer: Optimizer = Optimizer()
+    log_steps: Annotated[int, at_least(0)] = 50
+    checkpoint_steps: Annotated[int, at_least(0)] = 0
+    keep_checkpoints: Annotated[int, at_least(1)] = 2
+    max_steps: Annotated[int, at_least(0)] = 0
+    profile_steps: Annotated[int, at_least(0)] = 0
+
+    def check(self) -> None:
+        """Raises ValueError for settings that don't fit together."""
+        make_model(self.model, 1, self.data.image_size)
+        if self.schedule.warmup_epochs > self.epochs:
+            raise ValueError(
+                f"config.schedule.warmup_epochs, {self.schedule.warmup_epochs}, is "
+                f"more than config.epochs, {self.epochs}"
+            )
+        if self.sizes:
+            self._check_sizes(possible_sizes(self.sizes, self.size_multiple))
+
+    def _check_sizes(self, sides: tuple[int, ...]) -> None:
+        largest = self.data.image_size
+        if sides[-1] > largest:
+            raise ValueError(
+                f"config.sizes has {sides[-1]}, more than config.data.image_size, "
+                f"{largest}: crops are only made smaller, so that must be the largest "
+                "size"
+            )
+        if not self.model.levels and sides != (largest,):
+            raise ValueError(
+                f"config.sizes is {self.sizes}, but without a pyramid (model.levels="
+                f"()) the network takes images of data.image_size, {largest}, only"
+            )
+        backbone_geometry(self.model.backbone).map_size(sides[0])
+
+
+def network_settings(workdir: Path) -> NetworkSettings:
+    """The settings that a run was trained with.
+
+    Raises: FileNotFoundError for a folder without a run.
+    """
+    saved: Mapping[str, Any] = load_config(workdir)
+    if "proposals" in saved:
+        raise ValueError(
+            f"{workdir} holds a detector, no network: give a network's own --workdir"
+        )
+    return read(NetworkSettings, saved)

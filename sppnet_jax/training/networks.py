@@ -1,0 +1,246 @@
+"""Training a network, from its settings to the test after the last epoch."""
+
+import contextlib
+import logging
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from sppnet_jax.data.batches import (
+    Batches,
+    eval_batches,
+    steps_per_epoch,
+    train_batches,
+)
+from sppnet_jax.data.broken import BrokenImages
+from sppnet_jax.data.datasets import ImageData, open_split
+from sppnet_jax.data.sources import Source
+from sppnet_jax.data.statistics import kept_statistics
+from sppnet_jax.network.model import make_model, param_shapes
+from sppnet_jax.network.preprocess import make_preprocessing
+from sppnet_jax.run import caches, parallel, run_folder
+from sppnet_jax.run.checkpoints import Checkpoints
+from sppnet_jax.run.settings import plain
+from sppnet_jax.training.loop import train
+from sppnet_jax.training.network_settings import NetworkSettings, network_settings
+from sppnet_jax.training.sizes import epoch_size
+from sppnet_jax.training.step_log import Pace
+from sppnet_jax.training.steps import (
+    create_state,
+    make_train_step,
+    shard_batch,
+)
+from sppnet_jax.training.validation import count_correct, make_test_step
+
+log = logging.getLogger(__name__)
+
+
+def train_network(settings: NetworkSettings, workdir: Path) -> dict[str, float]:
+    """Trains a network to its end, from the newest checkpoint in a folder if any.
+
+    Returns: the last validation metrics.
+    Raises: ValueError for data or settings that a run in the folder can't go on with;
+    Interrupted and DivergedError as `loop.train` does.
+    """
+    data = settings.data.with_absolute_paths()
+    settings = settings._replace(data=data)
+    parallel.check_batch_size(settings.batch_size)
+    source = open_split(data, "train")
+    held_out = open_split(data, "validation")
+    if held_out.class_names != source.class_names:
+        raise ValueError(
+            f"the splits {source.split!r} and {held_out.split!r} have other classes"
+        )
+    batches = train_batches(
+        source,
+        batch_size=settings.batch_size,
+        seed=settings.seed,
+        epochs=settings.epochs,
+        **data.augmentation,
+        **data.loading,
+        **_this_process(),
+    )
+    check_can_resume(settings, source, workdir)
+    first = parallel.is_first_process()
+    with run_folder.locked(workdir) if first else contextlib.nullcontext():
+        return _train(settings, workdir, source, held_out, batches)
+
+
+def _train(
+    settings: NetworkSettings,
+    workdir: Path,
+    source: Source,
+    held_out: Source,
+    batches: Batches,
+) -> dict[str, float]:
+    """Trains in a folder that no other process uses."""
+    data = settings.data
+    if parallel.is_first_process():
+        run_folder.save_config(workdir, plain(settings))
+        run_folder.save_training_data(workdir, training_data(data, source))
+        _prepare_statistics(settings, source, workdir)
+    parallel.wait_for_all_processes("the run's folder is prepared")
+    log.info(
+        "training on %d images of %d classes, testing on %d",
+        len(source.records),
+        len(source.class_names),
+        len(held_out.records),
+    )
+    model = make_model(settings.model, len(source.class_names), data.image_size)
+    statistics = run_folder.load_statistics(workdir)
+    preprocessing = make_preprocessing(settings.inputs, statistics)
+    test_step = make_test_step(model, preprocessing)
+    epoch_steps = steps_per_epoch(source, settings.batch_size)
+    total_steps = settings.epochs * epoch_steps
+    broken = BrokenImages(source)
+
+    def validate(params: Any) -> dict[str, float]:
+        tests = eval_batches(
+            held_out,
+            batch_size=parallel.round_up_to_devices(settings.batch_size),
+            image_size=data.image_size,
+            resize_side=data.resize_side,
+            **data.loading,
+            **_this_process(),
+        )
+        return count_correct(test_step, params, tests, records=len(held_out.records))
+
+    def place(batch: dict[str, np.ndarray]) -> Any:
+        broken.report(batch)
+        return shard_batch(batch)
+
+    def size_of(epoch: int) -> int | None:
+        sizes, multiple = settings.sizes, settings.size_multiple
+        if not sizes:
+            return None
+        return epoch_size(sizes, epoch, seed=settings.seed, multiple=multiple)
+
+    with batches:
+        memory = train(
+            workdir,
+            "training",
+            Pace(
+                total_steps,
+                settings.batch_size,
+                epoch_steps,
+                settings.log_steps,
+                settings.checkpoint_steps,
+                settings.keep_checkpoints,
+                settings.max_steps,
+                settings.profile_steps,
+            ),
+            make_state=lambda: create_state(model, settings.optimizer, settings.seed),
+            batches=batches,
+            place=place,
+            make_program=lambda size: make_train_step(
+                model, settings.optimizer, preprocessing, size=size
+            ),
+            rate=lambda step, errors: settings.schedule.rate(
+                step,
+                steps_per_epoch=epoch_steps,
+                total_steps=total_steps,
+                validation_errors=errors,
+            ),
+            size_of=size_of,
+            validate=validate,
+        )
+    broken.summarize()
+    return memory["validation"]
+
+
+def _this_process() -> dict[str, Any]:
+    return {
+        "process_index": jax.process_index(),
+        "process_count": jax.process_count(),
+    }
+
+
+def training_data(data: ImageData, source: Source) -> run_folder.TrainingData:
+    """What identifies the data that a run is trained on."""
+    return run_folder.TrainingData(
+        name=source.name,
+        root=data.root,
+        split=source.split,
+        records=len(source.records),
+        class_names=source.class_names,
+        digest=source.digest,
+    )
+
+
+def check_can_resume(settings: NetworkSettings, source: Source, workdir: Path) -> None:
+    """Raises ValueError if a run in a folder can't go on with settings and data.
+
+    Passes where there is no checkpoint yet.
+    """
+    if (workdir / run_folder.CONFIG_FILE).exists():
+        network_settings(workdir)  # refuses a detector's folder
+    if not run_folder.has_checkpoint(workdir):
+        return
+    with Checkpoints(workdir / run_folder.CHECKPOINTS) as checkpoints:
+        classes = len(source.class_names)
+        checkpoints.check_shapes(
+            param_shapes(make_model(settings.model, classes, settings.data.image_size))
+        )
+    known = run_folder.load_training_data(workdir)
+    difference = known.difference(training_data(settings.data, source))
+    if difference:
+        raise ValueError(
+            f"the run in {workdir} was trained on other data: {difference}. Use "
+            "another --workdir, or restore the data"
+        )
+    before = run_folder.load_config(workdir)
+    for name in ("seed", "batch_size"):
+        given = getattr(settings, name)
+        if before[name] != given:
+            raise ValueError(
+                f"the run in {workdir} began with {name}={before[name]}, which decides "
+                f"the order of its data, and can't go on with {name}={given}: use "
+                "another --workdir"
+            )
+
+
+def check_data_is_unchanged(
+    data: ImageData, trained_on: run_folder.TrainingData
+) -> None:
+    """Raises ValueError if a data set was changed since a run was trained on it.
+
+    A test on held-out images would then see images of the training.
+    """
+    if (data.name, data.root) != (trained_on.name, trained_on.root):
+        return
+    if data.train_split != trained_on.split:
+        return
+    difference = trained_on.difference(training_data(data, open_split(data, "train")))
+    if difference:
+        raise ValueError(
+            f"the data has changed since the training: {difference}. Images held out "
+            "then may not be the same now: restore the data, or train again in another "
+            "--workdir"
+        )
+
+
+def _prepare_statistics(
+    settings: NetworkSettings, source: Source, workdir: Path
+) -> None:
+    """Computes the training set's statistics if the inputs need them.
+
+    A run that goes on keeps those it began with.
+    """
+    known = run_folder.has_checkpoint(workdir) and run_folder.load_statistics(workdir)
+    if not settings.inputs.need_statistics or known:
+        return
+    try:
+        folder = caches.cache_folder() / "statistics"
+    except RuntimeError:  # a user without a home folder
+        folder = None
+    statistics = kept_statistics(
+        source,
+        folder,
+        image_size=settings.data.image_size,
+        resize_side=settings.data.resize_side,
+        max_images=settings.inputs.statistics_images,
+        threads=settings.data.threads,
+    )
+    run_folder.save_statistics(workdir, statistics._asdict())

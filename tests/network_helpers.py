@@ -1,0 +1,42 @@
+"""Networks with drawn weights: nothing is trained, and nothing compiled."""
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+
+from sppnet_jax.network.model import SPPNet, make_model
+from sppnet_jax.run import run_folder
+from sppnet_jax.run.checkpoints import Checkpoints
+from sppnet_jax.run.settings import read
+from sppnet_jax.training.network_settings import NetworkSettings
+
+
+def drawn_params(model: SPPNet) -> dict[str, Any]:
+    """A model's parameters, of He's spread; its biases are not zero."""
+    images = jnp.zeros((1, model.image_size, model.image_size, 3))
+    shapes = jax.eval_shape(model.init, jax.random.key(0), images)["params"]
+    rng = np.random.default_rng(0)
+
+    def draw(leaf: Any) -> np.ndarray:
+        spread = np.sqrt(2 / max(1, np.prod(leaf.shape[:-1])))
+        return rng.normal(0, spread, leaf.shape).astype(np.float32)
+
+    return jax.tree.map(draw, shapes)
+
+
+def write_network(workdir: Path, config: ConfigDict) -> Path:
+    """Writes the folder of a classifier of three classes; returns the folder."""
+    config.data.root = "photos"
+    settings = read(NetworkSettings, config.to_dict())
+    names = ("one", "two", "three")
+    run_folder.save_config(workdir, config.to_dict())
+    data = run_folder.TrainingData("image_folder", "photos", "train", 9, names)
+    run_folder.save_training_data(workdir, data)
+    params = drawn_params(make_model(settings.model, 3, settings.data.image_size))
+    with Checkpoints(workdir / run_folder.CHECKPOINTS) as checkpoints:
+        checkpoints.save(3, params=params, training={"step": np.int32(3)}, host={})
+    return workdir
