@@ -78,7 +78,7 @@ def extract_features(
     batch_size: int,
     max_buckets: int = 4,
     workers: int = 0,
-    threads: int = 4,
+    threads: int = 8,
     strict: bool = False,
 ) -> Features:
     """The activations of a layer for every image of a source, in its order.

@@ -30,8 +30,10 @@ import numpy as np
 from absl import flags
 
 from sppnet_jax.data import images
+from sppnet_jax.data.datasets import ImageData
 from sppnet_jax.data.sources import Source, check_label
 
+USUAL = ImageData()  # where the defaults of loading are spelled
 # Epochs. The length of Grain's own endless repeat overflows in batches of one.
 _FOREVER = 2**31
 
@@ -44,14 +46,14 @@ def train_batches(
     batch_size: int,
     image_size: int,
     resize_side: int,
-    crop: str = "paper",
-    min_area: float = 0.35,
-    flip: bool = True,
+    crop: str = USUAL.crop,
+    min_area: float = USUAL.min_area,
+    flip: bool = USUAL.flip,
     seed: int = 0,
     epochs: int | None = None,
-    workers: int = 0,
-    threads: int = 4,
-    strict: bool = False,
+    workers: int = USUAL.workers,
+    threads: int = USUAL.threads,
+    strict: bool = USUAL.strict,
     process_index: int = 0,
     process_count: int = 1,
 ) -> "Batches":
@@ -182,7 +184,7 @@ def whole_images(
     *,
     sides: Sequence[int],
     max_aspect: float,
-    threads: int = 4,
+    threads: int = USUAL.threads,
     strict: bool = False,
     process_index: int = 0,
     process_count: int = 1,
@@ -221,7 +223,7 @@ def whole_images(
 
 
 def whole_sizes(
-    source: Source, side: int, max_aspect: float, threads: int = 4
+    source: Source, side: int, max_aspect: float, threads: int = USUAL.threads
 ) -> np.ndarray:
     """The sizes of all that `whole_images` yields for one side, from files' headers.
 
@@ -255,9 +257,9 @@ def _in_order(
     shape: tuple[int, ...],
     batch_size: int,
     *,
-    workers: int = 0,
-    threads: int = 4,
-    strict: bool = False,
+    workers: int = USUAL.workers,
+    threads: int = USUAL.threads,
+    strict: bool = USUAL.strict,
     process_index: int = 0,
     process_count: int = 1,
 ) -> "Batches":

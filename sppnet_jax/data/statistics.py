@@ -27,7 +27,7 @@ _VERSION = 2
 
 
 def kept_statistics(
-    source: Source, folder: Path | None, *, threads: int = 4, **settings: int
+    source: Source, folder: Path | None, *, threads: int = 8, **settings: int
 ) -> Statistics:
     """`image_statistics` of the same arguments, computed once and kept in a folder.
 
@@ -55,7 +55,7 @@ def image_statistics(
     image_size: int,
     resize_side: int,
     max_images: int = 10_000,
-    threads: int = 4,
+    threads: int = 8,
 ) -> Statistics:
     """Statistics of the centre crops of at most `max_images` evenly spaced records.
 
