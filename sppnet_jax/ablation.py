@@ -75,8 +75,8 @@ def ablate(
 
     `levels`: the pyramids; None, or (), is the twin without SPP.
     `seeds`: of the networks that each pyramid gets; whole numbers from 0 on.
-    `config`: all other settings, of any file in configs/; the default, `small_config`,
-    trains on the embedded digit scenes.
+    `config`: all other settings, from the `get_config` of any config file; the
+    default, `small_config`, trains on the embedded digit scenes.
     `folder`: where the networks are kept. Other settings or other data make other
     networks beside those that are there.
     `protocol`: how they are tested, "single" (the centre crop) or another of
@@ -330,8 +330,8 @@ def _changed(config: ConfigDict, changes: Mapping[str, Any]) -> NetworkSettings:
     """The settings of a config with other values of some fields."""
     if not isinstance(config, ConfigDict):
         raise ValueError(
-            "config must be a ConfigDict such as configs.digits.get_config(), got "
-            f"{config!r}"
+            "config must be a ConfigDict, such as small_config() or a config file's "
+            f"get_config() returns, got {config!r}"
         )
     values = config.to_dict()
     for path, value in _named(changes):

@@ -30,6 +30,7 @@ _PROCESS_INDEX = flags.DEFINE_integer("process_index", 0, "Which process this is
 _PROCESS_COUNT = flags.DEFINE_integer("process_count", 1, "How many processes run.")
 _TRACEBACK = flags.DEFINE_bool("traceback", False, "Show where an error came from.")
 _CONFIG_HELP = "The settings of a run, a file such as configs/digits.py."
+_WHERE_CONFIGS_ARE = "the project's own are in configs/ of its repository"
 
 
 def base_config() -> ConfigDict:
@@ -84,7 +85,10 @@ def run(
         else:
             path = given.get("config", "").partition(":")[0]
             if path and not Path(path).is_file():
-                raise FileNotFoundError(f"there is no config file {path!r}")
+                raise FileNotFoundError(
+                    f"there is no config file {Path(path).absolute()}: give its path; "
+                    f"{_WHERE_CONFIGS_ARE}"
+                )
             config_flags.DEFINE_config_file("config", None, _CONFIG_HELP)
     except Exception as error:  # a config file may raise any
         _refuse(error, kind)
@@ -99,7 +103,10 @@ def given_settings(kind: type[Kind]) -> Kind:
     """The settings of the command line, checked."""
     config = flags.FLAGS.config
     if config is None:
-        raise ValueError("give a config: --config=configs/digits.py")
+        raise ValueError(
+            "give a config: --config=configs/digits.py, or the path of any other; "
+            f"{_WHERE_CONFIGS_ARE}"
+        )
     if not isinstance(config, ConfigDict):
         raise ValueError(_why_unreadable(config))
     values = config.to_dict()
@@ -207,7 +214,7 @@ def _check_kind(kind: Any, values: dict[str, Any]) -> None:
     if kind is not NetworkSettings and "model" in values:
         raise ValueError(
             "this is the config of a classifier, no detector: take one such as "
-            "configs/detect_folder.py"
+            f"configs/detect_folder.py; {_WHERE_CONFIGS_ARE}"
         )
 
 

@@ -17,7 +17,7 @@ def find_peers(*names: str) -> tuple[dict[str, Any], list[str]]:
         except (ImportError, OSError, RuntimeError) as error:  # or of another version
             notes.append(
                 f"{name} can't be imported ({error}), so its rows are missing: "
-                "pip install -r requirements-bench.txt"
+                f"pip install -r requirements-bench.txt, or pip install {name}"
             )
     if "torch" in found:  # as many threads as JAX has
         found["torch"].set_num_threads(len(os.sched_getaffinity(0)))

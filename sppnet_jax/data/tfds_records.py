@@ -287,7 +287,7 @@ def _how_to_prepare(dataset: str, directory: Path) -> str:
         manual = f"\nDownload by hand first: {manual}"
     return (
         "This takes TensorFlow, once, best in an environment of its own:\n"
-        "    pip install -r requirements-prepare.txt\n"
+        "    pip install -r requirements-prepare.txt  # of the project's repository\n"
         f"    {command}{manual}"
     )
 
