@@ -9,7 +9,8 @@ The network is a classifier of 96-pixel crops, trained by configs/folder.py.
 
 Measured with one of 1/6 width, two CPU cores: on 143 photographs of raccoons 1 min 20 s
 (after proposals and maps), mAP 58.3 on 53 others; on 292 images of blood cells 4 min
-50 s, mAP 54.8 on 72 others.
+50 s, mAP 54.8 on 72 others. docs/detection.md tells what the folder holds and what can
+be set, docs/results.md has the table.
 """
 
 from ml_collections import ConfigDict

@@ -1,13 +1,14 @@
-"""ImageNet 2012 by the paper's recipe, for each architecture of its Table 1.
+r"""ImageNet 2012 by the paper's recipe, for each architecture of its Table 1.
 
-python -m sppnet_jax.train --config=configs/imagenet.py:zf5,spp --workdir=runs/zf5_spp
+python -m sppnet_jax.train --config=configs/imagenet.py:zf5,spp \
+    --config.data.data_dir=DATA --workdir=runs/zf5_spp
 python -m sppnet_jax.evaluate --workdir=runs/zf5_spp --protocol=single
 
 The first argument is the architecture: zf5, convnet5, overfeat5 or overfeat7. The
 second is the recipe: spp (levels 6, 3, 2, 1), spp30 (levels 4, 3, 2, 1; 30 bins),
 spp_multi (epochs at 224 and 180 pixels in turn), spp_uniform (a size from 180 to 224
-drawn for each epoch) or no_spp. The README tells how to prepare the data. Not run yet:
-see its results table.
+drawn for each epoch) or no_spp. docs/imagenet.md tells how to prepare the data in DATA.
+Not run: there is no time and no result of ours. docs/results.md has the paper's.
 """
 
 from ml_collections import ConfigDict
