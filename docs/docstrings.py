@@ -10,7 +10,7 @@ from typing import Any
 import griffe
 
 # `name`: or `name`, `other`: at the start of a line or behind a sentence.
-_NAMES = re.compile(r"(?:^|(?<=[.;] ))((?:`[^`\n]+`, )*`[^`\n]+`:)(?=\s)", re.MULTILINE)
+_NAMES = re.compile(r"(?:^|(?<=[.;]\s))((?:`[^`\n]+`,\s+)*`[^`\n]+`:)(?=\s)", re.M)
 
 
 class Docstrings(griffe.Extension):
@@ -30,7 +30,7 @@ def with_list(paragraph: str) -> str:
     """A paragraph whose named parts are a Markdown list; others stay as they are."""
     before, *rest = _NAMES.split(paragraph)
     entries = [
-        f"- {names} {' '.join(text.split())}"
+        f"- {' '.join((names + text).split())}"
         for names, text in zip(rest[::2], rest[1::2], strict=True)
     ]
     return "\n\n".join(filter(None, [before.strip(), "\n".join(entries)]))
