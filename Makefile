@@ -1,6 +1,7 @@
 # make demo: a small SPP-net and its detector, trained and tested in some minutes.
 # make test: the whole test suite.        PYTHON=python3.13 make test: on that Python.
 # make notebooks: runs every notebook from top to bottom, as a test.
+# make docs: the pages of docs/ as a site, in site/; a broken link is an error.
 
 PYTHON ?= python3
 VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
@@ -10,7 +11,7 @@ endif
 VENV := .venv-$(VERSION)
 RUN := runs/demo
 
-.PHONY: demo test notebooks lint clean
+.PHONY: demo test notebooks docs lint clean
 
 demo: $(VENV)/demo
 	$(VENV)/bin/python -m sppnet_jax.train --config=configs/digits.py --workdir=$(RUN)
@@ -29,6 +30,9 @@ test: $(VENV)/dev
 notebooks: $(VENV)/dev
 	$(VENV)/bin/python -m pytest -n 2 -m notebook
 
+docs: $(VENV)/docs
+	$(VENV)/bin/mkdocs build --strict --clean
+
 lint: $(VENV)/dev
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
@@ -43,5 +47,9 @@ $(VENV)/dev: requirements-dev.txt $(VENV)/demo
 	$(VENV)/bin/pip install --quiet -r requirements-dev.txt
 	touch $@
 
+$(VENV)/docs: requirements-docs.txt $(VENV)/demo
+	$(VENV)/bin/pip install --quiet -r requirements-docs.txt
+	touch $@
+
 clean:
-	rm -rf .venv-* runs .pytest_cache .ruff_cache .mypy_cache
+	rm -rf .venv-* runs site .pytest_cache .ruff_cache .mypy_cache
