@@ -2,12 +2,15 @@
 
 import json
 import logging
+import signal
+import time
 
 import pytest
 
 from sppnet_jax.run import stages
 from sppnet_jax.run.run_folder import locked
 from sppnet_jax.run.stages import digest_of, is_done, run_stage
+from tests.processes import Started
 
 
 class Killed(BaseException):
