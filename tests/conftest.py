@@ -1,11 +1,13 @@
 """Four host devices, shapes checked at run time, data prepared once a session."""
 
 import os
-import subprocess
-import sys
+from collections.abc import Iterator
 from pathlib import Path
 
-os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=4"
+# Tests compile more than they compute. XLA_FLAGS=--xla_backend_optimization_level=3
+# make test: as it compiles for users.
+FLAGS = "--xla_backend_optimization_level=1 " + os.environ.get("XLA_FLAGS", "")
+os.environ["XLA_FLAGS"] = f"{FLAGS} --xla_force_host_platform_device_count=4"
 os.environ["JAX_PLATFORMS"] = "cpu"
 # Many tests and command lines compile the same programs: once is enough.
 REPOSITORY = Path(__file__).parent.parent
@@ -15,6 +17,9 @@ os.environ["XDG_CACHE_HOME"] = str(REPOSITORY / ".cache")
 
 import pytest
 from jaxtyping import install_import_hook
+
+from sppnet_jax.network import trunks
+from tests.processes import Finished, Started, run_command, start_anew
 
 # The shapes in the annotations are claims too: check them wherever a test goes.
 # (pyramid/pooling.py checks what it is given by itself.)
@@ -47,6 +52,20 @@ SMALL = [
 ]
 
 
+@pytest.fixture(scope="module")
+def shallow_zf5() -> Iterator[None]:
+    """ZF-5 without its last three convolutions: maps of the same sizes, soon compiled.
+
+    For what does not depend on the network, in this process only.
+    """
+    layers = trunks.ZF5.layers
+    assert isinstance(layers[4], trunks.LRN)
+    shallow = trunks.ZF5._replace(layers=(*layers[:4], layers[5]))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(trunks.BACKBONES, "zf5", shallow)
+        yield
+
+
 @pytest.fixture(scope="session")
 def digits_run(command_line, digit_scenes_dir, tmp_path_factory) -> Path:
     """The folder of three steps on the digit scenes, with two devices."""
@@ -58,18 +77,17 @@ def digits_run(command_line, digit_scenes_dir, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def command_line():
-    """Runs `python -m sppnet_jax.COMMAND …` as a user would; returns the result."""
+    """Runs `python -m sppnet_jax.COMMAND …` as a user would; returns the result.
 
-    def run(command, *arguments, devices=2, check=True, timeout=300, **environment):
-        flags = f"--xla_force_host_platform_device_count={devices}"
-        result = subprocess.run(
-            [sys.executable, "-m", f"sppnet_jax.{command}", *map(str, arguments)],
-            cwd=REPOSITORY,
-            env={**os.environ, "XLA_FLAGS": flags, **environment},
-            capture_output=True,
-            text=True,
-            timeout=timeout,
-        )
+    `imported`: whether the process starts with the libraries of others imported.
+    """
+
+    def run(
+        command, *arguments, check=True, timeout=300, imported=True, **options
+    ) -> Finished:
+        module, arguments = f"sppnet_jax.{command}", [str(part) for part in arguments]
+        how = run_command if imported else start_anew
+        result = Started(how, module, arguments, **options).end(timeout)
         if check and result.returncode:
             raise AssertionError(
                 f"{command} ended with {result.returncode}\n{result.stdout}\n"

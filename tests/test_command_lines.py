@@ -2,12 +2,12 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import socket
 import subprocess
 import sys
-import time
 from concurrent.futures import ThreadPoolExecutor
 
 import cv2
@@ -20,6 +20,7 @@ from sppnet_jax.training.network_settings import NetworkSettings
 from tests.conftest import REPOSITORY, SMALL
 from tests.data_helpers import encode, picture
 from tests.mock_imagenet import prepare_mock_imagenet
+from tests.processes import Started, run_command
 
 
 def losses(workdir):
@@ -185,32 +186,24 @@ def test_a_run_killed_at_any_moment_goes_on_with_the_same_losses(
     ]
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     command_line("train", *arguments, f"--workdir={whole}")
-    process = start_training(killed, *arguments, stderr=subprocess.DEVNULL)
-    wait_for_rows(killed / "metrics.jsonl", 12, process)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    process = start_training(killed, *arguments)
+    process.wait_until(lambda: count_rows(killed) > 12)
+    process.send(signal.SIGKILL)
+    assert process.end().returncode == -signal.SIGKILL
     result = command_line("train", *arguments, f"--workdir={killed}")
     assert "training goes on at step" in result.stderr
     assert losses(killed) == losses(whole)
 
 
-def start_training(workdir, *arguments, stderr):
+def start_training(workdir, *arguments):
     """`train` with two devices, as the first process of a session."""
-    return subprocess.Popen(
-        [sys.executable, "-m", "sppnet_jax.train", *arguments, f"--workdir={workdir}"],
-        cwd=REPOSITORY,
-        env={**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=2"},
-        stderr=stderr,
-        start_new_session=True,
-    )
+    arguments = [*arguments, f"--workdir={workdir}"]
+    return Started(run_command, "sppnet_jax.train", arguments)
 
 
-def wait_for_rows(metrics, count, process, seconds=180):
-    deadline = time.monotonic() + seconds
-    while not (metrics.exists() and len(metrics.read_text().splitlines()) > count):
-        assert time.monotonic() < deadline
-        assert process.poll() is None
-        time.sleep(0.02)
+def count_rows(workdir):
+    metrics = workdir / "metrics.jsonl"
+    return len(metrics.read_text().splitlines()) if metrics.exists() else 0
 
 
 def fails(command_line, *arguments, command="train", **options):
@@ -238,13 +231,23 @@ def fails(command_line, *arguments, command="train", **options):
         (["--config=configs/digits.py"], "give the folder of the run: --workdir"),
     ],
 )
-def test_mistakes_in_the_config_are_named_before_anything_is_loaded(
-    arguments, message, command_line
-):
-    started = time.monotonic()
+def test_mistakes_in_the_config_are_named(arguments, message, command_line):
     assert message in fails(command_line, *arguments)
-    # About one second alone; the bound is for a machine that does other things too.
-    assert time.monotonic() - started < 15
+
+
+@pytest.mark.parametrize("config", ["configs/nothing.py", "configs/digits.py"])
+def test_they_are_named_before_anything_is_loaded(config, command_line):
+    error = fails(
+        command_line,
+        f"--config={config}",
+        "--config.batchsize=8",
+        imported=False,
+        environment={"PYTHONPROFILEIMPORTTIME": "1"},
+    )
+    assert "config" in error.splitlines()[-1]
+    assert "sppnet_jax.run.settings" in error
+    for heavy in ("grain", "orbax", "tensorflow_datasets", "matplotlib"):
+        assert not re.search(rf"\| +{heavy}\b", error), heavy
 
 
 @pytest.mark.parametrize(
@@ -301,12 +304,12 @@ def test_ctrl_c_with_worker_processes_saves_a_checkpoint(tmp_path, digit_scenes_
         *SMALL,
         "--config.data.workers=2",
     ]
-    with (tmp_path / "stderr").open("w") as stderr:
-        process = start_training(tmp_path, *arguments, stderr=stderr)
-        wait_for_rows(tmp_path / "metrics.jsonl", 20, process)
-        os.killpg(process.pid, signal.SIGINT)  # as a terminal does
-        assert process.wait(timeout=60) == 1
-    assert "the same command goes on from there" in (tmp_path / "stderr").read_text()
+    process = start_training(tmp_path, *arguments)
+    process.wait_until(lambda: count_rows(tmp_path) > 20)
+    process.send(signal.SIGINT, to_all=True)  # as a terminal does
+    result = process.end()
+    assert result.returncode == 1
+    assert "the same command goes on from there" in result.stderr
     (checkpoint,) = (tmp_path / "checkpoints").iterdir()
     assert int(checkpoint.name) >= 20
 

@@ -2,13 +2,9 @@
 
 import json
 import logging
-import os
 import re
 import shutil
 import signal
-import subprocess
-import sys
-import textwrap
 from pathlib import Path
 
 import cv2
@@ -52,9 +48,9 @@ from sppnet_jax.network.trained import load_network
 from sppnet_jax.run import run_folder
 from sppnet_jax.run.files import read_arrays
 from sppnet_jax.run.settings import plain, read
-from tests.conftest import REPOSITORY
 from tests.data_helpers import encode, voc_object, voc_xml, write_voc_folder
 from tests.network_helpers import write_network
+from tests.processes import Started, run_and_be_killed
 
 CLASSES = ("disc", "square")
 SIZE = (90, 120)
@@ -469,47 +465,11 @@ def report_and_arrays(workdir, report):
     return kept, {path.name: read_arrays(path) for path in workdir.glob("*/*.npz")}
 
 
-KILLERS = {
-    "maps": """
-        from sppnet_jax.detection import maps
-        original, calls = maps.write_array, []
-        def kill(path, array):
-            original(path, array)
-            calls.append(path)
-            if len(calls) == 17:
-                die()
-        maps.write_array = kill
-        """,
-    "finetune": """
-        from sppnet_jax.run.metrics import MetricsLog
-        from sppnet_jax.detection import finetune
-        rate = finetune.learning_rate
-        def kill(settings, step):
-            if step == 10:
-                die()
-            return rate(settings, step)
-        finetune.learning_rate = kill
-        """,
-}
-
-
-def run_and_be_killed(where, workdir):
-    """`detect train` in a process of its own that is killed in a stage; its log."""
-    body = textwrap.dedent(KILLERS[where])
-    script = (
-        "import os, runpy, signal, sys\n"
-        "def die(): os.kill(os.getpid(), signal.SIGKILL)\n"
-        f"{body}\n"
-        "runpy.run_module('sppnet_jax.detect', run_name='__main__', alter_sys=True)\n"
-    )
-    result = subprocess.run(
-        [sys.executable, "-c", script, "train", f"--workdir={workdir}"],
-        cwd=REPOSITORY,
-        env=dict(os.environ),
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+def start_and_be_killed(workdir, bar, done):
+    """`detect train` in a process that is killed in a stage; its log."""
+    arguments = ["train", f"--workdir={workdir}"]
+    given = "sppnet_jax.detect", arguments, bar, done
+    result = Started(run_and_be_killed, *given, devices=4).end()
     assert result.returncode == -signal.SIGKILL, result.stderr
     return result.stderr
 
@@ -522,7 +482,8 @@ def test_killed_in_every_stage_it_ends_as_if_it_had_never_been(
     changes = {"cache": str(base / "other_cache")}
     config = small_config(base, **changes)
     run_folder.save_config(workdir, plain(config))
-    told = [run_and_be_killed(where, workdir) for where in ("maps", "finetune")]
+    moments = ("maps at 130", 17), ("fine-tuning", 10 * 32)
+    told = [start_and_be_killed(workdir, *moment) for moment in moments]
     assert "stage finetune begins" not in told[0]
     assert "stage finetune begins" in told[1]
     save = learn.write_arrays

@@ -42,6 +42,8 @@ from sppnet_jax.run.settings import read
 from tests.data_helpers import encode, picture, voc_object, voc_xml, write_voc_folder
 from tests.network_helpers import drawn_params, write_network
 
+pytestmark = pytest.mark.usefixtures("shallow_zf5")
+
 SIZE = (72, 96)
 CLASSES = ("red", "green")
 

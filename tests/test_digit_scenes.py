@@ -1,10 +1,8 @@
 """The embedded data set is what its docstring says, and is the same everywhere."""
 
 import itertools
+import os
 import signal
-import subprocess
-import sys
-from pathlib import Path
 
 import cv2
 import numpy as np
@@ -13,7 +11,8 @@ import sklearn.datasets
 
 from sppnet_jax.data import digit_scenes
 from sppnet_jax.data.digit_scenes import DigitScenes
-from sppnet_jax.data.sources import available_splits
+from sppnet_jax.data.sources import available_splits, open_source
+from tests.processes import Started
 
 CONFIGS = ("classification", "detection")
 
@@ -182,41 +181,27 @@ def _luma(image):
     return image @ np.array([0.299, 0.587, 0.114])
 
 
-OPEN = """
-import os, sys
-from sppnet_jax.data.digit_scenes import DigitScenes
-from sppnet_jax.data.sources import open_source
-read = DigitScenes._generate_examples
-def generate(self, split):
-    for number, example in read(self, split):
-        yield number, example
-        if sys.argv[2] == "killed":
-            os.kill(os.getpid(), 9)
-        if number == 7:
-            return
-DigitScenes._generate_examples = generate
-source = open_source("digit_scenes/classification", "train", data_dir=sys.argv[1])
-print("records:", len(source.records))
-"""
+def open_eight(data_dir, killed=False):
+    """Prepares and opens the first scenes, in a process of its own."""
+    read = DigitScenes._generate_examples
 
+    def generate(self, split):
+        for number, example in itertools.islice(read(self, split), 8):
+            yield number, example
+            if killed:
+                os.kill(os.getpid(), signal.SIGKILL)
 
-def start(data_dir, mode=""):
-    return subprocess.Popen(
-        [sys.executable, "-c", OPEN, str(data_dir), mode],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        cwd=Path(__file__).parents[1],
-    )
+    DigitScenes._generate_examples = generate
+    source = open_source("digit_scenes/classification", "train", data_dir=data_dir)
+    print("records:", len(source.records))
 
 
 def test_preparing_survives_a_kill_and_two_processes_at_once(tmp_path):
-    killed = start(tmp_path, "killed")
-    killed.communicate(timeout=60)
-    assert killed.returncode == -signal.SIGKILL
+    killed = Started(open_eight, str(tmp_path), True)
+    assert killed.end().returncode == -signal.SIGKILL
     assert list(tmp_path.glob("digit_scenes/classification/incomplete.*"))
-    both = [start(tmp_path) for _ in range(2)]
+    both = [Started(open_eight, str(tmp_path)) for _ in range(2)]
     for process in both:
-        output, errors = process.communicate(timeout=60)
-        assert "records: 8" in output, errors
+        ended = process.end()
+        assert "records: 8" in ended.stdout, ended.stderr
     assert not list(tmp_path.glob("digit_scenes/classification/incomplete.*"))

@@ -4,12 +4,8 @@ import itertools
 import logging
 import os
 import signal
-import subprocess
-import sys
-import textwrap
 import time
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import cv2
 import numpy as np
@@ -32,9 +28,9 @@ from sppnet_jax.detection.proposers import (
     edge_boxes,
     selective_search,
 )
+from tests.processes import Started, interruptible
 
 SMALL = ProposalSettings(width=60, min_side=8)
-TESTS = Path(__file__).parent
 
 
 def blocks(height=75, width=100):
@@ -52,18 +48,6 @@ def named_source(*names, size=(24, 32)):
         for seed, name in enumerate(names)
     ]
     return Source(records, ("thing",), "memory", "train")
-
-
-def in_another_process(code, **options):
-    environment = {**os.environ, "PYTHONPATH": f"{TESTS}:{TESTS.parent}"}
-    return subprocess.Popen(
-        [sys.executable, "-c", textwrap.dedent(code)],
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        **options,
-    )
 
 
 @pytest.mark.parametrize(("height", "width"), [(120, 200), (200, 90)])
@@ -312,31 +296,24 @@ def count_kept(cache):
     return len(list(cache.glob("*/*.npy")))
 
 
-SLOW_RUN = """
-    import sys, time
-    from data_helpers import make_source
-    from sppnet_jax.detection import proposals
-    from test_proposals import SMALL
+def propose_slowly(cache):
+    """In a process of its own."""
     search = proposals.selective_search
+
     def slow(image, **options):
         time.sleep(0.2)
         return search(image, **options)
+
     proposals.selective_search = slow
-    proposals.propose(make_source(40), SMALL, {cache!r})
-"""
+    propose(make_source(40), SMALL, cache)
 
 
 def test_a_killed_run_goes_on_where_it_was_stopped(tmp_path, searches):
     cache = tmp_path / "cache"
-    process = in_another_process(SLOW_RUN.format(cache=str(cache)))
-    try:
-        deadline = time.monotonic() + 120
-        while count_kept(cache) < 3 and time.monotonic() < deadline:
-            assert process.poll() is None, process.communicate()[1]
-            time.sleep(0.02)
-    finally:
-        process.kill()
-        process.communicate(timeout=30)
+    process = Started(propose_slowly, cache)
+    process.wait_until(lambda: count_kept(cache) >= 3)
+    process.send(signal.SIGKILL)
+    process.end()
     kept = count_kept(cache)
     assert 3 <= kept < 40
     found = propose(make_source(40), SMALL, cache)
@@ -360,7 +337,7 @@ def test_ctrl_c_ends_a_run_soon_and_keeps_what_was_found(tmp_path, monkeypatch):
 
     cache = tmp_path / "cache"
     monkeypatch.setattr(proposals, "selective_search", search)
-    with pytest.raises(KeyboardInterrupt):
+    with interruptible(), pytest.raises(KeyboardInterrupt):
         propose(make_source(60), SMALL, cache)
     assert len(calls) < 20
     kept = count_kept(cache)
@@ -370,19 +347,19 @@ def test_ctrl_c_ends_a_run_soon_and_keeps_what_was_found(tmp_path, monkeypatch):
     assert len(calls) == 60 - kept
 
 
+def propose_more_and_more(cache):
+    """In a process of its own."""
+    for count in range(2, 20):
+        propose(make_source(count), SMALL, cache)
+
+
 def test_two_processes_can_use_one_cache_and_find_the_same(tmp_path):
     cache, alone = tmp_path / "cache", tmp_path / "alone"
-    code = f"""
-        from data_helpers import make_source
-        from sppnet_jax.detection.proposals import propose
-        from test_proposals import SMALL
-        for count in range(2, 20):
-            propose(make_source(count), SMALL, {str(cache)!r})
-    """
-    processes = [in_another_process(code) for _ in range(2)]
+    processes = [Started(propose_more_and_more, cache) for _ in range(2)]
     expected = propose(make_source(19), SMALL, alone)
-    errors = [process.communicate(timeout=120)[1] for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], errors
+    for process in processes:
+        ended = process.end()
+        assert ended.returncode == 0, ended.stderr
     assert count_kept(cache) == 19
     found = propose(make_source(19), SMALL, cache)
     for boxes, those in zip(found, expected, strict=True):

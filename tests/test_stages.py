@@ -2,15 +2,15 @@
 
 import json
 import logging
-import subprocess
-import sys
+import signal
+import time
 
 import pytest
 
 from sppnet_jax.run import stages
 from sppnet_jax.run.run_folder import locked
 from sppnet_jax.run.stages import digest_of, is_done, run_stage
-from tests.conftest import REPOSITORY
+from tests.processes import Started
 
 
 class Killed(BaseException):
@@ -116,28 +116,20 @@ def test_only_one_trains_in_a_folder_at_a_time(tmp_path):
         pass
 
 
+def lock_for_long(folder):
+    """In a process of its own."""
+    with locked(folder):
+        print("locked", flush=True)
+        time.sleep(300)
+
+
 def test_a_killed_process_locks_its_folder_no_longer(tmp_path):
-    script = (
-        "import sys, time\n"
-        "from pathlib import Path\n"
-        "from sppnet_jax.run.run_folder import locked\n"
-        "with locked(Path(sys.argv[1])):\n"
-        "    print('locked', flush=True)\n"
-        "    time.sleep(300)\n"
-    )
-    process = subprocess.Popen(
-        [sys.executable, "-c", script, str(tmp_path)],
-        cwd=REPOSITORY,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    try:
-        assert process.stdout.readline() == "locked\n"
-        with pytest.raises(ValueError, match="another process"), locked(tmp_path):
-            pass
-    finally:
-        process.kill()
-        process.communicate()
+    process = Started(lock_for_long, tmp_path)
+    process.wait_until(process.printed)
+    with pytest.raises(ValueError, match="another process"), locked(tmp_path):
+        pass
+    process.send(signal.SIGKILL)
+    assert process.end() == (-signal.SIGKILL, "locked\n", "")
     with locked(tmp_path):
         pass
 

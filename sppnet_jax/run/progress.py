@@ -1,4 +1,4 @@
-"""The progress bars of all that takes a while."""
+"""The progress bars of all that takes a while, and who else wants to know."""
 
 import sys
 from collections.abc import Callable, Sequence
@@ -9,13 +9,29 @@ from tqdm import tqdm
 
 from sppnet_jax.run import parallel
 
+# Called with a bar's name and how many images are done, after each piece of long work:
+# for what shows progress in another way, and for tests that end a run in its middle.
+WATCHERS: list[Callable[[str, int], None]] = []
+
+
+class _WatchedBar(tqdm):
+    """A bar that tells the watchers too."""
+
+    def update(self, n: float | None = 1) -> bool | None:
+        # tqdm does not count where it is not shown.
+        self.images_done = getattr(self, "images_done", self.initial) + (n or 0)
+        shown = super().update(n)
+        for watch in WATCHERS:
+            watch(self.desc.removesuffix(": "), int(self.images_done))
+        return shown
+
 
 def progress_bar(name: str, images: int, *, done: int = 0, delay: float = 0) -> tqdm:
     """A bar over so many images, shown by the first process; a context manager.
 
     `done`: images that were done before. `delay`: seconds until it is shown.
     """
-    return tqdm(
+    return _WatchedBar(
         total=images,
         initial=done,
         unit="img",
