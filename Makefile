@@ -1,7 +1,9 @@
 # make demo: a small SPP-net and its detector, trained and tested in some minutes.
 # make test: the whole test suite.        PYTHON=python3.13 make test: on that Python.
+# make quick: the layer, windows, the model, one training, one detection: two minutes.
 # make notebooks: runs every notebook from top to bottom, as a test.
 # make docs: the pages of docs/ as a site, in site/; a broken link is an error.
+# make lint: linters and types.           make clean: removes all that these have made.
 
 PYTHON ?= python3
 VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
@@ -10,8 +12,11 @@ $(error $(PYTHON) is Python '$(VERSION)'; use 3.11 to 3.13: make PYTHON=python3.
 endif
 VENV := .venv-$(VERSION)
 RUN := runs/demo
+PYTEST := $(VENV)/bin/python -m pytest -n 2 --dist worksteal
+# Which tests `make test` runs, by their markers.
+TESTS := not notebook
 
-.PHONY: demo test notebooks docs lint clean
+.PHONY: demo test quick notebooks docs lint clean
 
 demo: $(VENV)/demo
 	$(VENV)/bin/python -m sppnet_jax.train --config=configs/digits.py --workdir=$(RUN)
@@ -25,10 +30,13 @@ demo: $(VENV)/demo
 	@echo "The detector is in $(RUN)/detect: test/examples.png, test/results.json."
 
 test: $(VENV)/dev
-	$(VENV)/bin/python -m pytest -n 2 -m "not notebook"
+	$(PYTEST) -m "$(TESTS)"
+
+quick: $(VENV)/dev
+	$(PYTEST) -m quick
 
 notebooks: $(VENV)/dev
-	$(VENV)/bin/python -m pytest -n 2 -m notebook
+	$(PYTEST) -m notebook
 
 docs: $(VENV)/docs
 	$(VENV)/bin/mkdocs build --strict --clean
@@ -52,4 +60,4 @@ $(VENV)/docs: requirements-docs.txt $(VENV)/demo
 	touch $@
 
 clean:
-	rm -rf .venv-* runs site .pytest_cache .ruff_cache .mypy_cache
+	rm -rf .venv-* .cache runs site build *.egg-info .pytest_cache .ruff_cache .mypy_cache

@@ -4,9 +4,9 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-# Tests compile more than they compute. XLA_FLAGS=--xla_backend_optimization_level=3
-# make test: as it compiles for users.
-FLAGS = "--xla_backend_optimization_level=1 " + os.environ.get("XLA_FLAGS", "")
+# Tests compile more than they compute. `XLA_FLAGS= make test` compiles as for users.
+SOON = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
+FLAGS = os.environ.get("XLA_FLAGS", SOON)
 os.environ["XLA_FLAGS"] = f"{FLAGS} --xla_force_host_platform_device_count=4"
 os.environ["JAX_PLATFORMS"] = "cpu"
 # Many tests and command lines compile the same programs: once is enough.
@@ -18,7 +18,6 @@ os.environ["XDG_CACHE_HOME"] = str(REPOSITORY / ".cache")
 import pytest
 from jaxtyping import install_import_hook
 
-from sppnet_jax.network import trunks
 from tests.processes import Finished, Started, run_command, start_anew
 
 # The shapes in the annotations are claims too: check them wherever a test goes.
@@ -54,15 +53,12 @@ SMALL = [
 
 @pytest.fixture(scope="module")
 def shallow_zf5() -> Iterator[None]:
-    """ZF-5 without its last three convolutions: maps of the same sizes, soon compiled.
+    """ "zf5" is a shallow network in this process."""
+    from sppnet_jax.network import trunks  # below the hook
+    from tests.network_helpers import SHALLOW
 
-    For what does not depend on the network, in this process only.
-    """
-    layers = trunks.ZF5.layers
-    assert isinstance(layers[4], trunks.LRN)
-    shallow = trunks.ZF5._replace(layers=(*layers[:4], layers[5]))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(trunks.BACKBONES, "zf5", shallow)
+        patch.setitem(trunks.BACKBONES, "zf5", SHALLOW)
         yield
 
 

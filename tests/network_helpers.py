@@ -1,4 +1,4 @@
-"""Networks with drawn weights: nothing is trained, and nothing compiled."""
+"""Networks of few layers, and with drawn weights: little to train or to compile."""
 
 from pathlib import Path
 from typing import Any
@@ -9,10 +9,15 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from sppnet_jax.network.model import SPPNet, make_model
+from sppnet_jax.network.trunks import ZF5
 from sppnet_jax.run import run_folder
 from sppnet_jax.run.checkpoints import Checkpoints
 from sppnet_jax.run.settings import read
 from sppnet_jax.training.network_settings import NetworkSettings
+
+# ZF-5 without its last three convolutions and a normalisation: maps of the same sizes,
+# compiled in half the time. For what does not depend on the network.
+SHALLOW = ZF5._replace(layers=(*ZF5.layers[:4], ZF5.layers[5]))
 
 
 def drawn_params(model: SPPNet) -> dict[str, Any]:

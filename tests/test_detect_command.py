@@ -482,7 +482,7 @@ def test_killed_in_every_stage_it_ends_as_if_it_had_never_been(
     changes = {"cache": str(base / "other_cache")}
     config = small_config(base, **changes)
     run_folder.save_config(workdir, plain(config))
-    moments = ("maps at 130", 17), ("fine-tuning", 10 * 32)
+    moments = ("maps at 130", 6), ("fine-tuning", 10 * 32)
     told = [start_and_be_killed(workdir, *moment) for moment in moments]
     assert "stage finetune begins" not in told[0]
     assert "stage finetune begins" in told[1]

@@ -26,8 +26,9 @@ from sppnet_jax.network.preprocess import Preprocessing, normalize
 from sppnet_jax.network.trained import as_network
 from sppnet_jax.network.trunks import backbone_geometry
 from sppnet_jax.pyramid.geometry import boxes_to_windows
-from sppnet_jax.pyramid.pooling import spatial_pyramid_pool
 from tests.data_helpers import make_source
+from tests.network_helpers import SHALLOW
+from tests.test_spp import loop_pool
 
 SIDE, LEVELS = 61, (3, 2, 1)
 MEAN_IMAGE = Preprocessing(
@@ -42,7 +43,7 @@ SIZES = [(70, 80), (64, 64), (160, 70), (61, 200), (1, 3000)]
 def network(levels=LEVELS):
     model = create_model(
         "zf5", levels, 3, width=0.03, image_size=SIDE, weight_init="he"
-    )
+    ).clone(backbone=SHALLOW)
     params = init_params(model, jax.random.key(1))
     # Biases that are not zero: what lies beyond the valid size would show.
     rng = np.random.default_rng(2)
@@ -64,12 +65,16 @@ def scored_on_maps(protocol, source=None):
     )
 
 
+@functools.cache
+def compiled(method):
+    """The network's map of images, or its logits of pyramids."""
+    model, params = network()
+    return jax.jit(lambda x: model.apply({"params": params}, x, method=method)[0])
+
+
 def views_one_by_one(image, protocol):
     """Softmax of each distinct view of an image, convolved unpadded, cut by hand."""
-    model, params = network()
-    features = jax.jit(
-        lambda params, x: model.apply({"params": params}, x, method="features")[0]
-    )
+    features, classify = compiled("features"), compiled("classify")
     geometry = backbone_geometry("zf5")
     rows = []
     for scale in protocol.scales:
@@ -82,17 +87,15 @@ def views_one_by_one(image, protocol):
         boxes = np.array([(y, x, y + SIDE, x + SIDE) for y, x in corners], float)
         for shown in [resized, resized[:, ::-1]][: 2 if protocol.flip else 1]:
             inputs = normalize(jnp.asarray(shown[None].copy()), MEAN_IMAGE)
-            maps = features(params, inputs)
+            maps = np.asarray(features(inputs))
             windows = boxes_to_windows(
                 boxes.reshape(-1, 4), geometry, maps.shape[1:3]
             ).tolist()
             if scale in protocol.whole_at:
                 windows.append([0, 0, *maps.shape[1:3]])
             for top, left, bottom, right in windows:
-                window = maps[:, top:bottom, left:right]
-                pyramid = spatial_pyramid_pool(window, LEVELS).reshape(1, -1)
-                logits, _ = model.apply({"params": params}, pyramid, method="classify")
-                rows.append(softmax_of(logits)[0])
+                pyramid = loop_pool(maps[0, top:bottom, left:right], LEVELS)
+                rows.append(softmax_of(classify(pyramid.reshape(1, -1)))[0])
     return np.array(rows)
 
 

@@ -1,7 +1,6 @@
 """A trained network as one value: what it holds, what it says of images and data."""
 
 import json
-import re
 import shutil
 
 import jax
@@ -24,8 +23,8 @@ from sppnet_jax.run import run_folder
 from sppnet_jax.run.settings import plain
 from sppnet_jax.training.network_settings import NetworkSettings
 from sppnet_jax.training.networks import train_network
-from tests.conftest import REPOSITORY
 from tests.data_helpers import encode, exchange, picture, write_two_colors
+from tests.network_helpers import drawn_params
 
 SIZES = [(70, 90), (64, 64), (150, 80), (40, 300)]
 
@@ -67,7 +66,7 @@ def network(run):
 
 def logits_alone(network, image):
     inputs = normalize(jnp.asarray(image[None]), network.preprocessing)
-    return network.model.apply({"params": network.params}, inputs)[0][0]
+    return jax.jit(network.model.apply)({"params": network.params}, inputs)[0][0]
 
 
 def test_it_holds_what_the_run_left(network, run, flowers):
@@ -92,7 +91,7 @@ def test_scores_are_those_of_each_image_alone_and_whole(network):
 
 def test_a_network_without_a_pyramid_scores_centre_crops():
     model = sn.create_model("zf5", None, 3, width=0.02, image_size=64)
-    params = model.init(jax.random.key(0), jnp.zeros((1, 64, 64, 3)))["params"]
+    params = drawn_params(model)
     inputs = Inputs(mean=128.0, scale=64.0, color_sigma=0.0)
     twin = as_network(model, params, make_preprocessing(inputs, None))
     image = picture(90, 70)
@@ -101,19 +100,6 @@ def test_a_network_without_a_pyramid_scores_centre_crops():
     expected = jax.nn.softmax(logits_alone(twin, seen))
     np.testing.assert_allclose(found, expected, rtol=1e-5)
     assert twin.class_names == ("0", "1", "2")
-
-
-def test_the_readme_s_five_lines_work(run, tmp_path, monkeypatch, capsys, network):
-    readme = (REPOSITORY / "README.md").read_text()
-    (block,) = re.findall(r"```python\n(network = .*?)```", readme, re.S)
-    shutil.copytree(run, tmp_path / "runs/flowers")
-    for name in ("photo.jpg", "scan.png"):
-        (tmp_path / name).write_bytes(encode(picture(100, 130), f".{name[-3:]}"))
-    monkeypatch.chdir(tmp_path)
-    exec(block, {"sn": sn})
-    lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 2
-    assert all(line.split()[0] in network.class_names for line in lines)
 
 
 def test_its_digest_goes_with_the_weights_and_not_with_the_folder(

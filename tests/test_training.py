@@ -29,12 +29,13 @@ from sppnet_jax.training.steps import (
     shard_batch,
 )
 from sppnet_jax.training.validation import count_correct, make_test_step
+from tests.network_helpers import SHALLOW
 
 SIDE = 32
 PLAIN = Preprocessing(np.float32(128), 64.0, np.zeros((3, 3), np.float32))
 MODEL = create_model(
     "zf5", (1,), 3, width=0.02, image_size=SIDE, dropout=0.0, weight_init="he"
-)
+).clone(backbone=SHALLOW)
 
 
 class Squares:
@@ -329,7 +330,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(tmp_path):
 
 def test_a_checkpoint_of_another_model_is_refused_with_the_shapes(tmp_path, train_step):
     run_training(tmp_path, max_steps=1)
-    other = create_model("zf5", (2,), 3, width=0.02, image_size=SIDE, weight_init="he")
+    other = MODEL.clone(levels=(2,))
     params = first(create_state(other, Optimizer(), seed=0).params)
     with (
         Checkpoints(tmp_path / "checkpoints") as checkpoints,

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from data_helpers import encode, picture
-from network_helpers import drawn_params
+from network_helpers import SHALLOW, drawn_params
 from test_geometry import search_span
 from test_spp import loop_pool
 
@@ -56,6 +56,7 @@ SCALES = (64, 110)
 
 def network(levels=LEVELS):
     model = create_model("zf5", levels, 4, width=1 / 32, image_size=SIDE)
+    model = model.clone(backbone=SHALLOW)
     return model, drawn_params(model)
 
 

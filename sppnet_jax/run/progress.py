@@ -17,12 +17,15 @@ WATCHERS: list[Callable[[str, int], None]] = []
 class _WatchedBar(tqdm):
     """A bar that tells the watchers too."""
 
+    def __init__(self, *, initial: int, **options: Any) -> None:
+        self._name, self._images = options["desc"], initial
+        super().__init__(initial=initial, **options)
+
     def update(self, n: float | None = 1) -> bool | None:
-        # tqdm does not count where it is not shown.
-        self.images_done = getattr(self, "images_done", self.initial) + (n or 0)
+        self._images += int(n or 0)  # tqdm does not count where it is not shown
         shown = super().update(n)
         for watch in WATCHERS:
-            watch(self.desc.removesuffix(": "), int(self.images_done))
+            watch(self._name, self._images)
         return shown
 
 
