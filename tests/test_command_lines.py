@@ -123,6 +123,7 @@ def test_predict_names_five_classes_and_goes_on_after_a_file_it_cannot_read(
     assert drawn.exists()
 
 
+@pytest.mark.quick
 def test_a_folder_of_odd_images_trains_and_its_broken_files_are_named(
     command_line, tmp_path
 ):
@@ -174,7 +175,6 @@ def test_imagenet_trains_from_prepared_files_with_1000_classes(command_line, tmp
     assert len(json.loads((workdir / "data.json").read_text())["class_names"]) == 1000
 
 
-@pytest.mark.slow
 def test_a_run_killed_at_any_moment_goes_on_with_the_same_losses(
     command_line, digit_scenes_dir, tmp_path
 ):
@@ -297,7 +297,6 @@ def test_an_unknown_field_in_a_config_file_is_named(command_line, tmp_path):
     assert "unknown field 'epohcs': config has the fields seed, epochs" in error
 
 
-@pytest.mark.slow
 def test_ctrl_c_with_worker_processes_saves_a_checkpoint(tmp_path, digit_scenes_dir):
     arguments = [
         "--config=configs/digits.py",
@@ -316,11 +315,11 @@ def test_ctrl_c_with_worker_processes_saves_a_checkpoint(tmp_path, digit_scenes_
 
 def test_a_folder_that_was_never_trained_in_says_so(command_line, tmp_path):
     for command, *paths in (["evaluate"], ["predict", "a.jpg"], ["features"]):
-        error = fails(command_line, f"--workdir={tmp_path}", *paths, command=command)
+        given = f"--workdir={tmp_path}", *paths
+        error = fails(command_line, *given, command=command, imported=False)
         assert "holds no trained run" in error
 
 
-@pytest.mark.slow
 def test_two_processes_train_as_one_does_and_go_on_together(
     digit_scenes_dir, command_line, tmp_path
 ):

@@ -169,6 +169,7 @@ def stages_of(log):
     return {name: what for _, name, what in lines if not what.startswith("took")}
 
 
+@pytest.mark.quick
 def test_the_detector_finds_what_it_was_trained_on(report):
     assert report["map_11_point"] > 0.5
     assert [row["name"] for row in report["classes"]] == list(CLASSES)
@@ -474,7 +475,6 @@ def start_and_be_killed(workdir, bar, done):
     return result.stderr
 
 
-@pytest.mark.slow
 def test_killed_in_every_stage_it_ends_as_if_it_had_never_been(
     base, trained, report, monkeypatch, log
 ):
@@ -802,7 +802,6 @@ def test_photographs_are_looked_at_and_unreadable_ones_named(
     assert not list(base.glob("cache/*photo*"))
 
 
-@pytest.mark.slow
 def test_the_command_line_trains_tests_and_looks(base, trained, command_line):
     """Settings that are not given are those of the folder's training."""
     again = command_line("detect", "train", f"--workdir={trained}", devices=4)

@@ -298,5 +298,5 @@ def test_every_command_runs_as_it_stands_with_small_settings_behind(home, comman
 
 @pytest.mark.parametrize("name", ["train", "evaluate", "predict", "features", "detect"])
 def test_each_command_line_has_help(name, command_line):
-    result = command_line(name, "--help", check=False)
+    result = command_line(name, "--help", check=False, imported=False)
     assert "--workdir: The folder of the run." in result.stdout

@@ -8,6 +8,8 @@ import pytest
 import sppnet_jax as sn
 from sppnet_jax.network.layers import image_conv, local_response_norm
 
+pytestmark = pytest.mark.quick
+
 CONVOLUTIONS = {  # (kernel, in, out)
     "zf5": [(7, 3, 96), (5, 96, 256), (3, 256, 384), (3, 384, 384), (3, 384, 256)],
     "convnet5": [

@@ -10,6 +10,8 @@ import pytest
 
 import sppnet_jax as sn
 
+pytestmark = pytest.mark.quick
+
 PYRAMIDS = [(6, 3, 2, 1), (4, 3, 2, 1), (4, 2, 1), (3, 2, 1), (5,)]
 
 

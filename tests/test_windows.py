@@ -11,6 +11,8 @@ from test_spp import loop_pool, random_features
 import sppnet_jax as sn
 from sppnet_jax.pyramid.windows import block_counts
 
+pytestmark = pytest.mark.quick
+
 PYRAMIDS = [(6, 3, 2, 1), (4, 3, 2, 1), (3, 2, 1), (2, 6, 4), (7, 6, 4), (5,), (1,)]
 
 
