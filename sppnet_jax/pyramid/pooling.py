@@ -88,25 +88,40 @@ def spatial_pyramid_pool(
     levels = check_levels(levels)
     *batch, height, width, channels = features.shape
     maps = features.reshape(math.prod(batch), height, width, channels)
-    if reducer == "mean":
-        maps = maps.astype(jnp.promote_types(maps.dtype, jnp.float32))
-    if valid_size is None:
-        pool = partial(_pool_whole, maps, rule=rule, reducer=reducer)
-    else:
+    sizes = None
+    if valid_size is not None:
         if rule != "adaptive":
             raise ValueError(
                 f"valid_size needs rule='adaptive', got {rule!r}: whether the sliding "
                 "rule gives n×n bins depends on the size, which is not known here"
             )
         sizes = _check_valid_size(valid_size, batch, height, width).reshape(-1, 2)
+    bins = _pool_pyramid(maps, sizes, levels=levels, rule=rule, reducer=reducer)
+    return bins.reshape(*batch, num_bins(levels), channels)
+
+
+# One program where nothing else is compiled around it; a part of the other's if it is.
+@partial(jax.jit, static_argnames=("levels", "rule", "reducer"), inline=True)
+def _pool_pyramid(
+    maps: jax.Array,
+    sizes: jax.Array | None,
+    *,
+    levels: tuple[int, ...],
+    rule: str,
+    reducer: str,
+) -> jax.Array:
+    """Bins [maps, bins, channels]; `sizes`: that count, int [maps, 2], None for all."""
+    dtype = maps.dtype
+    if reducer == "mean":
+        maps = maps.astype(jnp.promote_types(dtype, jnp.float32))
+    if sizes is None:
+        pool = partial(_pool_whole, maps, rule=rule, reducer=reducer)
+    else:
         pool = partial(_pool_valid, maps, sizes=sizes, reducer=reducer)
     nested = rule == "adaptive" and reducer == "max"
     pooled = _pool_levels(levels, pool, nested=nested)
-    bins = jnp.concatenate(
-        [pooled[level].reshape(len(maps), level * level, channels) for level in levels],
-        axis=1,
-    )
-    return bins.reshape(*batch, num_bins(levels), channels).astype(features.dtype)
+    flat = [pooled[n].reshape(len(maps), n * n, maps.shape[-1]) for n in levels]
+    return jnp.concatenate(flat, axis=1).astype(dtype)
 
 
 def adaptive_span(index: Any, size: Any, level: int) -> tuple[Any, Any]:
