@@ -197,10 +197,12 @@ def _refuse(error: Exception, kind: Any) -> NoReturn:
     names = [name for name in given if name.startswith("config.")]
     faults = [unknown_field(kind, name.removeprefix("config.")) for name in names]
     found = next(filter(None, faults), "")
-    if not found and not isinstance(error, flags.Error | ValueError | OSError):
+    raised = not isinstance(error, flags.Error | ValueError | OSError)
+    if not found and (raised or "Traceback" in str(error)):  # by the file's own code
+        kind_of_error = f"{type(error).__name__}: " if raised else ""
+        reason = kind_of_error + _reason(error).removeprefix("ValueError: ")
         path = given.get("config", "").partition(":")[0]
-        found = f"can't read the config {path}: {type(error).__name__}: "
-        found += _reason(error)
+        found = f"can't read the config {path}: {_with_new_names(reason)}"
     sys.exit(f"error: {found or _reason(error)}")
 
 
@@ -227,12 +229,15 @@ def _why_unreadable(config: Any) -> str:
     try:
         config.batch_size  # noqa: B018  the config flag raises its reason on use
     except Exception as error:
-        reason = _reason(error)
-        for name in re.findall(r"['\"](\w+)['\"]", reason):
-            if name in MOVED:
-                reason += f"; config.{name} is now config.{MOVED[name]}"
-        return f"can't read the config file: {reason}"
+        return f"can't read the config file: {_with_new_names(_reason(error))}"
     return "can't read the config file"
+
+
+def _with_new_names(reason: str) -> str:
+    """A reason, and what the settings that it names are called now."""
+    moved = [name for name in re.findall(r"['\"](\w+)['\"]", reason) if name in MOVED]
+    hints = [f"; config.{name} is now config.{MOVED[name]}" for name in moved]
+    return reason + "".join(hints)
 
 
 def _reason(error: Exception) -> str:

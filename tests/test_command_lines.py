@@ -284,6 +284,27 @@ def test_a_refused_command_leaves_the_run_as_it_was(digits_run, command_line):
     assert (digits_run / "config.json").read_text() == before
 
 
+def test_a_value_of_another_kind_in_a_config_file_is_named_with_the_file(
+    command_line, tmp_path
+):
+    path = tmp_path / "mine.py"
+    for line, message in (
+        ('config.schedule = "cosine"', "config.schedule is now config.schedule.kind"),
+        ("config.model.levels = 6", "field 'levels' (reference). 6 is of"),
+        ('raise ValueError("not today")', f"can't read the config {path}: not today"),
+    ):
+        path.write_text(
+            "from sppnet_jax.cli import base_config\n"
+            "def get_config():\n"
+            "    config = base_config()\n"
+            f"    {line}\n"
+            "    return config\n"
+        )
+        error = fails(command_line, f"--config={path}", f"--workdir={tmp_path / 'run'}")
+        assert message in error
+        assert f"can't read the config {path}: " in error
+
+
 def test_an_unknown_field_in_a_config_file_is_named(command_line, tmp_path):
     path = tmp_path / "mine.py"
     path.write_text(

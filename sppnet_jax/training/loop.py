@@ -126,7 +126,7 @@ def train(
     if interrupted:
         raise Interrupted(f"{where}; the same command goes on from there")
     if step < pace.total_steps:
-        log.info("%s; the same command goes on from there", where)
+        log.info("%s, the last one asked for", where)
     return memory
 
 
