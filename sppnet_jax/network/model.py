@@ -226,7 +226,7 @@ class SPPNet(nn.Module):
 
 
 def _drawn_as_matrix(init: Callable[..., Array]) -> Callable[..., Array]:
-    """The same numbers, which XLA compiles 5 times as fast as those of 4 dimensions."""
+    """The same numbers; XLA takes three times as long to compile four dimensions."""
 
     def drawn(rng: Array, shape: Sequence[int], dtype: Any = jnp.float32) -> Array:
         return init(rng, (math.prod(shape[:-1]), shape[-1]), dtype).reshape(shape)
