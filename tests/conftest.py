@@ -1,8 +1,11 @@
 """Four host devices, shapes checked at run time, data prepared once a session."""
 
+import itertools
 import os
 from collections.abc import Iterator
 from pathlib import Path
+
+from tests.processes import REPOSITORY, Finished, Started, run_command, start_anew
 
 # Tests compile more than they compute. `XLA_FLAGS= make test` compiles as for users.
 SOON = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
@@ -10,15 +13,12 @@ FLAGS = os.environ.get("XLA_FLAGS", SOON)
 os.environ["XLA_FLAGS"] = f"{FLAGS} --xla_force_host_platform_device_count=4"
 os.environ["JAX_PLATFORMS"] = "cpu"
 # Many tests and command lines compile the same programs: once is enough.
-REPOSITORY = Path(__file__).parent.parent
 os.environ["JAX_COMPILATION_CACHE_DIR"] = str(REPOSITORY / ".cache" / "jax")
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
 os.environ["XDG_CACHE_HOME"] = str(REPOSITORY / ".cache")
 
 import pytest
 from jaxtyping import install_import_hook
-
-from tests.processes import Finished, Started, run_command, start_anew
 
 # The shapes in the annotations are claims too: check them wherever a test goes.
 # (pyramid/pooling.py checks what it is given by itself.)
@@ -53,13 +53,34 @@ SMALL = [
 
 @pytest.fixture(scope="module")
 def shallow_zf5() -> Iterator[None]:
-    """ "zf5" is a shallow network in this process."""
+    """The name zf5 means a shallow network in this process."""
     from sppnet_jax.network import trunks  # below the hook
     from tests.network_helpers import SHALLOW
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(trunks.BACKBONES, "zf5", SHALLOW)
         yield
+
+
+@pytest.fixture(scope="session")
+def few_scenes(tmp_path_factory) -> Path:
+    """Where TFDS finds the embedded data set, 16 scenes of each split."""
+    from sppnet_jax.data.digit_scenes import DigitScenes
+    from sppnet_jax.data.sources import open_source
+
+    folder = tmp_path_factory.mktemp("tfds")
+    made = DigitScenes._generate_examples
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            DigitScenes,
+            "_generate_examples",
+            lambda self, split: itertools.islice(made(self, split), 16),
+        )
+        for kind in ("classification", "detection"):
+            with_boxes = kind == "detection"
+            name = f"digit_scenes/{kind}"
+            open_source(name, "test", data_dir=str(folder), multi_label=with_boxes)
+    return folder
 
 
 @pytest.fixture(scope="session")

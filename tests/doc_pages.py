@@ -1,13 +1,8 @@
-"""The pages that a reader sees, and the data that their examples need."""
+"""The pages that a reader sees, and what their blocks of code hold."""
 
-import itertools
 import re
 from pathlib import Path
 
-import pytest
-
-from sppnet_jax.data import sources
-from sppnet_jax.data.digit_scenes import DigitScenes
 from tests.conftest import REPOSITORY
 
 PAGES = (REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md")))
@@ -29,21 +24,3 @@ def part_of(file: str) -> str:
     found = [code for page in PAGES for code in blocks(page, f'python title="{file}"')]
     (code,) = found
     return code
-
-
-def prepare_few_scenes(folder: Path) -> None:
-    """Makes a folder of TFDS with few images of the embedded data set in it."""
-    made = DigitScenes._generate_examples
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            DigitScenes,
-            "_generate_examples",
-            lambda self, split: itertools.islice(made(self, split), 16),
-        )
-        for kind in ("classification", "detection"):
-            sources.open_source(
-                f"digit_scenes/{kind}",
-                "test",
-                data_dir=str(folder),
-                multi_label=kind == "detection",
-            )

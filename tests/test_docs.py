@@ -35,7 +35,6 @@ from tests.doc_pages import (
     blocks,
     name_of,
     part_of,
-    prepare_few_scenes,
 )
 from tests.network_helpers import write_network
 
@@ -80,14 +79,6 @@ def small_ablate(levels: Any, seeds: Any, **settings: Any) -> Any:
 
 
 ABLATE = ablation.ablate
-
-
-@pytest.fixture(scope="module")
-def few_scenes(tmp_path_factory) -> Path:
-    """Where TFDS finds the embedded data set."""
-    folder = tmp_path_factory.mktemp("tfds")
-    prepare_few_scenes(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")

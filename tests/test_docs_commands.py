@@ -20,7 +20,7 @@ from sppnet_jax.training.network_settings import NetworkSettings
 from tests.conftest import REPOSITORY
 from tests.conftest import SMALL as SMALL_NETWORK
 from tests.data_helpers import encode, picture, write_two_colors
-from tests.doc_pages import PAGES, blocks, prepare_few_scenes
+from tests.doc_pages import PAGES, blocks
 from tests.mock_imagenet import prepare_mock_imagenet
 from tests.test_detect_command import write_scenes
 
@@ -247,14 +247,6 @@ def test_every_command_is_run_or_says_why_it_is_not(command):
     )
     if told:
         told.check(shlex.split(command))
-
-
-@pytest.fixture(scope="module")
-def few_scenes(tmp_path_factory) -> Path:
-    """Where TFDS finds the embedded data set."""
-    folder = tmp_path_factory.mktemp("tfds")
-    prepare_few_scenes(folder)
-    return folder
 
 
 @pytest.fixture

@@ -22,7 +22,7 @@ from experiments.runs import (
     networks_of,
     settings_of,
 )
-from sppnet_jax.classification import views as test_views
+from sppnet_jax.classification import views as protocols
 from sppnet_jax.training import once
 from sppnet_jax.training.step_log import DivergedError
 from tests.data_helpers import write_two_colors
@@ -125,7 +125,7 @@ def test_every_experiment_shares_the_networks(given, monkeypatch):
     paper = {ZF5[1]: (0.38, 0.37)}
     monkeypatch.setattr(table3_full_image, "PAPER", paper)
     monkeypatch.setattr(multi_view, "NETWORK", ZF5[1])
-    monkeypatch.setattr(test_views, "_PAPER_SCALES", (224, 256))  # for six
+    monkeypatch.setattr(protocols, "_PAPER_SCALES", (224, 256))  # for six
     views = {
         view._replace(network=ZF5[1]): figures
         for view, figures in svm_features.PAPER.items()
