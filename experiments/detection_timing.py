@@ -47,7 +47,6 @@ from sppnet_jax.detection.window_features import (
 )
 from sppnet_jax.network.model import SPPNet
 from sppnet_jax.network.preprocess import Preprocessing
-from sppnet_jax.network.trunks import layers_geometry
 from sppnet_jax.run.progress import progress_bar
 
 WARPING, CONVOLUTION, POOLING = "warping", "convolution", "pooling"
@@ -147,7 +146,7 @@ def spp_parts(
     levels = model.levels
     if levels is None:
         raise ValueError("a network without a pyramid can't pool windows from maps")
-    geometry = layers_geometry(model.backbone.layers)
+    geometry = model.geometry
     sizes = [scaled(photo, windows) for photo in photos]
     buckets = [
         choose_buckets([own[k] for own in sizes], max_buckets)
@@ -316,7 +315,7 @@ def distinct_share(
     network: Convolutions, windows: Windows, photos: Sequence[Photo]
 ) -> float:
     """The share of the windows of all images that are left if none repeats another."""
-    geometry = layers_geometry(network.model.backbone.layers)
+    geometry = network.geometry
     found = [windows_of(photo, windows, geometry) for photo in photos]
     distinct = sum(len(share_windows(own)[0]) for own in found)
     return distinct / max(1, sum(map(len, found)))

@@ -18,7 +18,8 @@ from sppnet_jax.buckets.table import (
     padding_waste,
     smallest_bucket,
 )
-from sppnet_jax.network.trunks import BACKBONES, LRN, Conv
+from sppnet_jax.network.stack import LRN, Conv
+from sppnet_jax.network.trunks import BACKBONES, PAPER
 from tests.data_helpers import picture
 from tests.network_helpers import drawn_params
 
@@ -480,7 +481,7 @@ def forward_by_hand(name, params, image):
     return vector, maps.shape[:2]
 
 
-@pytest.fixture(scope="module", params=BACKBONES)
+@pytest.fixture(scope="module", params=PAPER)
 def network(request):
     """A narrow network whose biases are not zero: its name, params, table."""
     model = sn.create_model(request.param, LEVELS, 7, width=1 / 16, image_size=64)

@@ -12,9 +12,10 @@ from sppnet_jax.detection.scales import (
     share_windows,
     stack_maps,
 )
-from sppnet_jax.network.trunks import get_backbone, layers_geometry
+from sppnet_jax.network.stack import table_geometry
+from sppnet_jax.network.trunks import get_backbone
 
-GEOMETRY = layers_geometry(get_backbone("zf5").layers)
+GEOMETRY = table_geometry(get_backbone("zf5").layers)
 IMAGE = (120, 170)
 SIZES = ((96, 136), (141, 200), (240, 340))
 

@@ -8,7 +8,7 @@ import pytest
 
 from sppnet_jax.network.model import create_model
 from sppnet_jax.network.preprocess import Preprocessing
-from sppnet_jax.network.trunks import BACKBONES
+from sppnet_jax.network.trunks import PAPER
 from sppnet_jax.run.parallel import unreplicate
 from sppnet_jax.training.steps import (
     Optimizer,
@@ -62,7 +62,7 @@ def assert_trees_agree(found, expected, tolerance=1e-4):
 
 
 @pytest.mark.parametrize("levels", [(6, 3, 2, 1), None])
-@pytest.mark.parametrize("name", BACKBONES)
+@pytest.mark.parametrize("name", PAPER)
 def test_logits_and_gradients_are_ours(name, levels):
     side = 64
     arguments = {"width": 1 / 24, "image_size": side, "dropout": 0.0}

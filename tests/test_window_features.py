@@ -43,8 +43,8 @@ from sppnet_jax.detection.window_features import (
 )
 from sppnet_jax.network.model import create_model
 from sppnet_jax.network.preprocess import Preprocessing
+from sppnet_jax.network.stack import table_geometry
 from sppnet_jax.network.trained import as_network
-from sppnet_jax.network.trunks import layers_geometry
 
 SIDE = 64
 LEVELS = (3, 2, 1)
@@ -61,7 +61,7 @@ def network(levels=LEVELS):
 
 
 MODEL, PARAMS = network()
-GEOMETRY = layers_geometry(MODEL.backbone.layers)
+GEOMETRY = table_geometry(MODEL.backbone.layers)
 
 
 def make_source():

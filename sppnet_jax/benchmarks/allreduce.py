@@ -15,7 +15,8 @@ import jax
 
 from sppnet_jax.benchmarks.report import Measurements, table
 from sppnet_jax.network.model import create_model, init_params
-from sppnet_jax.network.trunks import Conv, get_backbone, output_size
+from sppnet_jax.network.stack import Conv, output_size
+from sppnet_jax.network.trunks import get_backbone
 
 NETWORKS: tuple[tuple[str, tuple[int, ...] | None], ...] = (
     ("zf5", (6, 3, 2, 1)),

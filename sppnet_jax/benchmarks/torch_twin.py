@@ -15,7 +15,8 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from sppnet_jax.network.trunks import LRN, Conv, MaxPool, get_backbone, layers_geometry
+from sppnet_jax.network.stack import LRN, Conv, MaxPool, table_geometry
+from sppnet_jax.network.trunks import get_backbone
 from sppnet_jax.pyramid.pooling import num_bins
 from sppnet_jax.training.steps import Optimizer
 
@@ -55,16 +56,18 @@ class Twin(nn.Module):
                 alpha = layer.alpha * layer.size
                 lrn = nn.LocalResponseNorm(layer.size, alpha, layer.beta, layer.k)
                 layers.append(lrn)
-            else:
+            elif isinstance(layer, MaxPool):
                 layers.append(_pool(layer))
+            else:
+                raise ValueError(f"{name} is none of the paper's backbones: no twin")
         self.stack = nn.Sequential(*layers)
         self.levels = levels
-        if levels is None:
+        if levels is None and backbone.last_pool is not None:
             self.last_pool = _pool(backbone.last_pool)
-            stack = layers_geometry((*backbone.layers, backbone.last_pool))
+            stack = table_geometry((*backbone.layers, backbone.last_pool))
             self.bins = stack.map_size(image_size) ** 2
         else:
-            self.bins = num_bins(levels)
+            self.bins = num_bins(levels or ())
         self.fc6 = nn.Linear(self.bins * channels, _scaled(4096, width))
         self.fc7 = nn.Linear(self.fc6.out_features, _scaled(4096, width))
         self.fc8 = nn.Linear(self.fc7.out_features, num_classes)

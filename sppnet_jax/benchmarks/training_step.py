@@ -25,7 +25,7 @@ from sppnet_jax.benchmarks.report import Measurements, Report, Timing, draw_bars
 from sppnet_jax.benchmarks.timing import milliseconds, time_in_turn, times_as_fast
 from sppnet_jax.network.model import SPPNet, create_model
 from sppnet_jax.network.preprocess import Preprocessing
-from sppnet_jax.network.trunks import BACKBONES
+from sppnet_jax.network.trunks import PAPER
 from sppnet_jax.run import caches
 from sppnet_jax.training.steps import (
     Optimizer,
@@ -49,7 +49,7 @@ class Size(NamedTuple):
     width: float = 1.0
     image_size: int = 224
     num_classes: int = 1000
-    networks: tuple[str, ...] = tuple(BACKBONES)
+    networks: tuple[str, ...] = PAPER
 
 
 SIZES = {  # by platform

@@ -23,8 +23,8 @@ from sppnet_jax.data.broken import BrokenImages
 from sppnet_jax.data.sources import Source
 from sppnet_jax.network.model import SPPNet
 from sppnet_jax.network.preprocess import Preprocessing, normalize
+from sppnet_jax.network.stack import convs_of, cut_names
 from sppnet_jax.network.trained import Network
-from sppnet_jax.network.trunks import Conv, layers_geometry
 from sppnet_jax.run import parallel
 from sppnet_jax.run.progress import progress_bar
 from sppnet_jax.training.steps import shard_batch
@@ -57,10 +57,11 @@ class Features(NamedTuple):
 
 def layer_names(model: SPPNet, mode: str = "crop") -> tuple[str, ...]:
     """The layers whose features `extract_features` gives in a mode."""
-    count = sum(isinstance(layer, Conv) for layer in model.backbone.layers)
-    convs = tuple(f"conv{number}" for number in range(1, count + 1))
+    count = sum(1 for _ in convs_of(model.table))
+    maps = *(f"conv{number}" for number in range(1, count + 1)), *cut_names(model.table)
+    fcs = ("fc6", "fc7") if model.head == "fc" else ()
     # The map of a whole image has a size of its own: no row of one length.
-    return (*(convs if mode != "full" else ()), "pyramid", "fc6", "fc7", "fc8")
+    return (*(maps if mode != "full" else ()), "pyramid", *fcs, "fc8")
 
 
 def default_side(mode: str, *, image_size: int, resize_side: int) -> int:
@@ -191,7 +192,7 @@ def check_request(model: SPPNet, *, layer: str, side: int, mode: str) -> None:
             f"this network has no spatial pyramid (levels=None) and takes squares of "
             f"{model.image_size} pixels only, not {side}"
         )
-    layers_geometry(model.backbone.layers).map_size(side)
+    model.geometry.map_size(side)
 
 
 def _layer_function(

@@ -23,7 +23,6 @@ from sppnet_jax.detection.warp import warp_windows
 from sppnet_jax.network.model import SPPNet
 from sppnet_jax.network.preprocess import Preprocessing, normalize
 from sppnet_jax.network.trained import Network
-from sppnet_jax.network.trunks import layers_geometry
 from sppnet_jax.pyramid.pooling import num_bins
 from sppnet_jax.run import parallel
 from sppnet_jax.run.files import write_array
@@ -130,7 +129,7 @@ def stores_pooled(model: SPPNet) -> bool:
     """Whether a window's pooled vector is smaller than its map, and so is kept."""
     if model.levels is None:
         return True
-    side = layers_geometry(model.backbone.layers).map_size(model.image_size)
+    side = model.geometry.map_size(model.image_size)
     return side * side > num_bins(model.levels)
 
 

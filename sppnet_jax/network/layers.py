@@ -1,6 +1,8 @@
-"""How the layers of a trunk run, with gradients of their own where XLA's are slow.
+"""How a table of layers runs, with gradients of their own where XLA's are slow.
 
+    run_table            every row of a table, and the masks of larger buckets
     image_conv           the first convolution
+    depthwise_conv       a filter for each channel
     local_response_norm  normalisation across channels
     max_pool             of a table's row
     zero_beyond          the mask of images in larger buckets
@@ -10,12 +12,14 @@ a batch of three, which leaves the CPU idle: for 7×7 filters at stride 2 it too
 times as long as the convolution itself. Here it is a matrix product for each row of the
 filters, and takes as long as the convolution. XLA's gradient of a sum over neighbouring
 channels is slow there too; here it is that same sum again: what a channel takes from
-its neighbours, they take from it. Elsewhere, and for the gradient of the images,
-everything is XLA's. They differentiate in reverse mode only.
+its neighbours, they take from it. Its grouped convolution takes several times as long
+as a sum of shifted products, which depthwise convolutions are here. Elsewhere, and for
+the gradient of the images, everything is XLA's. They differentiate in reverse mode
+only.
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -23,13 +27,156 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from sppnet_jax.network.trunks import MaxPool, output_size
+from sppnet_jax.network.stack import (
+    ACTIVATIONS,
+    LRN,
+    Branches,
+    Cut,
+    Layer,
+    MaxPool,
+    output_size,
+)
+from sppnet_jax.pyramid.geometry import Geometry, Sliding
 from sppnet_jax.pyramid.span_max import span_max
 
 ValidSize = Int[Array, "batch 2"]
 Padding = tuple[tuple[int, int], tuple[int, int]]
 LAYOUT = ("NHWC", "HWIO", "NHWC")
 FEW_FILTERS = 24  # with fewer, XLA is fast
+
+
+def run_table(
+    table: Sequence[Layer],
+    maps: Float[Array, "batch height width channels"],
+    size: ValidSize | None,
+    convs: Iterator[tuple[str, Callable[[Array], Array]]],
+) -> tuple[Array, ValidSize | None, dict[str, Array], dict[str, ValidSize | None]]:
+    """Runs the rows of a table one after the other.
+
+    `maps`: zero beyond `size`, the valid size of each, if there is one.
+    `convs`: the name of each convolution and what convolves, in their order.
+
+    Returns: the last map and its valid size; and by name, every convolution's output
+    after its activation and the map at every cut, and their valid sizes. All are zero
+    beyond these.
+    """
+    named: dict[str, Array] = {}
+    sizes: dict[str, ValidSize | None] = {}
+
+    def note(name: str) -> None:
+        named[name], sizes[name] = maps, size
+
+    for layer in table:
+        if isinstance(layer, Cut):
+            note(layer.name)
+        elif isinstance(layer, LRN):
+            maps = local_response_norm(maps, *layer)
+        elif isinstance(layer, Branches):
+            ends = [run_table(own, maps, size, convs) for own in layer.tables]
+            for _, _, own_named, own_sizes in ends:
+                named |= own_named
+                sizes |= own_sizes
+            parts, size = [end[0] for end in ends], ends[0][1]
+            if layer.join == "concat":
+                joined = jnp.concatenate(parts, axis=-1)
+            else:
+                joined = functools.reduce(jnp.add, parts)
+            maps = activate(joined, layer.activation)
+        else:
+            size = None if size is None else output_size(layer, size)
+            if isinstance(layer, MaxPool):
+                maps = zero_beyond(max_pool(maps, layer), size)
+            else:
+                name, convolve = next(convs)
+                maps = zero_beyond(activate(convolve(maps), layer.activation), size)
+                note(name)
+    return maps, size, named, sizes
+
+
+def join_maps(
+    maps: Sequence[Float[Array, "batch _rows _columns _channels"]],
+    sizes: Sequence[ValidSize | None],
+    grids: Sequence[Geometry],
+) -> Float[Array, "batch rows columns channels"]:
+    """Maps of several strides on the grid of the finest, their channels side by side.
+
+    Each unit takes the unit of every map with the closest centre (hypercolumns,
+    Hariharan et al. 2015). `sizes`: the valid sizes, if any. `grids`: of the maps.
+    """
+    finest = min(range(len(grids)), key=lambda number: grids[number].stride)
+    own, shape = grids[finest], maps[finest].shape
+    parts = []
+    for found, size, grid in zip(maps, sizes, grids, strict=True):
+        for axis in (1, 2):
+            centers = own.center + own.stride * np.arange(shape[axis])
+            closest = np.floor((centers - grid.center) / grid.stride + 0.5).astype(int)
+            index = jnp.clip(closest, 0, found.shape[axis] - 1)[None]
+            if size is not None:
+                index = jnp.minimum(index, size[:, axis - 1, None] - 1)
+            index = jnp.expand_dims(index, (3 - axis, 3))
+            found = jnp.take_along_axis(found, index, axis, mode="clip")
+        parts.append(found)
+    return zero_beyond(jnp.concatenate(parts, axis=-1), sizes[finest])
+
+
+def activate(maps: Array, activation: str) -> Array:
+    """One of `stack.ACTIVATIONS`, all of which leave zeros zeros."""
+    if activation == "relu":
+        return jax.nn.relu(maps)
+    if activation == "relu6":
+        return jnp.clip(maps, 0, 6)
+    if activation == "silu":
+        return jax.nn.silu(maps)
+    if activation == "none":
+        return maps
+    raise ValueError(f"unknown activation {activation!r}: use one of {ACTIVATIONS}")
+
+
+def depthwise_conv(
+    maps: jax.Array,
+    kernel: jax.Array,
+    strides: Sequence[int],
+    padding: Sequence[tuple[int, int]],
+    feature_group_count: int,
+    **options: Any,
+) -> jax.Array:
+    """Convolves each channel with a filter of its own; for flax's `nn.Conv`.
+
+    `maps`: [batch, height, width, channels]. `kernel`: [rows, columns, 1, channels].
+
+    Returns: [batch, rows, columns, channels].
+    """
+    del options  # nn.Conv's defaults
+    rows, columns = kernel.shape[:2]
+    down, across = int(strides[0]), int(strides[1])
+
+    def on_cpu(maps: jax.Array, kernel: jax.Array) -> jax.Array:
+        padded = jnp.pad(maps, ((0, 0), *padding, (0, 0)))
+        height = (padded.shape[1] - rows) // down + 1
+        width = (padded.shape[2] - columns) // across + 1
+        products = [
+            padded[
+                :,
+                y : y + (height - 1) * down + 1 : down,
+                x : x + (width - 1) * across + 1 : across,
+            ]
+            * kernel[y, x]
+            for y in range(rows)
+            for x in range(columns)
+        ]
+        return functools.reduce(jnp.add, products)
+
+    def elsewhere(maps: jax.Array, kernel: jax.Array) -> jax.Array:
+        return jax.lax.conv_general_dilated(
+            maps,
+            kernel,
+            strides,
+            padding,
+            dimension_numbers=LAYOUT,
+            feature_group_count=feature_group_count,
+        )
+
+    return jax.lax.platform_dependent(maps, kernel, cpu=on_cpu, default=elsewhere)
 
 
 def image_conv(
@@ -225,5 +372,6 @@ def _power(energy: jax.Array, beta: float) -> jax.Array:
 
 def _pool_spans(layer: MaxPool, size: int) -> list[tuple[int, int]]:
     """The spans that a pooling sees along a side, less what is padding."""
-    starts = layer.stride * np.arange(output_size(layer, size)) - layer.padding
+    before, _ = Sliding(*layer).pads
+    starts = layer.stride * np.arange(output_size(layer, size)) - before
     return [(max(0, s), min(size, s + layer.kernel)) for s in starts.tolist()]

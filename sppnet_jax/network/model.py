@@ -5,6 +5,7 @@ weights takes images of any size. Without a pyramid, the last pooling and fc6 fi
 image to the size that the network was made for.
 """
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from typing import Annotated, Any, NamedTuple
@@ -12,25 +13,28 @@ from typing import Annotated, Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from sppnet_jax.network.layers import (
     ValidSize,
+    depthwise_conv,
     image_conv,
-    local_response_norm,
+    join_maps,
     max_pool,
+    run_table,
     zero_beyond,
 )
-from sppnet_jax.network.trunks import (
-    BACKBONES,
-    LRN,
-    Backbone,
-    Conv,
-    get_backbone,
-    layers_geometry,
-    output_size,
+from sppnet_jax.network.stack import (
+    Cut,
+    Table,
+    convs_of,
+    cut_table,
+    table_geometry,
 )
+from sppnet_jax.network.trunks import BACKBONES, Backbone, Published, get_backbone
+from sppnet_jax.pyramid.geometry import Geometry, Sliding
 from sppnet_jax.pyramid.pooling import check_levels, spatial_pyramid_pool
+from sppnet_jax.pyramid.windows import window_pyramid_pool
 from sppnet_jax.run.settings import above, at_least, between, one_of
 
 Images = Float[Array, "batch height width 3"]
@@ -38,23 +42,44 @@ Intermediates = dict[str, Array]
 
 
 WEIGHT_INITS = ("paper", "he")
+REDUCERS = ("max", "mean")
+HEADS = ("fc", "linear", "none")
 
 
 class Architecture(NamedTuple):
     """Which network is made; see `create_model`.
 
-    `backbone`: "zf5", "convnet5", "overfeat5" or "overfeat7". `levels`: the pyramid; ()
-    for the twin without SPP. `width`: scales the filters and the units of fc6 and fc7.
-    `dropout`: of fc6 and fc7. `weight_init`: "paper", or "he" for narrow networks.
+    `backbone`: "zf5", "convnet5", "overfeat5" or "overfeat7"; or a published one, of
+    which there may be weights, such as "efficientnet_lite0".
+    `weights`: of the trunk before training: "" draws them, "pretrained" takes those
+    that come with the backbone's package; or a file, see `find_weights`.
+    `trainable`: "all" layers, the "head" alone, or those from a named one on, such as
+    "conv30" or a cut.
+    `cuts`: where the trunk ends, such as ("stride16",); several are joined. () is its
+    last map. `levels`: the pyramid; () for the twin without SPP.
+    `reducer`: of each bin, "max" or "mean". `head`: "fc" is fc6, fc7 and fc8, "linear"
+    fc8 alone, "none" scores by the pooled vector itself.
+    `width`: scales the filters and the units of fc6 and fc7. `dropout`: of fc6 and fc7,
+    or of what a linear head sees. `weight_init`: "paper", or "he" for narrow networks.
     `bfloat16`: activations in bfloat16; parameters stay in float32.
     """
 
     backbone: Annotated[str, one_of(BACKBONES)] = "zf5"
+    weights: str = ""
+    trainable: str = "all"
+    cuts: tuple[str, ...] = ()
     levels: tuple[Annotated[int, at_least(1)], ...] = (6, 3, 2, 1)
+    reducer: Annotated[str, one_of(REDUCERS)] = "max"
+    head: Annotated[str, one_of(HEADS)] = "fc"
     width: Annotated[float, above(0)] = 1.0
     dropout: Annotated[float, between(0, 1)] = 0.5
     weight_init: Annotated[str, one_of(WEIGHT_INITS)] = "paper"
     bfloat16: bool = False
+
+    @property
+    def published(self) -> Published | None:
+        """How its pretrained weights see images; None for drawn ones."""
+        return get_backbone(self.backbone).published if self.weights else None
 
 
 class Dense(nn.Module):
@@ -84,7 +109,7 @@ class Dense(nn.Module):
 
 
 class SPPNet(nn.Module):
-    """A convolutional stack, a pyramid (or one fixed pooling), three fc layers.
+    """A convolutional stack, a pyramid (or one fixed pooling), and a head.
 
     Made by `create_model`, which describes the fields.
     """
@@ -97,25 +122,46 @@ class SPPNet(nn.Module):
     dropout: float
     weight_init: str
     dtype: Any
+    reducer: str = "max"
+    head: str = "fc"
+    cuts: tuple[str, ...] = ()
+    frozen_rows: int = 0
 
     def setup(self) -> None:
-        convs = [layer for layer in self.backbone.layers if isinstance(layer, Conv)]
-        for number, layer in enumerate(convs, start=1):
+        for number, layer in enumerate(convs_of(self.table), start=1):
+            filters = _scaled(layer.filters, self.width)
+            depthwise = layer.groups == layer.filters > 1
+            conv_as = image_conv if number == 1 else None
+            before, after = Sliding(layer.kernel, layer.stride, layer.padding).pads
             conv = nn.Conv(
-                _scaled(layer.filters, self.width),
+                filters,
                 kernel_size=(layer.kernel, layer.kernel),
                 strides=layer.stride,
-                padding=layer.padding,
+                padding=((before, after), (before, after)),
+                feature_group_count=filters if depthwise else layer.groups,
                 dtype=self.dtype,
                 kernel_init=self._kernel_init(),
                 bias_init=self._bias_init(layer.bias),
-                conv_general_dilated=image_conv if number == 1 else None,
+                conv_general_dilated=depthwise_conv if depthwise else conv_as,
             )
             setattr(self, f"conv{number}", conv)
-        self.fc6 = self._dense(_scaled(4096, self.width), bias=1.0)
-        self.fc7 = self._dense(_scaled(4096, self.width), bias=1.0)
-        self.fc8 = self._dense(self.num_classes, bias=0.0)
+        if self.head == "fc":
+            self.fc6 = self._dense(_scaled(4096, self.width), bias=1.0)
+            self.fc7 = self._dense(_scaled(4096, self.width), bias=1.0)
+        if self.head != "none":
+            self.fc8 = self._dense(self.num_classes, bias=0.0)
         self.drop = nn.Dropout(self.dropout)
+
+    @property
+    def table(self) -> Table:
+        """The rows of the trunk, up to the last of the cuts."""
+        ends = [cut_table(self.backbone.layers, cut) for cut in self.cuts or ("",)]
+        return max(ends, key=len)
+
+    @property
+    def geometry(self) -> Geometry:
+        """Where the units of the map lie that the pyramid sees."""
+        return joined_geometry(self.backbone, self.cuts)
 
     def __call__(
         self,
@@ -132,37 +178,42 @@ class SPPNet(nn.Module):
         `train`: applies dropout (needs the rng "dropout").
 
         Returns: float32 logits [batch, classes], and a dict of activations: "conv1" …
-        after their ReLU, "pyramid" (what fc6 sees), "fc6" and "fc7" after their ReLU.
+        after their activation and the map at each cut, "pyramid" (what the head sees),
+        "fc6" and "fc7" after their ReLU where there are such.
         """
-        features, convs = self.features(images, valid_size)
+        features, maps = self.features(images, valid_size)
         pyramid = self.pool(features, valid_size)
         logits, fcs = self.classify(pyramid, train=train)
-        return logits, {**convs, "pyramid": pyramid, **fcs}
+        return logits, {**maps, "pyramid": pyramid, **fcs}
 
     def features(
         self, images: Images, valid_size: ValidSize | None = None
     ) -> tuple[Float[Array, "batch rows columns channels"], Intermediates]:
-        """The last map, zero beyond the valid size, and each convolution's output."""
+        """The map that the pyramid sees, zero beyond the valid size; and all before.
+
+        The maps of several cuts are joined on the grid of the finest: each of its units
+        takes the units of the others with the closest centres (hypercolumns, Hariharan
+        et al. 2015).
+        """
         if self.levels is None:
             self._check_fixed_size(images, valid_size)
-        size = valid_size
-        maps = zero_beyond(images.astype(self.dtype), size)
-        convs: Intermediates = {}
-        for layer in self.backbone.layers:
-            if isinstance(layer, LRN):
-                maps = local_response_norm(maps, *layer)
-                continue
-            if isinstance(layer, Conv):
-                name = f"conv{len(convs) + 1}"
-                maps = nn.relu(getattr(self, name)(maps))
-            else:
-                maps = max_pool(maps, layer)
-            if size is not None:
-                size = output_size(layer, size)
-                maps = zero_beyond(maps, size)
-            if isinstance(layer, Conv):
-                convs[name] = maps
-        return maps, convs
+        maps = zero_beyond(images.astype(self.dtype), valid_size)
+        count = sum(1 for _ in convs_of(self.table))
+        names = [f"conv{number}" for number in range(1, count + 1)]
+        convs = iter([(name, getattr(self, name)) for name in names])
+        frozen, trained = self.table[: self.frozen_rows], self.table[self.frozen_rows :]
+        maps, size, named, sizes = run_table(frozen, maps, valid_size, convs)
+        if frozen:
+            maps, named = jax.lax.stop_gradient((maps, named))
+        maps, size, later, later_sizes = run_table(trained, maps, size, convs)
+        named, sizes = named | later, sizes | later_sizes
+        if len(self.cuts) > 1:
+            maps = join_maps(
+                [named[cut] for cut in self.cuts],
+                [sizes[cut] for cut in self.cuts],
+                _grids(self.backbone, self.cuts),
+            )
+        return maps, named
 
     def pool(
         self,
@@ -171,12 +222,25 @@ class SPPNet(nn.Module):
     ) -> Float[Array, "batch pooled"]:
         """The last map's pyramid as one vector; `valid_size` is in image pixels."""
         if self.levels is None:
+            assert self.backbone.last_pool is not None
             pooled = max_pool(features, self.backbone.last_pool)
         else:
             pooled = spatial_pyramid_pool(
-                features, self.levels, valid_size=self._map_size(valid_size)
+                features,
+                self.levels,
+                valid_size=self._map_size(valid_size),
+                reducer=self.reducer,
             )
         return pooled.reshape(len(pooled), -1)
+
+    def pool_windows(
+        self,
+        features: Float[Array, "rows columns channels"],
+        windows: Int[Array, "windows 4"],
+    ) -> Float[Array, "windows pooled"]:
+        """The pyramid of each window of one map as a vector."""
+        pooled = window_pyramid_pool(features, windows, self.levels or ())
+        return pooled.reshape(len(windows), -1)
 
     def classify(
         self, pyramid: Float[Array, "batch pooled"], *, train: bool = False
@@ -185,6 +249,11 @@ class SPPNet(nn.Module):
 
         It needs the parameters of "fc6", "fc7" and "fc8" alone, whole or truncated.
         """
+        if self.head == "none":
+            return pyramid.astype(jnp.float32), {}
+        if self.head == "linear":
+            logits = self.fc8(self.drop(pyramid, deterministic=not train))
+            return logits.astype(jnp.float32), {}
         fc6 = nn.relu(self.fc6(pyramid))
         fc7 = nn.relu(self.fc7(self.drop(fc6, deterministic=not train)))
         logits = self.fc8(self.drop(fc7, deterministic=not train))
@@ -193,8 +262,8 @@ class SPPNet(nn.Module):
     def _map_size(self, valid_size: ValidSize | None) -> ValidSize | None:
         if valid_size is None:
             return None
-        for layer in self.backbone.layers:
-            valid_size = output_size(layer, valid_size)
+        for layer in self.geometry.layers:
+            valid_size = layer.output_size(valid_size)
         return valid_size
 
     def _check_fixed_size(self, images: Array, valid_size: Array | None) -> None:
@@ -244,30 +313,58 @@ def create_model(
     dropout: float = 0.5,
     weight_init: str = "paper",
     dtype: Any = jnp.float32,
+    reducer: str = "max",
+    head: str = "fc",
+    cuts: Sequence[str] = (),
+    trainable: str = "all",
 ) -> SPPNet:
-    """A Linen model over one of the paper's backbones.
+    """A Linen model: a trunk, a pyramid and a head.
 
-    `name`: "zf5", "convnet5", "overfeat5" or "overfeat7".
+    `name`: of one of the paper's backbones, "zf5", "convnet5", "overfeat5" or
+    "overfeat7"; or of a published one, see `trunks.BACKBONES`.
     `levels`: the pyramid; None makes the twin without SPP, whose last pooling is fixed
     (6×6 at 224 pixels) and which refuses images of any size but `image_size`.
     `width`: scales the filters of every convolution and the units of fc6 and fc7.
     `weight_init`: "paper" (N(0, 0.01), biases of 1 as in the authors' release), or "he"
     for narrow networks, whose signal dies under N(0, 0.01).
     `dtype`: of the activations; parameters are float32.
+    `reducer`: of each bin, "max" or "mean".
+    `head`: "fc" is fc6, fc7 and fc8; "linear" is fc8 alone; "none" scores by the pooled
+    vector itself, of a trunk whose last map has a channel for each class.
+    `cuts`: where the trunk ends, of its table's; maps of several are joined on the grid
+    of the finest. () is the last map.
+    `trainable`: from which layer on gradients flow: "all", "head", or the name of a
+    convolution or a cut.
 
     Raises: ValueError for an unknown backbone, or values that do not fit.
     """
     backbone = get_backbone(name)
-    if weight_init not in WEIGHT_INITS:
-        raise ValueError(f"unknown weight_init {weight_init!r}: use 'paper' or 'he'")
+    for what, value, known in (
+        ("weight_init", weight_init, WEIGHT_INITS),
+        ("reducer", reducer, REDUCERS),
+        ("head", head, HEADS),
+    ):
+        if value not in known:
+            words = ", ".join(map(repr, known))
+            raise ValueError(f"unknown {what} {value!r}: use one of {words}")
     if not (width > 0 and num_classes >= 1 and 0 <= dropout < 1):
         raise ValueError(
             "width must be positive, num_classes at least 1 and dropout in [0, 1), "
             f"got {width=}, {num_classes=}, {dropout=}"
         )
-    last_pool = (backbone.last_pool,) if levels is None else ()
-    layers_geometry((*backbone.layers, *last_pool)).map_size(image_size)
-    return SPPNet(
+    if len(set(cuts)) < len(cuts):
+        raise ValueError(f"cuts has one twice: {tuple(cuts)}")
+    if levels is None:
+        if backbone.last_pool is None or cuts:
+            raise ValueError(
+                f"{name} has no twin without a pyramid: give levels such as (1,)"
+                if not cuts
+                else "the twin without a pyramid has no cuts: give levels"
+            )
+        last = (*backbone.layers, backbone.last_pool)
+        table_geometry(last).map_size(image_size)
+    joined_geometry(backbone, cuts).map_size(image_size)
+    model = SPPNet(
         backbone=backbone,
         levels=None if levels is None else check_levels(levels),
         num_classes=num_classes,
@@ -276,7 +373,12 @@ def create_model(
         dropout=dropout,
         weight_init=weight_init,
         dtype=dtype,
+        reducer=reducer,
+        head=head,
+        cuts=tuple(cuts),
     )
+    frozen = set(frozen_convs(model, trainable))
+    return model.clone(frozen_rows=_frozen_rows(model.table, frozen))
 
 
 def make_model(architecture: Architecture, num_classes: int, image_size: int) -> SPPNet:
@@ -284,9 +386,67 @@ def make_model(architecture: Architecture, num_classes: int, image_size: int) ->
     named = architecture._asdict()
     dtype = jnp.bfloat16 if named.pop("bfloat16") else jnp.float32
     name, levels = named.pop("backbone"), named.pop("levels") or None
+    del named["weights"]
     return create_model(
         name, levels, num_classes, image_size=image_size, dtype=dtype, **named
     )
+
+
+def joined_geometry(backbone: Backbone, cuts: Sequence[str]) -> Geometry:
+    """The geometry of a trunk's last map, or of the maps of its cuts, joined.
+
+    Raises: ValueError for a cut that the trunk doesn't have.
+    """
+    grids = _grids(backbone, cuts)
+    finest = min(grids, key=lambda grid: grid.stride)
+    if len(grids) == 1:
+        return finest
+    return finest._replace(
+        receptive_field=max(grid.receptive_field for grid in grids),
+        deepest=max(grids, key=lambda grid: grid.min_image_size).layers,
+    )
+
+
+def frozen_convs(model: SPPNet, trainable: str) -> tuple[str, ...]:
+    """The convolutions that a training leaves as they are.
+
+    `trainable`: "all", "head", or the name of the first layer that is trained.
+
+    Raises: ValueError for a name that the trunk doesn't have.
+    """
+    count = sum(1 for _ in convs_of(model.table))
+    names = tuple(f"conv{number}" for number in range(1, count + 1))
+    if trainable == "all":
+        return ()
+    if trainable == "head":
+        return names
+    if trainable in names:
+        return names[: names.index(trainable)]
+    cuts = {}
+    for row, layer in enumerate(model.table):
+        if isinstance(layer, Cut):
+            before = sum(1 for _ in convs_of(model.table[:row]))
+            cuts[layer.name] = names[:before]
+    if trainable not in cuts:
+        raise ValueError(
+            f"unknown layer to train from, {trainable!r}: use all, head, conv1 to "
+            f"conv{count}" + "".join(f", {cut}" for cut in cuts)
+        )
+    return cuts[trainable]
+
+
+def _frozen_rows(table: Table, frozen: set[str]) -> int:
+    """How many rows at the start of a table have nothing to train."""
+    numbers = itertools.count(1)
+    for row, layer in enumerate(table):
+        names = {f"conv{next(numbers)}" for _ in convs_of((layer,))}
+        if not names <= frozen:
+            return row
+    return len(table) if frozen else 0
+
+
+def _grids(backbone: Backbone, cuts: Sequence[str]) -> list[Geometry]:
+    return [table_geometry(cut_table(backbone.layers, cut)) for cut in cuts or ("",)]
 
 
 def param_shapes(model: SPPNet) -> Any:

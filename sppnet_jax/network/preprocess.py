@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, UInt8
 
+from sppnet_jax.network.trunks import Published
 from sppnet_jax.run.settings import above, at_least
 
 
@@ -20,6 +21,7 @@ class Inputs(NamedTuple):
     `mean`: subtracted; 0 subtracts the training set's mean image. `scale`: pixels are
     divided by it after that. `color_sigma`: of the colour altering; 0 for none.
     `statistics_images`: so many are read for the mean image and the colours, at most.
+    Pretrained weights bring the mean and the scale that they were made with.
     """
 
     mean: float = 128.0
@@ -27,34 +29,36 @@ class Inputs(NamedTuple):
     color_sigma: Annotated[float, at_least(0)] = 0.1
     statistics_images: Annotated[int, at_least(1)] = 10_000
 
-    @property
-    def need_statistics(self) -> bool:
+    def need_statistics(self, published: Published | None = None) -> bool:
         """Whether the training set's statistics take part."""
-        return not self.mean or bool(self.color_sigma)
+        return bool(self.color_sigma) or (not self.mean and published is None)
 
 
 class Preprocessing(NamedTuple):
     """The numbers that turn pixels into inputs.
 
-    `mean`: subtracted; a scalar (the paper's 128 for VOC and Caltech101) or a mean
-    image [side, side, 3], warped to each image's size (ImageNet).
-    `scale`: divides what is left; 1 in the paper.
+    `mean`: subtracted; a scalar (the paper's 128 for VOC and Caltech101), one for each
+    colour [3], or a mean image [side, side, 3], warped to each image's size (ImageNet).
+    `scale`: divides what is left, a scalar or [3]; 1 in the paper.
     `color_shifts`: [3, 3], column k the RGB shift for one standard deviation of the
     k-th principal component of the training pixels; zeros for none.
     """
 
     mean: np.ndarray
-    scale: float
+    scale: float | np.ndarray
     color_shifts: np.ndarray
 
 
 def make_preprocessing(
-    inputs: Inputs, statistics: Mapping[str, np.ndarray] | None
+    inputs: Inputs,
+    statistics: Mapping[str, np.ndarray] | None,
+    published: Published | None = None,
 ) -> Preprocessing:
     """The numbers of a run.
 
     `statistics`: "mean_image" [side, side, 3] and "covariance" [3, 3] of the training
     set, where the inputs need them; None changes no colours and subtracts `mean`.
+    `published`: of pretrained weights, in place of the inputs' mean and scale.
     """
     mean = np.asarray(inputs.mean, np.float32)
     shifts = np.zeros((3, 3), np.float32)
@@ -62,7 +66,11 @@ def make_preprocessing(
         shifts = color_shifts(statistics["covariance"], inputs.color_sigma)
         if not inputs.mean:
             mean = statistics["mean_image"]
-    return Preprocessing(mean=mean, scale=inputs.scale, color_shifts=shifts)
+    scale: float | np.ndarray = inputs.scale
+    if published is not None:
+        mean = np.array(published.mean, np.float32)
+        scale = np.array(published.std, np.float32)
+    return Preprocessing(mean=mean, scale=scale, color_shifts=shifts)
 
 
 def normalize(
@@ -76,7 +84,7 @@ def normalize(
     where they sit in a larger bucket.
     """
     mean = jnp.asarray(preprocessing.mean, jnp.float32)
-    if mean.ndim:
+    if mean.ndim == 3:
         mean = _warp(mean, (images.shape[1], images.shape[2]), valid_size)
     return (images.astype(jnp.float32) - mean) / preprocessing.scale
 

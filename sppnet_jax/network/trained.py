@@ -16,7 +16,6 @@ import numpy as np
 
 from sppnet_jax.network.model import Architecture, SPPNet, make_model, param_shapes
 from sppnet_jax.network.preprocess import Inputs, Preprocessing, make_preprocessing
-from sppnet_jax.network.trunks import layers_geometry
 from sppnet_jax.pyramid.geometry import Geometry
 from sppnet_jax.run import run_folder
 from sppnet_jax.run.checkpoints import Checkpoints
@@ -80,11 +79,9 @@ def load_network(
         raise FileNotFoundError(f"{workdir} has no checkpoint yet: train first")
     trained_on = run_folder.load_training_data(workdir)
     data = settings["data"]
-    model = make_model(
-        read(Architecture, settings["model"], "config.model"),
-        len(trained_on.class_names),
-        data["image_size"],
-    )
+    architecture = read(Architecture, settings["model"], "config.model")
+    classes = len(trained_on.class_names)
+    model = make_model(architecture, classes, data["image_size"])
     with Checkpoints(workdir / run_folder.CHECKPOINTS) as checkpoints:
         params = checkpoints.restore_params(param_shapes(model))
         step = checkpoints.latest_step()
@@ -93,9 +90,11 @@ def load_network(
     return Network(
         model=model,
         params=params,
-        preprocessing=make_preprocessing(inputs, run_folder.load_statistics(workdir)),
+        preprocessing=make_preprocessing(
+            inputs, run_folder.load_statistics(workdir), architecture.published
+        ),
         class_names=trained_on.class_names,
-        geometry=layers_geometry(model.backbone.layers),
+        geometry=model.geometry,
         resize_side=data["resize_side"],
         step=step,
         trained_on=trained_on,
@@ -122,7 +121,7 @@ def as_network(
         params=params,
         preprocessing=preprocessing,
         class_names=names,
-        geometry=layers_geometry(model.backbone.layers),
+        geometry=model.geometry,
         resize_side=model.image_size,
         step=0,
         trained_on=run_folder.TrainingData("", "", "", 0, names),

@@ -3,9 +3,9 @@
 `boxes_to_windows` turns boxes in an image into windows on its features.
 
 A stack is a sequence of (kernel, stride, padding), one for each layer that moves or
-shrinks the map; padding is the same on every side and sizes round down, as in Caffe's
-convolutions. Positions are 0-based pixels: unit i of the last map looks at the pixels
-around `center + stride · i`.
+shrinks the map; padding is alike for rows and columns, and sizes round down, as in
+Caffe's convolutions. Positions are 0-based pixels: unit i of the last map looks at the
+pixels around `center + stride · i`.
 """
 
 from collections.abc import Iterable, Sequence
@@ -21,15 +21,25 @@ RULES = ("paper", "closest")  # from boxes to windows
 
 
 class Sliding(NamedTuple):
-    """How one layer slides: side of its kernel, stride, padding on each side."""
+    """How one layer slides: side of its kernel, stride, padding on each side.
+
+    `padding`: a number, or (before, after).
+    """
 
     kernel: int
     stride: int
-    padding: int
+    padding: int | tuple[int, int]
+
+    @property
+    def pads(self) -> tuple[int, int]:
+        """The padding before and after."""
+        if isinstance(self.padding, tuple):
+            return self.padding
+        return self.padding, self.padding
 
     def output_size(self, size: Any) -> Any:
         """The size after the layer; `size` is an int or an array of ints."""
-        return (size + 2 * self.padding - self.kernel) // self.stride + 1
+        return (size + sum(self.pads) - self.kernel) // self.stride + 1
 
 
 class Geometry(NamedTuple):
@@ -38,12 +48,15 @@ class Geometry(NamedTuple):
     `stride`: pixels between neighbouring units (the paper's S).
     `center`: the receptive-field centre of unit 0 in 0-based pixels; a whole or a half.
     `receptive_field`: the side, in pixels, of what one unit sees.
+    `deepest`: the layers of the stack that needs the largest images, where maps of
+    several are joined into one; else none.
     """
 
     stride: int
     center: float
     receptive_field: int
     layers: tuple[Sliding, ...]
+    deepest: tuple[Sliding, ...] = ()
 
     def map_size(self, image_size: int) -> int:
         """The side of the last map for an image side in pixels.
@@ -51,21 +64,21 @@ class Geometry(NamedTuple):
         Raises: ValueError where the image is too small to give a single unit.
         """
         size = image_size
+        if image_size < self.min_image_size:
+            raise ValueError(
+                f"an image side of {image_size} pixels is too small for this "
+                f"stack: it needs at least {self.min_image_size}"
+            )
         for layer in self.layers:
             size = layer.output_size(size)
-            if size < 1:
-                raise ValueError(
-                    f"an image side of {image_size} pixels is too small for this "
-                    f"stack: it needs at least {self.min_image_size}"
-                )
         return size
 
     @property
     def min_image_size(self) -> int:
         """The smallest image side, in pixels, that gives a map of one unit."""
         size = 1
-        for layer in reversed(self.layers):
-            size = max(1, (size - 1) * layer.stride + layer.kernel - 2 * layer.padding)
+        for layer in reversed(self.deepest or self.layers):
+            size = max(1, (size - 1) * layer.stride + layer.kernel - sum(layer.pads))
         return size
 
 
@@ -74,7 +87,7 @@ def stack_geometry(layers: Iterable[Sliding]) -> Geometry:
     layers = tuple(layers)
     stride, center, receptive_field = 1, 0.0, 1
     for layer in layers:
-        center += stride * ((layer.kernel - 1) / 2 - layer.padding)
+        center += stride * ((layer.kernel - 1) / 2 - layer.pads[0])
         receptive_field += stride * (layer.kernel - 1)
         stride *= layer.stride
     return Geometry(stride, center, receptive_field, layers)

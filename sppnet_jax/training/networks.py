@@ -90,7 +90,9 @@ def _train(
     )
     model = make_model(settings.model, len(source.class_names), data.image_size)
     statistics = run_folder.load_statistics(workdir)
-    preprocessing = make_preprocessing(settings.inputs, statistics)
+    preprocessing = make_preprocessing(
+        settings.inputs, statistics, settings.model.published
+    )
     test_step = make_test_step(model, preprocessing)
     epoch_steps = steps_per_epoch(source, settings.batch_size)
     total_steps = settings.epochs * epoch_steps
@@ -229,7 +231,8 @@ def _prepare_statistics(
     A run that goes on keeps those it began with.
     """
     known = run_folder.has_checkpoint(workdir) and run_folder.load_statistics(workdir)
-    if not settings.inputs.need_statistics or known:
+    published = settings.model.published
+    if not settings.inputs.need_statistics(published) or known:
         return
     try:
         folder = caches.cache_folder() / "statistics"
