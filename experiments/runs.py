@@ -27,7 +27,7 @@ from sppnet_jax.classification.feature_files import (
     load_features,
     write_features,
 )
-from sppnet_jax.classification.layer_features import Features, default_side
+from sppnet_jax.training.layer_features import Features, default_side
 from sppnet_jax.detection import trained_detector as detectors
 from sppnet_jax.detection.box_split import BoxSplit, open_split_of
 from sppnet_jax.detection.detector_evaluation import evaluate_detectors

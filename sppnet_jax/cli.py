@@ -6,7 +6,7 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import absl.logging
 from absl import app, flags
@@ -16,6 +16,9 @@ from tqdm import tqdm
 from sppnet_jax.run import caches, parallel
 from sppnet_jax.run.settings import MOVED, plain, read, unknown_field
 from sppnet_jax.training.network_settings import NetworkSettings
+
+if TYPE_CHECKING:
+    from sppnet_jax.network.trained import Network
 
 Kind = TypeVar("Kind", bound=tuple)
 
@@ -29,6 +32,18 @@ _COORDINATOR = flags.DEFINE_string(
 _PROCESS_INDEX = flags.DEFINE_integer("process_index", 0, "Which process this is.")
 _PROCESS_COUNT = flags.DEFINE_integer("process_count", 1, "How many processes run.")
 _TRACEBACK = flags.DEFINE_bool("traceback", False, "Show where an error came from.")
+TRUNK = flags.DEFINE_string(
+    "trunk",
+    "",
+    "A published network with its pretrained weights in place of a --workdir, such as "
+    "efficientnet_lite0, whose weights are installed.",
+)
+WEIGHTS = flags.DEFINE_string(
+    "weights",
+    "pretrained",
+    "Of the --trunk: those of its package; or a file .safetensors, .npz, .h5 or .pth, "
+    "package:NAME, hub:OWNER/NAME or hub:OWNER/NAME/FILE.",
+)
 _CONFIG_HELP = "The settings of a run, a file such as configs/digits.py."
 _WHERE_CONFIGS_ARE = "the project's own are in configs/ of its repository"
 
@@ -55,11 +70,13 @@ def run(
     main: Callable[[Sequence[str]], None],
     kind: Any,
     saved: Callable[[Path], Any] | None = None,
+    published: Callable[[str, str], Any] | None = None,
 ) -> None:
     """Runs a command line; user errors print their message and exit with 1.
 
     `kind`: the NamedTuple of the command's settings.
     `saved`: reads those that a --workdir was trained with, where there is no --config.
+    `published`: those of a --trunk and its --weights, for commands that take one.
     """
 
     def guarded(argv: Sequence[str]) -> None:
@@ -76,9 +93,26 @@ def run(
 
     given = _given_flags(sys.argv)
     try:
-        if saved and not {"config", "workdir", "help", "helpfull"} & set(given):
-            raise ValueError("give the folder of the run: --workdir=runs/NAME")
-        if saved and "config" not in given and "workdir" in given:
+        if saved and not {"config", "workdir", "trunk", "help", "helpfull"} & set(
+            given
+        ):
+            other = " or a pretrained network: --trunk=efficientnet_lite0"
+            raise ValueError(
+                "give the folder of the run: --workdir=runs/NAME"
+                + (other if published else "")
+            )
+        if "trunk" in given:
+            if published is None or {"workdir", "config"} & set(given):
+                raise ValueError(
+                    "--trunk takes the place of --workdir and --config"
+                    if published
+                    else "this command takes no --trunk: give the folder of a run, "
+                    "--workdir=runs/NAME"
+                )
+            weights = given.get("weights", WEIGHTS.default)
+            config = ConfigDict(plain(published(given["trunk"], weights)))
+            config_flags.DEFINE_config_dict("config", config, _CONFIG_HELP)
+        elif saved and "config" not in given and "workdir" in given:
             workdir = Path(given["workdir"].split(",")[0]).expanduser()
             config = ConfigDict(plain(saved(workdir)))
             config_flags.DEFINE_config_dict("config", config, _CONFIG_HELP)
@@ -92,7 +126,8 @@ def run(
             config_flags.DEFINE_config_file("config", None, _CONFIG_HELP)
     except Exception as error:  # a config file may raise any
         _refuse(error, kind)
-    shown = (WORKDIR, _COORDINATOR, _PROCESS_INDEX, _PROCESS_COUNT, _TRACEBACK)
+    shown = [WORKDIR, _COORDINATOR, _PROCESS_INDEX, _PROCESS_COUNT, _TRACEBACK]
+    shown += [TRUNK, WEIGHTS] if published else []
     for name in ("config", *(flag.name for flag in shown)):
         # By --help, although the main module doesn't define them.
         flags.FLAGS.register_key_flag_for_module(sys.argv[0], flags.FLAGS[name])
@@ -144,6 +179,20 @@ def given_workdir() -> Path:
     if workdir.is_file():
         raise ValueError(f"--workdir={workdir} is a file: give the folder of a run")
     return workdir
+
+
+def given_network(settings: NetworkSettings) -> "Network":
+    """The trained network of the --workdir, or the pretrained one of the --trunk."""
+    from sppnet_jax.network.pretrained import pretrained_network
+    from sppnet_jax.network.trained import load_network
+
+    if TRUNK.value:
+        return pretrained_network(
+            settings.model,
+            image_size=settings.data.image_size,
+            resize_side=settings.data.resize_side,
+        )
+    return load_network(given_workdir(), plain(settings))
 
 
 def given_workdirs() -> list[Path]:

@@ -20,11 +20,11 @@ from configs import folder as classifier_config
 from sppnet_jax import ablation
 from sppnet_jax.classification import views
 from sppnet_jax.classification.feature_files import save_features
-from sppnet_jax.classification.layer_features import Features
 from sppnet_jax.data import datasets, sources
 from sppnet_jax.detection.detector_settings import DetectorSettings
 from sppnet_jax.network import trunks
 from sppnet_jax.run.settings import unknown_field
+from sppnet_jax.training.layer_features import Features
 from sppnet_jax.training.network_settings import NetworkSettings
 from tests.conftest import REPOSITORY
 from tests.data_helpers import write_images, write_two_colors

@@ -13,16 +13,16 @@ from data_helpers import make_source, write_class_folders
 from network_helpers import drawn_params
 
 from sppnet_jax.classification.feature_files import load_features, save_features
-from sppnet_jax.classification.layer_features import (
-    Features,
-    extract_features,
-    layer_names,
-)
 from sppnet_jax.data import images
 from sppnet_jax.data.sources import open_source
 from sppnet_jax.network.model import create_model
 from sppnet_jax.network.preprocess import Preprocessing
 from sppnet_jax.network.trained import as_network
+from sppnet_jax.training.layer_features import (
+    Features,
+    extract_features,
+    layer_names,
+)
 
 SIZE = 32
 LAYERS = ("conv1", "conv2", "conv3", "conv4", "conv5", "pyramid", "fc6", "fc7", "fc8")

@@ -10,18 +10,18 @@ from typing import Any
 
 import numpy as np
 
-from sppnet_jax.classification.layer_features import (
-    Features,
-    check_request,
-    default_side,
-    extract_features,
-)
 from sppnet_jax.data.datasets import ImageData
 from sppnet_jax.data.sources import open_source
 from sppnet_jax.network.trained import load_network
 from sppnet_jax.run import parallel
 from sppnet_jax.run.files import absolute, write_arrays
 from sppnet_jax.run.settings import plain
+from sppnet_jax.training.layer_features import (
+    Features,
+    check_request,
+    default_side,
+    extract_features,
+)
 from sppnet_jax.training.network_settings import NetworkSettings
 
 

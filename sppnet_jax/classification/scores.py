@@ -5,11 +5,11 @@
 `score_images` scores a few images that are at hand.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from sppnet_jax.buckets import BucketTable, choose_buckets
@@ -23,9 +23,8 @@ from sppnet_jax.classification.views import Protocol, view_windows
 from sppnet_jax.data.batches import Batches, Example, eval_batches
 from sppnet_jax.data.images import check_image, crop, resize_whole
 from sppnet_jax.data.sources import Source
-from sppnet_jax.network.preprocess import normalize
+from sppnet_jax.network.preprocess import mirror, normalize
 from sppnet_jax.network.trained import Network
-from sppnet_jax.pyramid.windows import window_pyramid_pool
 from sppnet_jax.run import parallel
 from sppnet_jax.run.progress import progress_bar
 from sppnet_jax.training.steps import shard_batch
@@ -277,7 +276,9 @@ def _view_scores(
 ) -> Callable[..., dict[str, jax.Array]]:
     """From whole images at a scale to the sums of their views' scores."""
     model, preprocessing = network.model, network.preprocessing
-    levels, view, geometry = model.levels or (), model.image_size, network.geometry
+    view, geometry = model.image_size, network.geometry
+
+    pool_windows = functools.partial(model.apply, {}, method="pool_windows")
 
     def score(params: Any, images: jax.Array, sizes: jax.Array) -> dict[str, jax.Array]:
         windows, counts = view_windows(
@@ -291,9 +292,7 @@ def _view_scores(
         def score_images(images: jax.Array) -> jax.Array:
             inputs = normalize(images, preprocessing, sizes)
             maps, _ = model.apply({"params": params}, inputs, sizes, method="features")
-            pooled = jax.vmap(
-                lambda features, windows: window_pyramid_pool(features, windows, levels)
-            )(maps, windows)
+            pooled: Any = jax.vmap(pool_windows)(maps, windows)
             flat = pooled.reshape(len(images) * windows.shape[1], -1)
             logits, _ = model.apply({"params": params}, flat, method="classify")
             scores = jax.nn.softmax(logits).reshape(*windows.shape[:2], -1)
@@ -301,14 +300,7 @@ def _view_scores(
 
         total, views = score_images(images), counts.sum(axis=1)
         if protocol.flip:
-            total, views = total + score_images(_mirror(images, sizes)), 2 * views
+            total, views = total + score_images(mirror(images, sizes)), 2 * views
         return {"sum": total, "views": views}
 
     return score
-
-
-def _mirror(images: jax.Array, sizes: jax.Array) -> jax.Array:
-    """Each image's valid part, left and right swapped, at the top left again."""
-    column = jnp.arange(images.shape[2])
-    source = jnp.maximum(sizes[:, 1:] - 1 - column, 0)
-    return jnp.take_along_axis(images, source[:, None, :, None], axis=2)

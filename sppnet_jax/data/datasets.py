@@ -15,6 +15,8 @@ from sppnet_jax.data.sources import (
 from sppnet_jax.run.files import absolute
 from sppnet_jax.run.settings import at_least, one_of, share
 
+VIEWS = ("crop", "warp", "full")
+
 log = logging.getLogger(__name__)
 
 
@@ -29,6 +31,8 @@ class ImageData(NamedTuple):
     images' shorter side before it.
     `crop`: "paper", "center", "random" or "random_resized", whose area is at least
     `min_area` of the image. `flip`: mirrors half of the images.
+    `view`: of a frozen trunk, which sees each image once: the "full" image at its own
+    aspect ratio, the centre "crop", or the image made a square, "warp".
     `workers`: processes that load; 0 loads in `threads` threads of this one.
     `strict`: a broken image is an error; else it is skipped, named and counted.
     """
@@ -44,6 +48,7 @@ class ImageData(NamedTuple):
     crop: Annotated[str, one_of(CROPS)] = "paper"
     min_area: Annotated[float, share(above_zero=True)] = 0.35
     flip: bool = True
+    view: Annotated[str, one_of(VIEWS)] = "full"
     workers: Annotated[int, at_least(0)] = 0
     threads: Annotated[int, at_least(1)] = 8
     strict: bool = False

@@ -8,7 +8,6 @@ the seed and the step's number: a resumed run draws what it would have drawn.
 import functools
 import logging
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
@@ -29,6 +28,7 @@ from sppnet_jax.run import parallel
 from sppnet_jax.run.checkpoints import Checkpoints
 from sppnet_jax.run.run_folder import CHECKPOINTS
 from sppnet_jax.run.settings import at_least, between, share
+from sppnet_jax.training.ahead import StepsAhead
 from sppnet_jax.training.loop import train
 from sppnet_jax.training.step_log import Pace
 from sppnet_jax.training.steps import Optimizer, TrainState, make_step
@@ -172,45 +172,6 @@ def learning_rate(settings: Finetuning, step: int) -> float:
     """The learning rate of a step, from 0 on."""
     drops = sum(step >= drop for drop in settings.drop_steps)
     return settings.learning_rate / settings.drop_factor**drops
-
-
-class StepsAhead:
-    """Batches that follow from the number of their step; the next is loaded ahead.
-
-    A context manager, whose thread ends with it.
-    """
-
-    def __init__(self, load: Callable[[int], Any], steps: int) -> None:
-        self._load, self._steps, self._step = load, steps, 0
-        self._pool = ThreadPoolExecutor(1)
-        self._waiting: Future[Any] | None = None
-
-    def __enter__(self) -> "StepsAhead":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._pool.shutdown(wait=True, cancel_futures=True)
-
-    def __next__(self) -> Any:
-        self.start_prefetch()
-        assert self._waiting is not None, "there is no step left"
-        batch = self._waiting.result()
-        self._waiting, self._step = None, self._step + 1
-        self.start_prefetch()
-        return batch
-
-    def start_prefetch(self) -> None:
-        """Begins to load the next batch."""
-        if self._waiting is None and self._step < self._steps:
-            self._waiting = self._pool.submit(self._load, self._step)
-
-    def get_state(self) -> dict[str, Any]:
-        """The number of the next step."""
-        return {"step": self._step}
-
-    def set_state(self, state: dict[str, Any]) -> None:
-        """Goes on at a step."""
-        self._step, self._waiting = int(state["step"]), None
 
 
 def draw_batch(

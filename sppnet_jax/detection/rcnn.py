@@ -18,7 +18,6 @@ import numpy as np
 from sppnet_jax.data.broken import BrokenImages
 from sppnet_jax.data.images import decode_image
 from sppnet_jax.data.sources import Source
-from sppnet_jax.detection.finetune import StepsAhead
 from sppnet_jax.detection.warp import warp_windows
 from sppnet_jax.network.model import SPPNet
 from sppnet_jax.network.preprocess import Preprocessing, normalize
@@ -27,6 +26,7 @@ from sppnet_jax.pyramid.pooling import num_bins
 from sppnet_jax.run import parallel
 from sppnet_jax.run.files import write_array
 from sppnet_jax.run.progress import progress_bar
+from sppnet_jax.training.ahead import StepsAhead
 
 PAPER_CONTEXT = 16 / 227  # of the warped side, on each side of the window
 

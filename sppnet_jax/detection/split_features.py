@@ -70,7 +70,8 @@ def split_features(
             dtype=settings.maps_dtype,
         )
         load = functools.partial(rcnn.load_windows, folder)
-        return from_warped(load, boxes, rcnn.levels_to_pool(model)), inputs
+        levels = rcnn.levels_to_pool(model)
+        return from_warped(load, boxes, levels, model.reducer), inputs
     log.info(
         "on disk: maps, %.0f cells an image; the %.0f windows' pooled vectors would be "
         "%.0f bins",
@@ -114,7 +115,8 @@ def image_features(
             run(warp_windows(image, own, model.image_size, context=context, fill=fill))
             for image, own in zip(images, boxes, strict=True)
         ]
-        return from_warped(stored.__getitem__, boxes, rcnn.levels_to_pool(model))
+        levels = rcnn.levels_to_pool(model)
+        return from_warped(stored.__getitem__, boxes, levels, model.reducer)
     maps = convolve_images(
         network,
         images,
@@ -161,6 +163,7 @@ def _pooled_from(
         sides=settings.scales,
         geometry=network.geometry,
         levels=network.model.levels or (),
+        reducer=network.model.reducer,
         area=feature_settings(settings, network)["area"],
         rule=settings.rule,
         max_buckets=settings.buckets,

@@ -65,6 +65,7 @@ def from_maps(
     levels: tuple[int, ...],
     area: float,
     rule: str = "paper",
+    reducer: str = "max",
     max_buckets: int = 4,
 ) -> WindowFeatures:
     """Boxes pooled from the maps of their images: SPP-net.
@@ -72,7 +73,8 @@ def from_maps(
     `maps_of`: an image's maps at all scales, `maps.load_maps` for instance.
     `boxes`: float [N, 4] for each image, in its pixels. `sizes`: of the images, int
     [images, 2]; (0, 0) for a broken one, which must have no boxes.
-    `sides`, `area`, `rule`: see scales.py. `max_buckets`: shapes of stacked maps.
+    `sides`, `area`, `rule`: see scales.py. `reducer`: of each bin. `max_buckets`:
+    shapes of stacked maps.
     """
     per_side = [scaled_sizes(sizes, side) for side in sides]
     shapes = [
@@ -94,7 +96,7 @@ def from_maps(
         return atlas_inputs(atlas, windows)
 
     def pool(arrays: tuple[jax.Array, jax.Array]) -> jax.Array:
-        return pool_atlas(*arrays, levels)
+        return pool_atlas(*arrays, levels, reducer)
 
     return WindowFeatures(boxes, inputs, pool)
 
@@ -111,16 +113,21 @@ def atlas_inputs(
 
 
 def pool_atlas(
-    atlas: jax.Array, windows: jax.Array, levels: tuple[int, ...]
+    atlas: jax.Array,
+    windows: jax.Array,
+    levels: tuple[int, ...],
+    reducer: str = "max",
 ) -> jax.Array:
     """The pyramid of each window as one vector [M, bins·channels]."""
-    return window_pyramid_pool(atlas, windows, levels).reshape(len(windows), -1)
+    pooled = window_pyramid_pool(atlas, windows, levels, reducer=reducer)
+    return pooled.reshape(len(windows), -1)
 
 
 def from_warped(
     stored_of: Callable[[int], np.ndarray],
     boxes: Sequence[np.ndarray],
     levels: tuple[int, ...] | None,
+    reducer: str = "max",
 ) -> WindowFeatures:
     """Boxes warped and convolved one by one, see rcnn.py: R-CNN.
 
@@ -136,7 +143,9 @@ def from_warped(
         return padded, len(rows), which.reshape(-1)
 
     def pool(stored: jax.Array) -> jax.Array:
-        pooled = stored if levels is None else spatial_pyramid_pool(stored, levels)
+        pooled = stored
+        if levels is not None:
+            pooled = spatial_pyramid_pool(stored, levels, reducer=reducer)
         return pooled.reshape(len(stored), -1)
 
     return WindowFeatures(boxes, inputs, pool)

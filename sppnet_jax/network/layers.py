@@ -62,16 +62,18 @@ def run_table(
     """
     named: dict[str, Array] = {}
     sizes: dict[str, ValidSize | None] = {}
+    zero = True  # beyond the valid size
 
-    def note(name: str) -> None:
-        named[name], sizes[name] = maps, size
+    def clean() -> Array:
+        return maps if zero else zero_beyond(maps, size)
 
     for layer in table:
         if isinstance(layer, Cut):
-            note(layer.name)
+            named[layer.name], sizes[layer.name] = clean(), size
         elif isinstance(layer, LRN):
             maps = local_response_norm(maps, *layer)
         elif isinstance(layer, Branches):
+            maps = clean()
             ends = [run_table(own, maps, size, convs) for own in layer.tables]
             for _, _, own_named, own_sizes in ends:
                 named |= own_named
@@ -83,14 +85,16 @@ def run_table(
                 joined = functools.reduce(jnp.add, parts)
             maps = activate(joined, layer.activation)
         else:
+            if layer.kernel > 1:  # filters of one cell see no other
+                maps = clean()
             size = None if size is None else output_size(layer, size)
             if isinstance(layer, MaxPool):
-                maps = zero_beyond(max_pool(maps, layer), size)
+                maps, zero = max_pool(maps, layer), False
             else:
                 name, convolve = next(convs)
-                maps = zero_beyond(activate(convolve(maps), layer.activation), size)
-                note(name)
-    return maps, size, named, sizes
+                maps, zero = activate(convolve(maps), layer.activation), False
+                named[name], sizes[name] = clean(), size
+    return clean(), size, named, sizes
 
 
 def join_maps(

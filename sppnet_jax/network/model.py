@@ -44,6 +44,7 @@ Intermediates = dict[str, Array]
 WEIGHT_INITS = ("paper", "he")
 REDUCERS = ("max", "mean")
 HEADS = ("fc", "linear", "none")
+HEAD_ONLY = "head"  # of `trainable`
 
 
 class Architecture(NamedTuple):
@@ -418,7 +419,7 @@ def frozen_convs(model: SPPNet, trainable: str) -> tuple[str, ...]:
     names = tuple(f"conv{number}" for number in range(1, count + 1))
     if trainable == "all":
         return ()
-    if trainable == "head":
+    if trainable == HEAD_ONLY:
         return names
     if trainable in names:
         return names[: names.index(trainable)]

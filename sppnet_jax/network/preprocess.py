@@ -9,7 +9,7 @@ from typing import Annotated, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, UInt8
+from jaxtyping import Array, Float, Int, Shaped, UInt8
 
 from sppnet_jax.network.trunks import Published
 from sppnet_jax.run.settings import above, at_least
@@ -87,6 +87,18 @@ def normalize(
     if mean.ndim == 3:
         mean = _warp(mean, (images.shape[1], images.shape[2]), valid_size)
     return (images.astype(jnp.float32) - mean) / preprocessing.scale
+
+
+def mirror(
+    images: Shaped[Array, "batch height width 3"],
+    valid_size: Int[Array, "batch 2"] | None = None,
+) -> Shaped[Array, "batch height width 3"]:
+    """Each image's valid part, left and right swapped, at the top left again."""
+    if valid_size is None:
+        return images[:, :, ::-1]
+    column = jnp.arange(images.shape[2])
+    source = jnp.maximum(valid_size[:, 1:] - 1 - column, 0)
+    return jnp.take_along_axis(images, source[:, None, :, None], axis=2)
 
 
 def alter_colors(

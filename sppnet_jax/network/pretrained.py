@@ -158,30 +158,37 @@ def published_architecture(backbone: str, weights: str = PRETRAINED) -> Architec
     )
 
 
-def pretrained_network(architecture: Architecture) -> Network:
+def pretrained_network(
+    architecture: Architecture,
+    *,
+    image_size: int | None = None,
+    resize_side: int | None = None,
+) -> Network:
     """A network whose trunk is pretrained, as one value.
 
     With the levels, the reducer and the head that its classifier was published with,
     see `published_architecture`, it scores the classes of ImageNet, at any image size.
     With others it has no head, and gives features only.
+    `image_size`, `resize_side`: in pixels; those that it was published with by default.
 
     Raises: ValueError for weights that can't be had or are of another network.
     """
     own = published_of(architecture.backbone)
+    image_size = image_size or own.image_size
+    resize_side = resize_side or max(own.resize_side, image_size)
     params = pretrained_params(architecture.backbone, architecture.weights)
-    as_published = architecture._replace(trainable="all", dropout=0.5, bfloat16=False)
-    whole = as_published == published_architecture(
-        architecture.backbone, architecture.weights
-    )
-    if not whole:
+    pooled_as = "cuts", "levels", "reducer", "head", "width"
+    whole = published_architecture(architecture.backbone)
+    classifies = all(getattr(architecture, n) == getattr(whole, n) for n in pooled_as)
+    names: tuple[str, ...] = ()
+    if classifies:
+        names = imagenet_names()
+        count = len(params["fc8"]["bias"]) if own.head != "none" else len(names)
+        if count != len(names):  # of other classes
+            names = tuple(map(str, range(count)))
+    else:
         architecture = architecture._replace(head="none")
-    names = imagenet_names()
-    if whole and own.head != "none":
-        count = len(params["fc8"]["bias"])
-        names = names if count == len(names) else tuple(map(str, range(count)))
-    model = make_model(architecture, len(names), own.image_size)
-    if not whole:
-        names = ()
+    model = make_model(architecture, max(1, len(names)), image_size)
     inputs = Inputs(color_sigma=0.0)
     return Network(
         model=model,
@@ -189,14 +196,14 @@ def pretrained_network(architecture: Architecture) -> Network:
         preprocessing=make_preprocessing(inputs, None, own),
         class_names=names,
         geometry=model.geometry,
-        resize_side=own.resize_side,
+        resize_side=resize_side,
         step=0,
-        trained_on=TrainingData("imagenet", "", "train", 0, names),
+        trained_on=TrainingData("ImageNet", "", "train", 0, names),
         settings={
             "seed": 0,
-            "batch_size": 32,
+            "batch_size": 16,
             "model": plain(architecture),
-            "data": {"image_size": own.image_size, "resize_side": own.resize_side},
+            "data": {"image_size": image_size, "resize_side": resize_side},
             "inputs": plain(inputs),
         },
     )

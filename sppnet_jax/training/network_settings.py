@@ -5,9 +5,19 @@ from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
 from sppnet_jax.data.datasets import ImageData
-from sppnet_jax.network.model import Architecture, make_model
+from sppnet_jax.network.model import (
+    HEAD_ONLY,
+    Architecture,
+    joined_geometry,
+    make_model,
+)
 from sppnet_jax.network.preprocess import Inputs
-from sppnet_jax.network.trunks import backbone_geometry
+from sppnet_jax.network.pretrained import (
+    PRETRAINED,
+    published_architecture,
+    published_of,
+)
+from sppnet_jax.network.trunks import get_backbone
 from sppnet_jax.run.run_folder import load_config
 from sppnet_jax.run.settings import at_least, between, read
 from sppnet_jax.training.schedule import Schedule
@@ -53,6 +63,16 @@ class NetworkSettings(NamedTuple):
                 f"config.schedule.warmup_epochs, {self.schedule.warmup_epochs}, is "
                 f"more than config.epochs, {self.epochs}"
             )
+        if self.model.trainable != "all" and not self.model.weights:
+            raise ValueError(
+                f"config.model.trainable={self.model.trainable!r} freezes layers that "
+                "were never trained: give config.model.weights='pretrained', or a file"
+            )
+        if self.model.trainable == HEAD_ONLY and self.sizes:
+            raise ValueError(
+                "config.sizes is of images that are resized in each epoch, but a "
+                "frozen trunk (config.model.trainable='head') sees each image once"
+            )
         if self.sizes:
             self._check_sizes(possible_sizes(self.sizes, self.size_multiple))
 
@@ -69,7 +89,23 @@ class NetworkSettings(NamedTuple):
                 f"config.sizes is {self.sizes}, but without a pyramid (model.levels="
                 f"()) the network takes images of data.image_size, {largest}, only"
             )
-        backbone_geometry(self.model.backbone).map_size(sides[0])
+        backbone = get_backbone(self.model.backbone)
+        joined_geometry(backbone, self.model.cuts).map_size(sides[0])
+
+
+def published_settings(trunk: str, weights: str = PRETRAINED) -> NetworkSettings:
+    """The settings of a published network, with its own classifier, as it is tested.
+
+    Raises: ValueError for a trunk that was never published with weights.
+    """
+    own = published_of(trunk)
+    data = ImageData(image_size=own.image_size, resize_side=own.resize_side)
+    return NetworkSettings(
+        model=published_architecture(trunk, weights),
+        data=data,
+        inputs=Inputs(color_sigma=0.0),
+        batch_size=16,
+    )
 
 
 def network_settings(workdir: Path) -> NetworkSettings:

@@ -1,9 +1,11 @@
 """Training a network, from its settings to the test after the last epoch."""
 
 import contextlib
+import functools
 import logging
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -18,16 +20,31 @@ from sppnet_jax.data.broken import BrokenImages
 from sppnet_jax.data.datasets import ImageData, open_split
 from sppnet_jax.data.sources import Source
 from sppnet_jax.data.statistics import kept_statistics
-from sppnet_jax.network.model import make_model, param_shapes
-from sppnet_jax.network.preprocess import make_preprocessing
+from sppnet_jax.network.model import (
+    HEAD_ONLY,
+    SPPNet,
+    frozen_convs,
+    make_model,
+    param_shapes,
+)
+from sppnet_jax.network.preprocess import Preprocessing, make_preprocessing
+from sppnet_jax.network.pretrained import with_pretrained
 from sppnet_jax.run import caches, parallel, run_folder
 from sppnet_jax.run.checkpoints import Checkpoints
 from sppnet_jax.run.settings import plain
+from sppnet_jax.training.ahead import StepsAhead
+from sppnet_jax.training.frozen import (
+    batch_loader,
+    make_head_step,
+    make_head_test,
+    pool_split,
+)
 from sppnet_jax.training.loop import train
 from sppnet_jax.training.network_settings import NetworkSettings, network_settings
 from sppnet_jax.training.sizes import epoch_size
 from sppnet_jax.training.step_log import Pace
 from sppnet_jax.training.steps import (
+    TrainState,
     create_state,
     make_train_step,
     shard_batch,
@@ -46,6 +63,10 @@ def train_network(settings: NetworkSettings, workdir: Path) -> dict[str, float]:
     """
     data = settings.data.with_absolute_paths()
     settings = settings._replace(data=data)
+    if settings.model.head == "none":
+        raise ValueError(
+            "config.model.head='none' has nothing to train: use 'fc' or 'linear'"
+        )
     parallel.check_batch_size(settings.batch_size)
     source = open_split(data, "train")
     held_out = open_split(data, "validation")
@@ -93,10 +114,82 @@ def _train(
     preprocessing = make_preprocessing(
         settings.inputs, statistics, settings.model.published
     )
+    frozen = frozen_convs(model, settings.model.trainable)
+    begin = None
+    if settings.model.weights:
+        begin = functools.partial(with_pretrained, architecture=settings.model)
+
+    def make_state() -> TrainState:
+        return create_state(
+            model, settings.optimizer, settings.seed, frozen=frozen, begin=begin
+        )
+
+    if settings.model.trainable == HEAD_ONLY:
+        params = parallel.unreplicate(make_state().params)
+        parts = _head_parts(settings, model, params, preprocessing, source, held_out)
+    else:
+        parts = _image_parts(settings, model, preprocessing, source, held_out, batches)
+    total_steps = settings.epochs * parts.epoch_steps
+
+    def size_of(epoch: int) -> int | None:
+        sizes, multiple = settings.sizes, settings.size_multiple
+        if not sizes:
+            return None
+        return epoch_size(sizes, epoch, seed=settings.seed, multiple=multiple)
+
+    with parts.batches:
+        memory = train(
+            workdir,
+            "training",
+            Pace(
+                total_steps,
+                settings.batch_size,
+                parts.epoch_steps,
+                settings.log_steps,
+                settings.checkpoint_steps,
+                settings.keep_checkpoints,
+                settings.max_steps,
+                settings.profile_steps,
+            ),
+            make_state=make_state,
+            batches=parts.batches,
+            place=parts.place,
+            make_program=functools.partial(parts.make_program, frozen),
+            rate=lambda step, errors: settings.schedule.rate(
+                step,
+                steps_per_epoch=parts.epoch_steps,
+                total_steps=total_steps,
+                validation_errors=errors,
+            ),
+            size_of=size_of,
+            validate=parts.validate,
+        )
+    parts.end()
+    return memory["validation"]
+
+
+class _Parts(NamedTuple):
+    """What the loop trains with; `end` is called after the last step."""
+
+    batches: Any
+    epoch_steps: int
+    place: Callable[[Any], Any]
+    make_program: Callable[..., Any]  # of frozen layers and a size
+    validate: Callable[[Any], dict[str, float]]
+    end: Callable[[], None]
+
+
+def _image_parts(
+    settings: NetworkSettings,
+    model: SPPNet,
+    preprocessing: Preprocessing,
+    source: Source,
+    held_out: Source,
+    batches: Batches,
+) -> _Parts:
+    """Of a training on images, augmented anew in each epoch."""
+    data, broken = settings.data, BrokenImages(source)
     test_step = make_test_step(model, preprocessing)
-    epoch_steps = steps_per_epoch(source, settings.batch_size)
-    total_steps = settings.epochs * epoch_steps
-    broken = BrokenImages(source)
 
     def validate(params: Any) -> dict[str, float]:
         tests = eval_batches(
@@ -113,43 +206,48 @@ def _train(
         broken.report(batch)
         return shard_batch(batch)
 
-    def size_of(epoch: int) -> int | None:
-        sizes, multiple = settings.sizes, settings.size_multiple
-        if not sizes:
-            return None
-        return epoch_size(sizes, epoch, seed=settings.seed, multiple=multiple)
-
-    with batches:
-        memory = train(
-            workdir,
-            "training",
-            Pace(
-                total_steps,
-                settings.batch_size,
-                epoch_steps,
-                settings.log_steps,
-                settings.checkpoint_steps,
-                settings.keep_checkpoints,
-                settings.max_steps,
-                settings.profile_steps,
-            ),
-            make_state=lambda: create_state(model, settings.optimizer, settings.seed),
-            batches=batches,
-            place=place,
-            make_program=lambda size: make_train_step(
-                model, settings.optimizer, preprocessing, size=size
-            ),
-            rate=lambda step, errors: settings.schedule.rate(
-                step,
-                steps_per_epoch=epoch_steps,
-                total_steps=total_steps,
-                validation_errors=errors,
-            ),
-            size_of=size_of,
-            validate=validate,
+    def make_program(frozen: Sequence[str], size: int | None) -> Any:
+        return make_train_step(
+            model, settings.optimizer, preprocessing, size=size, frozen=frozen
         )
-    broken.summarize()
-    return memory["validation"]
+
+    return _Parts(
+        batches,
+        steps_per_epoch(source, settings.batch_size),
+        place,
+        make_program,
+        validate,
+        broken.summarize,
+    )
+
+
+def _head_parts(
+    settings: NetworkSettings,
+    model: SPPNet,
+    params: Any,
+    preprocessing: Preprocessing,
+    source: Source,
+    held_out: Source,
+) -> _Parts:
+    """Of a training of the head on features of a frozen trunk, computed once."""
+    pool = functools.partial(pool_split, settings, model, params, preprocessing)
+    load, steps = batch_loader(
+        pool(source, mirror=settings.data.flip), settings.batch_size, settings.seed
+    )
+    test = make_head_test(
+        model,
+        pool(held_out, mirror=False),
+        settings.batch_size,
+        len(held_out.records),
+    )
+    return _Parts(
+        StepsAhead(load, settings.epochs * steps),
+        steps,
+        parallel.shard,
+        lambda frozen, size: make_head_step(model, settings.optimizer, frozen),
+        test,
+        lambda: None,
+    )
 
 
 def _this_process() -> dict[str, Any]:

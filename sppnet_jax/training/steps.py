@@ -3,7 +3,7 @@
 Broken and padded examples have mask False: they weigh nothing in losses and counts.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Annotated, Any, NamedTuple
 
 import jax
@@ -38,31 +38,66 @@ class Optimizer(NamedTuple):
     """SGD with momentum; the learning rate is given to each step (see schedule.py).
 
     `weight_decay`: of kernels, not of biases. `label_smoothing`: the share of a label
-    that all classes have alike.
+    that all classes have alike. `trunk_rate`: the learning rate of the convolutions,
+    for one of the head.
     """
 
     momentum: Annotated[float, between(0, 1)] = 0.9
     nesterov: bool = False
     weight_decay: Annotated[float, at_least(0)] = 5e-4
     label_smoothing: Annotated[float, between(0, 1)] = 0.0
+    trunk_rate: Annotated[float, at_least(0)] = 1.0
 
-    def transform(self) -> optax.GradientTransformation:
-        return optax.chain(
+    def transform(self, frozen: Collection[str] = ()) -> Any:
+        """The updates for a learning rate of 1; none of the `frozen` layers."""
+        sgd = optax.chain(
             optax.add_decayed_weights(self.weight_decay, mask=_is_kernel),
             optax.trace(decay=self.momentum, nesterov=self.nesterov),
         )
+        if not frozen and self.trunk_rate == 1:
+            return sgd
+
+        def groups(params: Any) -> dict[str, str]:
+            return {
+                name: "frozen"
+                if name in frozen
+                else ("trunk" if name.startswith("conv") else "head")
+                for name in params
+            }
+
+        kinds = {
+            "frozen": optax.set_to_zero(),
+            "trunk": optax.chain(sgd, optax.scale(self.trunk_rate)),
+            "head": sgd,
+        }
+        return optax.multi_transform(kinds, groups)
 
 
-def create_state(model: SPPNet, optimizer: Optimizer, seed: int) -> TrainState:
-    """A fresh state, replicated over the devices."""
+def create_state(
+    model: SPPNet,
+    optimizer: Optimizer,
+    seed: int,
+    *,
+    frozen: Collection[str] = (),
+    begin: Callable[[Any], Any] | None = None,
+) -> TrainState:
+    """A fresh state, replicated over the devices.
+
+    `frozen`: layers that are not trained. `begin`: from drawn parameters to those that
+    training begins with.
+    """
+    transform = optimizer.transform(frozen)
 
     def init(rng: jax.Array) -> TrainState:
         params_rng, state_rng = jax.random.split(rng)
         params = init_params(model, params_rng)
-        momentum = optimizer.transform().init(params)
+        momentum = transform.init(params)
         return TrainState(jnp.zeros((), jnp.int32), params, momentum, state_rng)
 
-    return parallel.make_replicated(init, jax.random.PRNGKey(seed))
+    if begin is None:
+        return parallel.make_replicated(init, jax.random.PRNGKey(seed))
+    state = jax.jit(init)(jax.random.PRNGKey(seed))
+    return parallel.replicate(state._replace(params=begin(state.params)))
 
 
 def shard_batch(batch: dict[str, Any]) -> Batch:
@@ -73,6 +108,7 @@ def shard_batch(batch: dict[str, Any]) -> Batch:
 def make_step(
     losses_of: Callable[[Any, Any, jax.Array], tuple[jax.Array, jax.Array]],
     optimizer: Optimizer,
+    frozen: Collection[str] = (),
 ) -> Any:
     """The jitted step `(state, batch, learning_rate) -> (state, metrics)`.
 
@@ -81,8 +117,9 @@ def make_step(
 
     `losses_of`: from parameters, a device's batch ("label", "mask" and what else it
     takes) and a key for random numbers to the losses [rows] and logits [rows, classes].
+    `frozen`: layers that stay as they are.
     """
-    transform = optimizer.transform()
+    transform = optimizer.transform(frozen)
 
     def step(
         state: TrainState, batch: Batch, learning_rate: jax.Array
@@ -119,11 +156,13 @@ def make_train_step(
     preprocessing: Preprocessing,
     *,
     size: int | None = None,
+    frozen: Collection[str] = (),
 ) -> Any:
     """The step of a whole network, see `make_step`, on batches of uint8 images.
 
     `size`: the side that the batch's images are resized to on the device; None trains
     on them as they come. A smaller input is the same crop, resized (section 2.3).
+    `frozen`: layers that stay as they are.
     """
 
     def losses_of(
@@ -139,12 +178,19 @@ def make_train_step(
             train=True,
             rngs={"dropout": dropout_rng},
         )
-        targets = optax.smooth_labels(
-            jax.nn.one_hot(batch["label"], logits.shape[-1]), optimizer.label_smoothing
-        )
-        return optax.softmax_cross_entropy(logits, targets), logits
+        return smoothed_losses(logits, batch["label"], optimizer), logits
 
-    return make_step(losses_of, optimizer)
+    return make_step(losses_of, optimizer, frozen)
+
+
+def smoothed_losses(
+    logits: jax.Array, labels: jax.Array, optimizer: Optimizer
+) -> jax.Array:
+    """The cross entropy of each row, with the optimizer's label smoothing."""
+    targets = optax.smooth_labels(
+        jax.nn.one_hot(labels, logits.shape[-1]), optimizer.label_smoothing
+    )
+    return optax.softmax_cross_entropy(logits, targets)
 
 
 def _is_kernel(params: Any) -> Any:

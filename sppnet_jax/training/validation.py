@@ -24,19 +24,23 @@ def make_test_step(
     def step(params: Any, batch: Batch) -> Metrics:
         images = normalize(batch["image"], preprocessing)
         logits, _ = model.apply({"params": params}, images)
-        mask = batch["mask"]
-        losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"])
-        best = jax.lax.top_k(logits, min(5, logits.shape[-1]))[1]
-        hits = best == batch["label"][:, None]
-        counts = {
-            "loss": (losses * mask).sum(),
-            "top1": (hits[:, 0] & mask).sum(),
-            "top5": (hits.any(axis=1) & mask).sum(),
-            "count": mask.sum(),
-        }
-        return parallel.sum_over_devices(counts)
+        return make_counts(logits, batch["label"], batch["mask"])
 
     return parallel.data_parallel(step)
+
+
+def make_counts(logits: jax.Array, labels: jax.Array, mask: jax.Array) -> Metrics:
+    """The sums over all devices, inside a data-parallel step; see `make_test_step`."""
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+    best = jax.lax.top_k(logits, min(5, logits.shape[-1]))[1]
+    hits = best == labels[:, None]
+    counts = {
+        "loss": (losses * mask).sum(),
+        "top1": (hits[:, 0] & mask).sum(),
+        "top5": (hits.any(axis=1) & mask).sum(),
+        "count": mask.sum(),
+    }
+    return parallel.sum_over_devices(counts)
 
 
 def count_correct(

@@ -20,16 +20,15 @@ from sppnet_jax.buckets.whole_images import (
 )
 from sppnet_jax.data.batches import Batches, eval_batches, warped_batches
 from sppnet_jax.data.broken import BrokenImages
+from sppnet_jax.data.datasets import VIEWS
 from sppnet_jax.data.sources import Source
 from sppnet_jax.network.model import SPPNet
-from sppnet_jax.network.preprocess import Preprocessing, normalize
+from sppnet_jax.network.preprocess import Preprocessing, mirror, normalize
 from sppnet_jax.network.stack import convs_of, cut_names
 from sppnet_jax.network.trained import Network
 from sppnet_jax.run import parallel
 from sppnet_jax.run.progress import progress_bar
 from sppnet_jax.training.steps import shard_batch
-
-MODES = ("crop", "warp", "full")
 
 _Rows = Iterator[tuple[int, np.ndarray]]
 _Seen = Callable[[int, bool], None]  # index, whether it could be decoded
@@ -78,6 +77,7 @@ def extract_features(
     mode: str,
     batch_size: int,
     max_buckets: int = 4,
+    mirrored: bool = False,
     workers: int = 0,
     threads: int = 8,
     strict: bool = False,
@@ -92,8 +92,8 @@ def extract_features(
     at another aspect; "full", the whole image, not longer than 4:1. A row of the mode
     "full" is that of the image alone, whatever bucket it was computed in.
     `batch_size`: of images of the training size; larger ones come in smaller batches.
-    `max_buckets`: programs for whole images. `workers`, `threads`, `strict`: see
-    `data.batches.eval_batches`.
+    `max_buckets`: programs for whole images. `mirrored`: sees each image mirrored.
+    `workers`, `threads`, `strict`: see `data.batches.eval_batches`.
 
     Returns: the features; broken images are left out and counted.
     Raises: ValueError for a layer or a side that the network or the mode doesn't have,
@@ -101,7 +101,7 @@ def extract_features(
     """
     model, params = network.model, network.params
     check_request(model, layer=layer, side=side, mode=mode)
-    activations = _layer_function(model, network.preprocessing, layer)
+    activations = _layer_function(model, network.preprocessing, layer, mirrored)
     pixels = model.image_size if mode == "crop" else side
     records = len(source.records)
     length = _row_length(activations, params, pixels, whole=mode == "full")
@@ -164,8 +164,8 @@ def extract_features(
 
 def check_request(model: SPPNet, *, layer: str, side: int, mode: str) -> None:
     """Raises ValueError if a network can't give the features that are asked for."""
-    if mode not in MODES:
-        raise ValueError(f"unknown mode {mode!r}: choose from {', '.join(MODES)}")
+    if mode not in VIEWS:
+        raise ValueError(f"unknown mode {mode!r}: choose from {', '.join(VIEWS)}")
     if layer not in layer_names(model):
         raise ValueError(
             f"unknown layer {layer!r}: this network has {', '.join(layer_names(model))}"
@@ -196,16 +196,22 @@ def check_request(model: SPPNet, *, layer: str, side: int, mode: str) -> None:
 
 
 def _layer_function(
-    model: SPPNet, preprocessing: Preprocessing, layer: str
+    model: SPPNet, preprocessing: Preprocessing, layer: str, mirrored: bool = False
 ) -> _Activations:
     """From (params, images, valid sizes or None) to a layer's activations [b, D]."""
 
     def activations(
         params: Any, images: jax.Array, sizes: jax.Array | None = None
     ) -> jax.Array:
+        if mirrored:
+            images = mirror(images, sizes)
         inputs = normalize(images, preprocessing, sizes)
-        logits, named = model.apply({"params": params}, inputs, sizes)
-        values = {**named, "fc8": logits}[layer]
+        if layer == "pyramid":  # all that a network without a head has
+            maps, _ = model.apply({"params": params}, inputs, sizes, method="features")
+            values: Any = model.apply({"params": params}, maps, sizes, method="pool")
+        else:
+            logits, named = model.apply({"params": params}, inputs, sizes)
+            values = {**named, "fc8": logits}[layer]
         return values.reshape(len(images), -1).astype(jnp.float32)
 
     return activations

@@ -1,0 +1,33 @@
+r"""Your own folder of class folders, on a pretrained trunk: minutes on a small machine.
+
+python -m sppnet_jax.train --config=configs/folder_pretrained.py \
+    --config.data.root=FOLDER --workdir=runs/photos
+"""
+
+from ml_collections import ConfigDict
+
+from sppnet_jax.cli import base_config
+
+
+def get_config() -> ConfigDict:
+    config = base_config()
+    config.epochs = 40
+    config.batch_size = 64
+    config.model.backbone = "efficientnet_lite0"
+    config.model.weights = "pretrained"
+    config.model.trainable = "head"
+    config.model.head = "linear"
+    config.model.levels = (3, 2, 1)
+    config.model.reducer = "mean"
+    config.model.dropout = 0.5
+    config.model.weight_init = "he"
+    config.data.name = "image_folder"
+    config.data.view = "full"
+    config.data.resize_side = 224
+    config.data.flip = True
+    config.inputs.color_sigma = 0.0
+    config.schedule.learning_rate = 0.001
+    config.schedule.kind = "cosine"
+    config.optimizer.nesterov = True
+    config.log_steps = 10
+    return config
