@@ -19,7 +19,8 @@ import numpy as np
 
 LARGEST_PICKLE = 16 * 2**20  # bytes
 MOST_OPCODES = 500_000  # of one pickle; a tensor takes about 30
-_MAGIC = 0x1950A86A20F9469CFC6C, 1001
+_MAGIC = 0x1950A86A20F9469CFC6C
+_PROTOCOL = 1001
 # Bits of a bfloat16 are the upper half of a float32's; a bool is any byte but 0.
 _DTYPES = {
     "Float": "<f4",
@@ -74,7 +75,7 @@ def read_old_format(path: Path, size: int) -> dict[str, np.ndarray]:
     storages: dict[str, _Storage] = {}
     with path.open("rb") as file:
         stream = io.BytesIO(file.read(min(size, LARGEST_PICKLE)))
-        if (_unpickle(stream), _unpickle(stream)) != _MAGIC:
+        if _unpickle(stream) != _MAGIC or _unpickle(stream) != _PROTOCOL:
             raise ValueError("it is a pickle, and not one of PyTorch's")
         if not _unpickle(stream)["little_endian"]:
             raise ValueError("its numbers are big-endian, which is not read")
