@@ -182,9 +182,6 @@ def h5_bytes(fill) -> bytes:
     return file.getvalue()
 
 
-# ---- what is whole is read
-
-
 @FORMATS
 def test_tensors_of_every_number_type_are_read(write, read):
     kinds = {
@@ -371,8 +368,6 @@ def test_the_content_tells_the_kind_and_not_the_name(name, read):
     assert_same(read(safetensors.numpy.save({"a": NUMBERS}), name), {"a": NUMBERS})
 
 
-# ---- what is to be executed isn't
-
 DANGEROUS = [
     ("os", "system"),
     ("posix", "system"),
@@ -456,9 +451,6 @@ def test_attributes_that_a_file_sets_are_not_set(write, read):
             read(write(evil, {}))
     assert (torch_files._call, dict(vars(torch_files._call))) == before
     assert not hasattr(dict, "harm")
-
-
-# ---- what is damaged or lies is refused, in the memory of the file
 
 
 WHOLE = {
@@ -778,9 +770,6 @@ def test_hdf5_without_its_library_says_what_to_install(read, monkeypatch):
     monkeypatch.setitem(sys.modules, "h5py", None)
     with pytest.raises(ValueError, match="pip install h5py"):
         read(data)
-
-
-# ---- where weights are
 
 
 def test_a_path_is_found_also_below_the_home_folder(tmp_path, monkeypatch):

@@ -143,11 +143,15 @@ def _state_dict(read: Any) -> dict[str, _Tensor]:
         raise ValueError("it holds no state dict: torch.save(model.state_dict(), PATH)")
     inner = (read.get(name) for name in ("state_dict", "model"))
     chosen = next((value for value in inner if isinstance(value, dict)), read)
-    return {
+    tensors = {
         name: value
         for name, value in chosen.items()
         if isinstance(name, str) and isinstance(value, _Tensor)
     }
+    if not tensors:
+        names = ", ".join(str(name)[:40] for name in list(chosen)[:10])
+        raise ValueError(f"it holds no tensors by name, but these: {names}")
+    return tensors
 
 
 def _numbers(raw: bytes, kind: str) -> np.ndarray:

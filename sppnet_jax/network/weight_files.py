@@ -7,9 +7,9 @@ import importlib.util
 import io
 import math
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import numpy as np
 import safetensors.numpy
@@ -52,12 +52,17 @@ def read_tensors(path: str | Path) -> dict[str, np.ndarray]:
 
 
 def write_tensors(
-    path: Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str] = {}
+    path: str | Path,
+    tensors: Mapping[str, np.ndarray],
+    metadata: Mapping[str, str] = {},
 ) -> None:
-    """Writes tensors by name, and words about them, as a .safetensors file."""
+    """Writes tensors by name, and words about them, as a .safetensors file.
+
+    A write that fails leaves what was there.
+    """
     # The library writes an array's memory as it lies, whatever its strides.
     dense = {name: np.asarray(tensor, order="C") for name, tensor in tensors.items()}
-    with whole_file(path) as file:
+    with whole_file(Path(path).expanduser()) as file:
         file.write(safetensors.numpy.save(dense, dict(metadata) or None))
 
 
@@ -162,34 +167,42 @@ def _read_h5(path: Path, size: int) -> dict[str, np.ndarray]:
     arrays = {}
     memory = 0
     with h5py.File(path, "r") as file:
-        groups, seen = [("", file)], set()
-        while groups:
-            prefix, group = groups.pop()
-            where = h5py.h5o.get_info(group.id).addr
-            if where in seen:
-                continue
-            seen.add(where)
-            for name in group:
-                whole = f"{prefix}{name}"
-                if not isinstance(group.get(name, getlink=True), h5py.HardLink):
-                    raise ValueError(f"{whole[:80]} is a link, and links are refused")
-                found = group[name]
-                if isinstance(found, h5py.Group):
-                    groups.append((f"{whole}/", found))
-                elif isinstance(found, h5py.Dataset) and found.shape is not None:
-                    # Filters may be any library of this machine, and inflate.
-                    filters = found.id.get_create_plist().get_nfilters()
-                    if found.is_virtual or found.external or filters:
-                        raise ValueError(
-                            f"{whole[:80]} is compressed, virtual or in another file; "
-                            "only what is stored as it is, in the file, is read"
-                        )
-                    chunk = math.prod(found.chunks or ())
-                    memory += (found.size + chunk) * found.dtype.itemsize
-                    _check_memory(memory, size)
-                    if found.dtype.kind in "biuf":
-                        arrays[whole] = np.asarray(found[()])
+        for name, dataset in _h5_datasets(file):
+            # Filters may be any library of this machine, and inflate.
+            filters = dataset.id.get_create_plist().get_nfilters()
+            if dataset.is_virtual or dataset.external or filters:
+                raise ValueError(
+                    f"{name[:80]} is compressed, virtual or in another file; only what "
+                    "is stored as it is, in the file, is read"
+                )
+            chunk = math.prod(dataset.chunks or ())
+            memory += (dataset.size + chunk) * dataset.dtype.itemsize
+            _check_memory(memory, size)
+            if dataset.dtype.kind in "biuf":
+                arrays[name] = np.asarray(dataset[()])
     return arrays
+
+
+def _h5_datasets(file: Any) -> Iterator[tuple[str, Any]]:
+    """The datasets that a file itself holds, each group's once, also in a circle."""
+    import h5py
+
+    groups, seen = [("", file)], set()
+    while groups:
+        prefix, group = groups.pop()
+        address = h5py.h5o.get_info(group.id).addr
+        if address in seen:
+            continue
+        seen.add(address)
+        for name in group:
+            whole = f"{prefix}{name}"
+            if not isinstance(group.get(name, getlink=True), h5py.HardLink):
+                raise ValueError(f"{whole[:80]} is a link, and links are refused")
+            found = group[name]
+            if isinstance(found, h5py.Group):
+                groups.append((f"{whole}/", found))
+            elif isinstance(found, h5py.Dataset) and found.shape is not None:
+                yield whole, found
 
 
 def _check_memory(wanted: int, size: int) -> None:
