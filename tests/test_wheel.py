@@ -14,6 +14,7 @@ from tests.conftest import REPOSITORY, SMALL
 from tests.data_helpers import write_class_folders
 
 SOURCES = sorted((REPOSITORY / "sppnet_jax").rglob("*.py"))
+DATA = {"sppnet_jax/py.typed", "sppnet_jax/network/imagenet_classes.txt"}
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +58,7 @@ def test_a_wheel_holds_every_module_its_types_and_its_licence_and_nothing_else(
     files = [path.relative_to(unpacked) for path in unpacked.rglob("*")]
     found = {str(path) for path in files if (unpacked / path).is_file()}
     about = {name for name in found if name.split("/")[0].endswith(".dist-info")}
-    assert found - about == wanted | {"sppnet_jax/py.typed"}
+    assert found - about == wanted | DATA
     assert any(name.endswith("/licenses/LICENSE") for name in about)
 
 
