@@ -3,6 +3,7 @@
 # The words are WordNet 3.0's. WordNet 3.0 Copyright 2006 by Princeton University. All
 # rights reserved. https://wordnet.princeton.edu/license-and-commercial-use
 
+import collections
 import functools
 from importlib import resources
 from typing import NamedTuple
@@ -21,3 +22,17 @@ def imagenet_classes() -> tuple[ImageNetClass, ...]:
     file = resources.files("sppnet_jax.network") / "imagenet_classes.txt"
     lines = file.read_text(encoding="utf-8").splitlines()
     return tuple(ImageNetClass(*line.split(" ", 1)) for line in lines)
+
+
+@functools.cache
+def imagenet_names() -> tuple[str, ...]:
+    """A short name of each class, no two alike: its first word where that will do."""
+    choices = [
+        (one.words.split(",")[0], one.words, f"{one.words} ({one.wordnet_id})")
+        for one in imagenet_classes()
+    ]
+    counts = [collections.Counter(names) for names in zip(*choices, strict=True)]
+    return tuple(
+        next(own for own, count in zip(names, counts, strict=True) if count[own] == 1)
+        for names in choices
+    )

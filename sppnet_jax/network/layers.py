@@ -83,7 +83,7 @@ def run_table(
                 joined = jnp.concatenate(parts, axis=-1)
             else:
                 joined = functools.reduce(jnp.add, parts)
-            maps = activate(joined, layer.activation)
+            maps, zero = activate(joined, layer.activation), True
         else:
             if layer.kernel > 1:  # filters of one cell see no other
                 maps = clean()
