@@ -31,13 +31,14 @@ from sppnet_jax.network.stack import (
     ACTIVATIONS,
     LRN,
     Branches,
+    Conv,
     Cut,
     Layer,
     MaxPool,
     output_size,
 )
 from sppnet_jax.pyramid.geometry import Geometry, Sliding
-from sppnet_jax.pyramid.span_max import span_max
+from sppnet_jax.pyramid.span_max import materialized, span_max
 
 ValidSize = Int[Array, "batch 2"]
 Padding = tuple[tuple[int, int], tuple[int, int]]
@@ -87,7 +88,7 @@ def run_table(
         else:
             if layer.kernel > 1:  # filters of one cell see no other
                 maps = clean()
-            size = None if size is None else output_size(layer, size)
+            size = _size_after(layer, size)
             if isinstance(layer, MaxPool):
                 maps, zero = max_pool(maps, layer), False
             else:
@@ -95,6 +96,15 @@ def run_table(
                 maps, zero = activate(convolve(maps), layer.activation), False
                 named[name], sizes[name] = clean(), size
     return clean(), size, named, sizes
+
+
+def _size_after(layer: Conv | MaxPool, size: ValidSize | None) -> ValidSize | None:
+    sliding = Sliding(layer.kernel, layer.stride, layer.padding)
+    if size is None or (sliding.stride == 1 and sum(sliding.pads) == sliding.kernel - 1):
+        return size
+    # In memory of its own: else every mask works it out anew, for each of its cells.
+    size = sliding.output_size(size)
+    return materialized(size[None, :, :, None])[0, :, :, 0]
 
 
 def join_maps(
