@@ -78,8 +78,7 @@ def spatial_pyramid_pool(
     Raises: ValueError or TypeError for arguments that do not fit.
     """
     features = jnp.asarray(features)
-    if reducer not in ("max", "mean"):
-        raise ValueError(f"unknown reducer {reducer!r}: use 'max' or 'mean'")
+    check_reducer(reducer)
     if features.ndim < 3:
         raise ValueError(
             f"features must be [..., height, width, channels], got {features.shape}"
@@ -206,6 +205,12 @@ def _reduce_gathered(
     if reducer == "max":
         return jnp.max(cells, axis=axis + 1, initial=-jnp.inf, where=inside)
     return jnp.mean(cells, axis=axis + 1, where=inside)
+
+
+def check_reducer(reducer: str) -> None:
+    """Raises ValueError for a reducer that there is not."""
+    if reducer not in ("max", "mean"):
+        raise ValueError(f"unknown reducer {reducer!r}: use 'max' or 'mean'")
 
 
 def check_maps(features: jax.Array) -> None:
