@@ -211,8 +211,9 @@ def _lite(width: float, depth: float) -> Table:
                     rows.extend(rows_in)
                 rows.extend(rows_out)
             channels = filters
+    name = f"stride{total_stride}"
     head = Conv(1280, kernel=1, activation="relu6")
-    return (*rows, Cut(f"stride{total_stride}"), head)
+    return (*rows, Cut(name), head, Cut(f"{name}_wide"))
 
 
 def _lite_conv(filters: int, kernel: int, stride: int, groups: int = 1) -> Conv:
