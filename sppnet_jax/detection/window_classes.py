@@ -24,6 +24,7 @@ def classify_windows(
     *,
     most: int = 5,
     overlap: float = 0.3,
+    least: float = 0.25,
     proposals: ProposalSettings = ProposalSettings(),  # noqa: B008, it can't be changed
 ) -> Detections:
     """The windows of an image whose class a network is the surest of, best first.
@@ -32,7 +33,7 @@ def classify_windows(
     and goes where it overlaps a surer one.
 
     `image`: uint8 [height, width, 3], RGB. `most`: windows at most. `overlap`: IoU from
-    which on a window goes.
+    which on a window goes. `least`: a window's shorter side, for 1 of the image's.
 
     Raises: ValueError for a network without a pyramid, or one that scores no classes.
     """
@@ -44,6 +45,11 @@ def classify_windows(
     side = network.resize_side
     settings = DetectorSettings(scales=(side, 2 * side), proposals=proposals)
     boxes = find_boxes(image, proposals)
+    # A smaller one is a unit or two: they see far beyond it, and are sure of too much.
+    sides = np.minimum(*(boxes[:, 2:] - boxes[:, :2]).T)
+    boxes = boxes[sides >= least * min(image.shape[:2])]
+    if not len(boxes):
+        return Detections(np.zeros((0, 4), np.float32), np.zeros(0, int), np.zeros(0))
     features = image_features(settings, network, [image], [boxes])
 
     def head(params: Any, pooled: jax.Array) -> jax.Array:

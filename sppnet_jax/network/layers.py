@@ -100,7 +100,9 @@ def run_table(
 
 def _size_after(layer: Conv | MaxPool, size: ValidSize | None) -> ValidSize | None:
     sliding = Sliding(layer.kernel, layer.stride, layer.padding)
-    if size is None or (sliding.stride == 1 and sum(sliding.pads) == sliding.kernel - 1):
+    if size is None or (
+        sliding.stride == 1 and sum(sliding.pads) == sliding.kernel - 1
+    ):
         return size
     # In memory of its own: else every mask works it out anew, for each of its cells.
     size = sliding.output_size(size)

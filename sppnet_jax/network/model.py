@@ -240,7 +240,9 @@ class SPPNet(nn.Module):
         windows: Int[Array, "windows 4"],
     ) -> Float[Array, "windows pooled"]:
         """The pyramid of each window of one map as a vector."""
-        pooled = window_pyramid_pool(features, windows, self.levels or ())
+        pooled = window_pyramid_pool(
+            features, windows, self.levels or (), reducer=self.reducer
+        )
         return pooled.reshape(len(windows), -1)
 
     def classify(
