@@ -57,6 +57,21 @@ class Network:
         text = json.dumps(model, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
+    @functools.cached_property
+    def trunk_digest(self) -> str:
+        """A name for all that its map depends on, whatever is made of the map."""
+        convs = {k: v for k, v in self.params.items() if k.startswith("conv")}
+        inputs = [self.preprocessing.mean, np.asarray(self.preprocessing.scale)]
+        trunk = {
+            "table": str(self.model.table),
+            "cuts": self.model.cuts,
+            "dtype": str(np.dtype(self.model.dtype)),
+            "weights": digest_arrays(jax.tree.leaves(convs)),
+            "inputs": digest_arrays(inputs),
+        }
+        text = json.dumps(trunk, sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
 
 def load_network(
     workdir: str | Path, settings: Mapping[str, Any] | None = None
