@@ -95,7 +95,7 @@ def load_network(
     trained_on = run_folder.load_training_data(workdir)
     data = settings["data"]
     architecture = read(Architecture, settings["model"], "config.model")
-    classes = len(trained_on.class_names)
+    classes = max(1, len(trained_on.class_names))  # a trunk may have no head
     model = make_model(architecture, classes, data["image_size"])
     with Checkpoints(workdir / run_folder.CHECKPOINTS) as checkpoints:
         params = checkpoints.restore_params(param_shapes(model))
