@@ -450,6 +450,9 @@ def test_an_export_of_another_head_is_refused_by_its_shapes(tiny, tmp_path):
     path = written(tmp_path / "weights", named_params(params))
     with pytest.raises(ValueError, match=r"fc8's kernel \(40, 7\), not \(8, 7\)"):
         pretrained_network(published_architecture(tiny, path))
+    narrow = published_architecture(tiny, path)._replace(width=0.5)
+    with pytest.raises(ValueError, match=r"fit this network: conv1's kernel"):
+        pretrained_network(narrow)
 
 
 def test_a_backbone_without_weights_says_what_to_give():

@@ -92,7 +92,9 @@ _SQUEEZENET = Naming(
     ),
     (),
 )
-_KERAS_SQUEEZENET = Naming(  # Keras repeats a layer's name in its tensors' names
+# Keras repeats a layer's name in its tensors' names. Its pools round sizes down, so the
+# maps are its own where every pool sees an odd size, as at 224 pixels.
+_KERAS_SQUEEZENET = Naming(
     _plain(
         "conv1/conv1",
         *(f"{name}/{name}" for name in _fires(lambda n: f"fire{n}/")),
