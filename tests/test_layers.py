@@ -72,6 +72,14 @@ def test_a_depthwise_convolution_and_its_gradients_are_xla_s(side, strides, padd
         np.testing.assert_allclose(own, expected, rtol=1e-4, atol=1e-4)
 
 
+def test_a_filter_for_each_pair_of_channels_runs_too():
+    maps, kernel = normal(1, 6, 7, 8), normal(3, 3, 2, 4, seed=1)
+    padding = ((1, 1), (1, 1))
+    found = depthwise_conv(maps, kernel, (1, 1), padding, feature_group_count=4)
+    expected = convolved(maps[0], kernel, 1, (1, 1))
+    np.testing.assert_allclose(found[0], expected, rtol=1e-4, atol=1e-5)
+
+
 def test_a_depthwise_convolution_in_bfloat16_rounds_its_sum_once():
     maps = normal(1, 9, 9, 64).astype(jnp.bfloat16)
     kernel = normal(5, 5, 1, 64, seed=1).astype(jnp.bfloat16)

@@ -161,11 +161,12 @@ def depthwise_conv(
     feature_group_count: int,
     **options: Any,
 ) -> jax.Array:
-    """Convolves each channel with a filter of its own; for flax's `nn.Conv`.
+    """Convolves each group of channels with one filter; for flax's `nn.Conv`.
 
-    `maps`: [batch, height, width, channels]. `kernel`: [rows, columns, 1, channels].
+    `maps`: [batch, height, width, channels]. `kernel`: [rows, columns, channels of a
+    group, filters]; fast for groups of one channel.
 
-    Returns: [batch, rows, columns, channels].
+    Returns: [batch, rows, columns, filters].
     """
     del options  # nn.Conv's defaults
     rows, columns = kernel.shape[:2]
@@ -200,6 +201,8 @@ def depthwise_conv(
             feature_group_count=feature_group_count,
         )
 
+    if kernel.shape[2] > 1:
+        return elsewhere(maps, kernel)
     return jax.lax.platform_dependent(maps, kernel, cpu=on_cpu, default=elsewhere)
 
 

@@ -272,7 +272,7 @@ def pretrained_params(backbone: str, weights: str = PRETRAINED) -> Params:
     count = sum(1 for _ in convs_of(table))
     ours = _plain(*(f"conv{n}" for n in range(1, count + 1)))
     own = Naming(ours, HEAD, kernel=".kernel", torch_order=False)
-    known = (own, *NAMES.get(backbone, ()))
+    known = (*NAMES.get(backbone, ()), own)
     naming = max(known, key=lambda one: len(set(tensors) & set(_needed(one))))
     message = f"{path} holds no weights of {backbone}"
     _check_names(tensors, naming, message)
