@@ -102,7 +102,7 @@ def read_with_head(name, path):
     return apply
 
 
-@pytest.mark.slow  # together
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ALONE)
 def test_every_map_and_the_scores_are_the_peer_s(name, peers, tmp_path):
     peer = peers.make_peer(name, units=8 if name == "vgg16" else 4096)
@@ -136,7 +136,7 @@ def test_every_map_and_the_scores_are_the_peer_s(name, peers, tmp_path):
                 assert_agree(inside, alone[key][0], tolerance=1e-6)
 
 
-# A network of one bottleneck, to read weights for. ------------------------------------
+# A network of one bottleneck, to read weights for.
 
 TINY = Backbone(
     layers=(
