@@ -25,10 +25,10 @@ from experiments.runs import (
     settings_of,
 )
 from experiments.setting import run
-from sppnet_jax.training.layer_features import Features
 from sppnet_jax.classification.svm import caltech_protocol, multi_label_protocol
 from sppnet_jax.data.datasets import ImageData
 from sppnet_jax.data.sources import available_splits, open_source
+from sppnet_jax.training.layer_features import Features
 
 NAME = "svm_features"
 ACCURACY, MAP = "mean class accuracy", "mAP"

@@ -20,9 +20,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from ml_collections import ConfigDict
 
-from sppnet_jax.pyramid.pooling import check_levels
+from sppnet_jax.network.model import HEAD_ONLY
+from sppnet_jax.pyramid.pooling import check_levels, num_bins
 from sppnet_jax.run.settings import plain, read, unknown_field
-from sppnet_jax.training.network_settings import NetworkSettings
+from sppnet_jax.training.network_settings import NetworkSettings, published_settings
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from sppnet_jax.data.sources import Source
 
 Levels = tuple[int, ...] | None
+FEATURES = "features"  # the folder of what a frozen trunk gives
 
 _NOT_HERE = {
     "seed": "give seeds=(0, 1)",
@@ -68,7 +70,9 @@ def ablate(
     *,
     config: ConfigDict | None = None,
     folder: str | Path = "runs/ablation",
-    protocol: str = "single",
+    protocol: str = "",
+    trunk: str = "",
+    root: str = "",
     **settings: Any,
 ) -> list[AblationRow]:
     """Trains and tests a network for each pyramid and seed, unless that is done.
@@ -79,8 +83,12 @@ def ablate(
     default, `small_config`, trains on the embedded digit scenes.
     `folder`: where the networks are kept. Other settings or other data make other
     networks beside those that are there.
-    `protocol`: how they are tested, "single" (the centre crop) or another of
-    `sppnet_jax.evaluate`.
+    `protocol`: how they are tested, by default "single" (the centre crop), or another
+    of `sppnet_jax.evaluate`.
+    `trunk`: a published network such as "efficientnet_lite0" below every pyramid,
+    frozen, with linear heads on what it gives; each image goes through it once for all
+    pyramids and seeds, and tests see images as the training does. `root`: the folder of
+    class folders that it sees; the default config is then `trunk_config`.
     `settings`: fields of the config that are to be others, `epochs=8`,
     `model={"width": 0.25}` or `**{"model.width": 0.25}`.
 
@@ -92,7 +100,18 @@ def ablate(
     training; KeyboardInterrupt after one was interrupted and saved.
     """
     pyramids, seeds = _check_pyramids(levels), _check_seeds(seeds)
-    shared = _changed(small_config() if config is None else config, settings)
+    if config is None:
+        config = trunk_config(trunk, root) if trunk else small_config()
+    elif trunk or root:
+        raise ValueError("give a config, or a trunk and its root: not both")
+    shared = _changed(config, settings)
+    frozen = shared.model.trainable == HEAD_ONLY
+    if frozen and protocol:
+        raise ValueError(
+            "networks with a frozen trunk are tested as they are trained, by "
+            f"config.data.view: leave out protocol={protocol!r}"
+        )
+    protocol = protocol or "single"
     _check_protocol(protocol, pyramids)
     wanted = {
         (pyramid, seed): _one_network(shared, pyramid, seed)
@@ -112,11 +131,18 @@ def ablate(
         below.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ValueError(f"networks can't be kept in {folder}: {error}") from error
+    if frozen:
+        from sppnet_jax.training.networks import pool_all
+
+        union = tuple(sorted({n for p in pyramids for n in p or ()}, reverse=True))
+        everything = _one_network(shared, union, seeds[0])
+        pool_all(everything, [train, test], below / FEATURES)
     rows = {}
     for number, ((pyramid, seed), one) in enumerate(wanted.items(), start=1):
         name = f"{'-'.join(map(str, pyramid or ())) or 'no_spp'}_seed{seed}"
         title = f"network {number} of {len(wanted)}: {label(pyramid)}, seed {seed}"
-        row = _network(one, pyramid, below / name, train, protocol, title)
+        sources = train, test
+        row = _network(one, pyramid, below / name, sources, protocol, title)
         rows[pyramid, seed] = row
     return [rows[pyramid, seed] for pyramid in pyramids for seed in seeds]
 
@@ -145,6 +171,31 @@ def small_config() -> ConfigDict:
     config.schedule.warmup_epochs = 0.3
     config.schedule.learning_rate = 0.03
     config.optimizer.nesterov = True
+    config.log_steps = 10
+    config.keep_checkpoints = 1
+    return config
+
+
+def trunk_config(trunk: str, root: str) -> ConfigDict:
+    """A setting of linear heads on a frozen trunk: configs/folder_pretrained.py's.
+
+    `root`: the folder of class folders.
+    """
+    settings = published_settings(trunk)
+    config = ConfigDict(plain(settings))
+    config.epochs = 30
+    config.batch_size = 64
+    config.model.trainable = HEAD_ONLY
+    config.model.head = "linear"
+    config.model.weight_init = "he"
+    config.data.name = "image_folder"
+    config.data.root = root
+    config.data.resize_side = 256
+    config.data.flip = False
+    config.schedule.learning_rate = 5e-4
+    config.schedule.kind = "cosine"
+    config.optimizer.nesterov = True
+    config.optimizer.weight_decay = 0.1
     config.log_steps = 10
     config.keep_checkpoints = 1
     return config
@@ -241,13 +292,18 @@ def _network(
     settings: NetworkSettings,
     levels: Levels,
     workdir: Path,
-    train: "Source",
+    sources: tuple["Source", "Source"],
     protocol: str,
     title: str,
 ) -> AblationRow:
     """The row of one network, trained and tested if that was not done before."""
+    frozen = settings.model.trainable == HEAD_ONLY
+    features = workdir.parent / FEATURES if frozen else None
     from sppnet_jax.classification.evaluation import evaluate_once
+    from sppnet_jax.run import run_folder
+    from sppnet_jax.run.files import write_json
     from sppnet_jax.training import once
+    from sppnet_jax.training.networks import test_head
     from sppnet_jax.training.step_log import DivergedError
 
     result = workdir / f"ablation_{protocol}.json"
@@ -257,13 +313,19 @@ def _network(
         _say(title)
     try:
         if not result.exists():
-            once.train_once(settings, workdir)
-        report = evaluate_once([workdir], protocol, result)
+            once.train_once(settings, workdir, features)
+        if features is None:
+            report = evaluate_once([workdir], protocol, result)
+        elif result.exists():
+            report = run_folder.read_json(result)
+        else:
+            report = test_head(settings, workdir, sources[1], features)
+            write_json(result, report)
     except DivergedError as error:
         reason = str(error)
     if not known:
         _say(f"  diverged: {reason}" if reason else f"  top-1 {report['top1']:.1%}")
-    inputs, parameters, channels = _fc6(settings, len(train.class_names))
+    inputs, parameters, channels = _fc6(settings, len(sources[0].class_names))
     return AblationRow(
         levels=levels,
         seed=settings.seed,
@@ -279,15 +341,23 @@ def _network(
 
 
 def _fc6(settings: NetworkSettings, num_classes: int) -> tuple[int, int, int]:
-    """What fc6 takes and how many parameters it has; the channels of the last map."""
+    """What the head's first layer takes and its parameters; the map's channels."""
     from sppnet_jax.network.model import make_model, param_shapes
 
     model = make_model(settings.model, num_classes, settings.data.image_size)
     shapes = param_shapes(model)
-    convs = [name for name in shapes if name.startswith("conv")]
-    last = max(convs, key=lambda name: int(name.removeprefix("conv")))
-    kernel, bias = shapes["fc6"]["kernel"], shapes["fc6"]["bias"]
-    return kernel.shape[0], kernel.size + bias.size, shapes[last]["kernel"].shape[-1]
+    first = shapes.get("fc6", shapes["fc8"])  # a linear head is fc8 alone
+    kernel, bias = first["kernel"], first["bias"]
+    # Without a pyramid as many bins as the last pooling leaves.
+    bins = num_bins(model.levels) if model.levels else _last_bins(model)
+    return kernel.shape[0], kernel.size + bias.size, kernel.shape[0] // bins
+
+
+def _last_bins(model: Any) -> int:
+    from sppnet_jax.network.stack import table_geometry
+
+    last = table_geometry((*model.table, model.backbone.last_pool))
+    return last.map_size(model.image_size) ** 2
 
 
 def _say(text: str) -> None:

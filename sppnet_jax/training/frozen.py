@@ -4,8 +4,10 @@ Each image goes through the trunk once, and once mirrored; every epoch after tha
 few matrix products. The loop, the steps and what is kept are those of any training.
 """
 
-import logging
-from collections.abc import Callable
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -14,14 +16,19 @@ import numpy as np
 from sppnet_jax.data.sources import Source
 from sppnet_jax.network.model import SPPNet
 from sppnet_jax.network.preprocess import Preprocessing
-from sppnet_jax.network.trained import as_network
+from sppnet_jax.network.trained import Network, as_network
+from sppnet_jax.pyramid.pooling import num_bins
 from sppnet_jax.run import parallel
-from sppnet_jax.training.layer_features import default_side, extract_features
+from sppnet_jax.run.files import write_array
+from sppnet_jax.run.stages import digest_of
+from sppnet_jax.training.layer_features import (
+    Features,
+    default_side,
+    extract_features,
+)
 from sppnet_jax.training.network_settings import NetworkSettings
 from sppnet_jax.training.steps import Optimizer, make_step, smoothed_losses
 from sppnet_jax.training.validation import make_counts
-
-log = logging.getLogger(__name__)
 
 Batch = dict[str, np.ndarray]
 
@@ -42,31 +49,69 @@ def pool_split(
     source: Source,
     *,
     mirror: bool,
+    folder: Path | None = None,
 ) -> Pooled:
     """What the frozen trunk makes of a split's images, in the order of its records.
 
     `mirror`: also of the mirrored images. Broken images are left out.
+    `folder`: keeps each level's bins there, for other pyramids and other heads.
     """
-    data = settings.data
     network = as_network(model, params, preprocessing, source.class_names)
+    get = functools.partial(_pooled_levels, settings, network, source, folder=folder)
+    values, labels = get(mirrored=False)
+    return Pooled(values, get(mirrored=True)[0] if mirror else None, labels)
 
-    def extract(mirrored: bool) -> Any:
+
+def _pooled_levels(
+    settings: NetworkSettings,
+    network: Network,
+    source: Source,
+    *,
+    mirrored: bool,
+    folder: Path | None,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Pooled vectors [N, D] and labels [N], of levels in the folder and new ones."""
+    data, model = settings.data, network.model
+    side = default_side(
+        data.view, image_size=data.image_size, resize_side=data.resize_side
+    )
+
+    def extract(levels: Sequence[int]) -> Features:
+        pooled = dataclasses.replace(network, model=model.clone(levels=tuple(levels)))
         return extract_features(
-            network,
+            pooled,
             source,
             layer="pyramid",
-            side=default_side(
-                data.view, image_size=data.image_size, resize_side=data.resize_side
-            ),
+            side=side,
             mode=data.view,
             batch_size=min(settings.batch_size, 32),
             mirrored=mirrored,
             **data.loading,
         )
 
-    own = extract(False)
-    other = extract(True).values if mirror else None
-    return Pooled(own.values, other, own.labels)
+    levels = model.levels or ()
+    if folder is None:
+        found = extract(levels)
+        return found.values, found.labels
+    key = {
+        "trunk": network.trunk_digest,
+        "data": [source.name, source.split, source.digest, list(source.class_names)],
+        "seen": [data.view, side, model.image_size, mirrored, model.reducer],
+    }
+    folder = folder / digest_of(key)
+    files = {level: folder / f"{level}.npy" for level in levels}
+    missing = [level for level, file in files.items() if not file.exists()]
+    if missing:
+        found = extract(missing)
+        ends = np.cumsum([n * n for n in missing]) * (
+            found.values.shape[1] // num_bins(missing)
+        )
+        parts = np.split(found.values, ends[:-1], axis=1)
+        write_array(folder / "labels.npy", found.labels)
+        for level, values in zip(missing, parts, strict=True):
+            write_array(files[level], values)
+    values = np.concatenate([np.load(files[level]) for level in levels], axis=1)
+    return values, np.load(folder / "labels.npy")
 
 
 def batch_loader(

@@ -24,16 +24,19 @@ from sppnet_jax.network.model import (
     HEAD_ONLY,
     SPPNet,
     frozen_convs,
+    init_params,
     make_model,
     param_shapes,
 )
 from sppnet_jax.network.preprocess import Preprocessing, make_preprocessing
 from sppnet_jax.network.pretrained import with_pretrained
+from sppnet_jax.network.trained import load_network
 from sppnet_jax.run import caches, parallel, run_folder
 from sppnet_jax.run.checkpoints import Checkpoints
 from sppnet_jax.run.settings import plain
 from sppnet_jax.training.ahead import StepsAhead
 from sppnet_jax.training.frozen import (
+    Pooled,
     batch_loader,
     make_head_step,
     make_head_test,
@@ -54,8 +57,12 @@ from sppnet_jax.training.validation import count_correct, make_test_step
 log = logging.getLogger(__name__)
 
 
-def train_network(settings: NetworkSettings, workdir: Path) -> dict[str, float]:
+def train_network(
+    settings: NetworkSettings, workdir: Path, features: Path | None = None
+) -> dict[str, float]:
     """Trains a network to its end, from the newest checkpoint in a folder if any.
+
+    `features`: a folder to keep what a frozen trunk gives in, for other heads.
 
     Returns: the last validation metrics.
     Raises: ValueError for data or settings that a run in the folder can't go on with;
@@ -86,7 +93,7 @@ def train_network(settings: NetworkSettings, workdir: Path) -> dict[str, float]:
     check_can_resume(settings, source, workdir)
     first = parallel.is_first_process()
     with run_folder.locked(workdir) if first else contextlib.nullcontext():
-        return _train(settings, workdir, source, held_out, batches)
+        return _train(settings, workdir, source, held_out, batches, features)
 
 
 def _train(
@@ -95,6 +102,7 @@ def _train(
     source: Source,
     held_out: Source,
     batches: Batches,
+    features: Path | None,
 ) -> dict[str, float]:
     """Trains in a folder that no other process uses."""
     data = settings.data
@@ -126,7 +134,10 @@ def _train(
 
     if settings.model.trainable == HEAD_ONLY:
         params = parallel.unreplicate(make_state().params)
-        parts = _head_parts(settings, model, params, preprocessing, source, held_out)
+        pool = functools.partial(
+            pool_split, settings, model, params, preprocessing, folder=features
+        )
+        parts = _head_parts(settings, model, pool, source, held_out)
     else:
         parts = _image_parts(settings, model, preprocessing, source, held_out, batches)
     total_steps = settings.epochs * parts.epoch_steps
@@ -166,6 +177,42 @@ def _train(
         )
     parts.end()
     return memory["validation"]
+
+
+def pool_all(
+    settings: NetworkSettings, sources: Sequence[Source], folder: Path
+) -> None:
+    """Keeps what a frozen trunk gives of several splits in a folder."""
+    classes = len(sources[0].class_names)
+    model = make_model(settings.model, classes, settings.data.image_size)
+    drawn = init_params(model, jax.random.PRNGKey(settings.seed))
+    params = with_pretrained(jax.device_get(drawn), settings.model)
+    seen = make_preprocessing(settings.inputs, None, settings.model.published)
+    for number, source in enumerate(sources):
+        mirror = settings.data.flip and number == 0  # the one that is trained on
+        pool_split(settings, model, params, seen, source, mirror=mirror, folder=folder)
+
+
+def test_head(
+    settings: NetworkSettings, workdir: Path, source: Source, features: Path
+) -> dict[str, float]:
+    """The accuracy of a trained head on a split, as `count_correct` gives it.
+
+    `features`: where what the frozen trunk gives is kept.
+    """
+    network = load_network(workdir)
+    pooled = pool_split(
+        settings,
+        network.model,
+        network.params,
+        network.preprocessing,
+        source,
+        mirror=False,
+        folder=features,
+    )
+    size, records = settings.batch_size, len(source.records)
+    test = make_head_test(network.model, pooled, size, records)
+    return test(parallel.replicate(network.params))
 
 
 class _Parts(NamedTuple):
@@ -224,13 +271,11 @@ def _image_parts(
 def _head_parts(
     settings: NetworkSettings,
     model: SPPNet,
-    params: Any,
-    preprocessing: Preprocessing,
+    pool: Callable[..., Pooled],
     source: Source,
     held_out: Source,
 ) -> _Parts:
     """Of a training of the head on features of a frozen trunk, computed once."""
-    pool = functools.partial(pool_split, settings, model, params, preprocessing)
     load, steps = batch_loader(
         pool(source, mirror=settings.data.flip), settings.batch_size, settings.seed
     )

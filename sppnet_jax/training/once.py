@@ -24,8 +24,12 @@ _NO_MATTER = (
 )
 
 
-def train_once(settings: NetworkSettings, workdir: Path) -> None:
+def train_once(
+    settings: NetworkSettings, workdir: Path, features: Path | None = None
+) -> None:
     """Trains a network to its end, from where it was left; one that is done is kept.
+
+    `features`: see `train_network`.
 
     Raises: DivergedError where this training diverges, or did before; ValueError where
     it was begun with other settings or on other data; Interrupted after it was
@@ -41,7 +45,7 @@ def train_once(settings: NetworkSettings, workdir: Path) -> None:
             return
     before, started = training_seconds(workdir), time.monotonic()
     try:
-        train_network(settings, workdir)
+        train_network(settings, workdir, features)
     except DivergedError as error:
         write_text(workdir / DIVERGED, f"{error}\n")
         raise
