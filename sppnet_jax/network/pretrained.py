@@ -183,6 +183,11 @@ def pretrained_network(
     names: tuple[str, ...] = ()
     if classifies:
         names = imagenet_names()
+        if own.head != "none" and "fc8" not in params:
+            raise ValueError(
+                f"{architecture.weights} holds a trunk and no fc8: it scores no "
+                "classes. For features alone, give config.model.head=none"
+            )
         count = len(params["fc8"]["bias"]) if own.head != "none" else len(names)
         if count != len(names):  # of other classes
             names = tuple(map(str, range(count)))
@@ -210,11 +215,12 @@ def pretrained_network(
 
 
 def fitting(params: Params, model: SPPNet) -> Params:
-    """Those parameters that a network has; ValueError where one is missing."""
+    """Those parameters that a network has; ValueError where one is missing or misfits."""
     shapes = param_shapes(model)
     missing = sorted(set(shapes) - set(params))
     if missing:
         raise ValueError(f"the weights lack {_some(missing)}")
+    _check_shapes(params, shapes, "the weights don't fit this network")
     return {name: params[name] for name in shapes}
 
 
@@ -251,6 +257,7 @@ def pretrained_params(backbone: str, weights: str = PRETRAINED) -> Params:
     Raises: ValueError where the file lacks tensors of the network, has others besides,
     or has them in other shapes; and as `find_weights` and `read_tensors`.
     """
+    table = get_backbone(backbone).layers
     if weights == PRETRAINED:
         if backbone not in PACKAGES:
             raise ValueError(
@@ -260,34 +267,25 @@ def pretrained_params(backbone: str, weights: str = PRETRAINED) -> Params:
         weights = PACKAGES[backbone]
     path = find_weights(weights)
     tensors = read_tensors(path)
-    table = get_backbone(backbone).layers
     count = sum(1 for _ in convs_of(table))
-    own = Naming(_plain(*(f"conv{n}" for n in range(1, count + 1))), HEAD)
-    own = own._replace(kernel=".kernel", torch_order=False)
+    ours = _plain(*(f"conv{n}" for n in range(1, count + 1)))
+    own = Naming(ours, HEAD, kernel=".kernel", torch_order=False)
     known = (own, *NAMES.get(backbone, ()))
     naming = max(known, key=lambda one: len(set(tensors) & set(_needed(one))))
-    _check_names(tensors, naming, f"{path} holds no weights of {backbone}")
+    message = f"{path} holds no weights of {backbone}"
+    _check_names(tensors, naming, message)
     params: Params = {}
     for number, (conv, norm) in enumerate(naming.convs, start=1):
         params[f"conv{number}"] = _convolution(tensors, naming, conv, norm)
-    for name in naming.head:
-        if name + naming.kernel not in tensors:
-            continue
-        kernel = np.asarray(tensors[name + naming.kernel], np.float32)
-        if naming.torch_order:
-            kernel = kernel.reshape(len(kernel), -1).T
-        bias = np.asarray(tensors[name + naming.bias], np.float32)
-        layer = HEAD[naming.head.index(name) - len(naming.head)]
-        params[layer] = {"kernel": kernel, "bias": bias}
     published = get_backbone(backbone).published
-    if naming.torch_order and "fc6" in params and published is not None:
-        # Maps are flattened [channels, bins] there, and [bins, channels] here.
-        units = params["fc6"]["bias"].size
-        kernel = params["fc6"]["kernel"].reshape(-1, num_bins(published.levels), units)
-        params["fc6"]["kernel"] = kernel.swapaxes(0, 1).reshape(-1, units)
+    for layer, name in zip(HEAD[-len(naming.head) :], naming.head, strict=False):
+        if name + naming.kernel in tensors:
+            flattened = published if layer == "fc6" else None
+            params[layer] = _dense(tensors, naming, name, flattened)
     if naming.bgr_mean and published is not None:
         _take_rgb(params["conv1"], naming.bgr_mean, published)
-    _check_shapes(params, backbone, path)
+    trunk = make_model(Architecture(backbone, head="none"), 1, 224)
+    _check_shapes(params, param_shapes(trunk), message)
     return params
 
 
@@ -313,13 +311,13 @@ def _check_names(
     tensors: Mapping[str, np.ndarray], naming: Naming, message: str
 ) -> None:
     needed = set(_needed(naming))
-    head = {
-        name + part for name in naming.head for part in (naming.kernel, naming.bias)
-    }
+    layers = [{name + naming.kernel, name + naming.bias} for name in naming.head]
+    head = set().union(*layers)
     found = {name for name in tensors if not name.endswith(".num_batches_tracked")}
     missing = needed - found
-    if found & head and naming.kernel != ".kernel":
-        missing |= head - found
+    # A head is whole or not there; of our own, each of its layers is.
+    for together in layers if naming.head == HEAD else [head]:
+        missing |= together - found if together & found else set()
     others = found - needed - head
     # A convolution in front of batch normalisation may have a bias of its own.
     others -= {conv + naming.bias for conv, norm in naming.convs if norm}
@@ -340,22 +338,48 @@ def _convolution(
         )
     if naming.torch_order:
         kernel = kernel.transpose(2, 3, 1, 0)
-    bias = np.asarray(tensors.get(conv + naming.bias, 0.0), np.float64)
-    if norm:
-        scale, shift, mean, variance = (
-            np.asarray(tensors[f"{norm}.{part}"], np.float64)
-            for part in ("weight", "bias", "running_mean", "running_var")
-        )
-        if {part.shape for part in (scale, shift, mean, variance)} != {
-            kernel.shape[-1:]
-        }:
+
+    def of_each(name: str) -> np.ndarray:
+        values = np.asarray(tensors[name], np.float64)
+        if values.shape != kernel.shape[-1:]:
             raise ValueError(
-                f"{norm} must have a number for each of the {kernel.shape[-1]} filters "
-                f"of {conv}, got shape {scale.shape}"
+                f"{name} must have a number for each of the {kernel.shape[-1]} filters "
+                f"of {conv}, got shape {values.shape}"
             )
+        return values
+
+    bias = np.zeros(kernel.shape[-1])
+    if conv + naming.bias in tensors:
+        bias = of_each(conv + naming.bias)
+    if norm:
+        parts = ("weight", "bias", "running_mean", "running_var")
+        scale, shift, mean, variance = (of_each(f"{norm}.{part}") for part in parts)
         scale = scale / np.sqrt(variance + naming.epsilon)
         kernel, bias = kernel * scale, (bias - mean) * scale + shift
     return {"kernel": kernel.astype(np.float32), "bias": bias.astype(np.float32)}
+
+
+def _dense(
+    tensors: Mapping[str, np.ndarray],
+    naming: Naming,
+    name: str,
+    flattened: Published | None,
+) -> dict[str, np.ndarray]:
+    """A matrix and its bias; `flattened`: where the matrix takes the pyramid's bins."""
+    kernel = np.asarray(tensors[name + naming.kernel], np.float32)
+    bias = np.asarray(tensors[name + naming.bias], np.float32)
+    if naming.torch_order:
+        kernel = kernel.reshape(len(kernel), -1).T if kernel.ndim else kernel
+    bins = num_bins(flattened.levels) if flattened and naming.torch_order else 1
+    if kernel.ndim != 2 or bias.shape != kernel.shape[1:] or len(kernel) % bins:
+        raise ValueError(
+            f"{name} must be a matrix and a bias of as many outputs"
+            + (f", of inputs that {bins} bins divide" if bins > 1 else "")
+            + f", got shapes {tensors[name + naming.kernel].shape} and {bias.shape}"
+        )
+    # Maps are flattened [channels, bins] there, and [bins, channels] here.
+    kernel = kernel.reshape(-1, bins, bias.size).swapaxes(0, 1)
+    return {"kernel": kernel.reshape(-1, bias.size), "bias": bias}
 
 
 def _take_rgb(
@@ -372,19 +396,16 @@ def _take_rgb(
     conv1["kernel"] = (kernel * np.array(published.std)[:, None]).astype(np.float32)
 
 
-def _check_shapes(params: Params, backbone: str, path: Any) -> None:
-    """Raises ValueError for kernels of other shapes than the table's."""
-    model = make_model(Architecture(backbone, head="none"), 1, 224)
-    shapes = param_shapes(model)
-    wrong = []
-    for name, own in shapes.items():
-        for part, shape in own.items():
-            if params[name][part].shape != shape.shape:
-                wrong.append(
-                    f"{name}'s {part} {params[name][part].shape}, not {shape.shape}"
-                )
+def _check_shapes(params: Params, shapes: Any, message: str) -> None:
+    """Raises ValueError for parameters of other shapes."""
+    wrong = [
+        f"{name}'s {part} {params[name][part].shape}, not {shape.shape}"
+        for name, own in shapes.items()
+        for part, shape in own.items()
+        if params[name][part].shape != shape.shape
+    ]
     if wrong:
-        raise ValueError(f"{path} holds no weights of {backbone}: {_some(wrong)}")
+        raise ValueError(f"{message}: {_some(wrong)}")
 
 
 def _some(names: Sequence[str]) -> str:
