@@ -3,6 +3,7 @@
 The peers are PyTorch's (torch_peers.py); what needs none of them has NumPy as oracle.
 """
 
+import functools
 import itertools
 
 import h5py
@@ -84,11 +85,12 @@ def read_with_head(name, path):
     """A published network, as a function from images and valid sizes, compiled."""
     if name != "vgg16":  # its head of full size would take half a gigabyte
         network = pretrained_network(published_architecture(name, str(path)))
-        model, params = network.model, network.params
-        return jax.jit(lambda *given: model.apply({"params": params}, *given))
+        return functools.partial(
+            jax.jit(network.model.apply), {"params": network.params}
+        )
     params = pretrained_params(name, str(path))
     model = make_model(published_architecture(name)._replace(head="none"), 1, 224)
-    trunk = jax.jit(lambda *given: model.apply({"params": params}, *given))
+    trunk = functools.partial(jax.jit(model.apply), {"params": params})
 
     def apply(*given):
         values, maps = trunk(*given)
@@ -100,7 +102,7 @@ def read_with_head(name, path):
     return apply
 
 
-@pytest.mark.slow
+@pytest.mark.slow  # together
 @pytest.mark.parametrize("name", ALONE)
 def test_every_map_and_the_scores_are_the_peer_s(name, peers, tmp_path):
     peer = peers.make_peer(name, units=8 if name == "vgg16" else 4096)
@@ -318,9 +320,8 @@ def test_keras_squeezenet_sees_the_pixels_that_it_was_trained_on(tmp_path):
             file[f"{name}/{name}_b:0"] = kernel.reshape(-1, kernel.shape[-1])[0]
     network = pretrained_network(published_architecture("squeezenet", str(path)))
     pixels = rng.integers(0, 256, (1, 9, 12, 3), np.uint8)
-    ours = np.asarray(normalize(jnp.asarray(pixels), network.preprocessing))[
-        0
-    ].transpose(2, 0, 1)
+    ours = normalize(jnp.asarray(pixels), network.preprocessing)
+    ours = np.asarray(ours)[0].transpose(2, 0, 1)
     theirs = pixels[0, ..., ::-1] - np.array([103.939, 116.779, 123.68])
     first, kernel = network.params["conv1"], kernels["conv1"]
     found = convolved(ours, first["kernel"].transpose(3, 2, 0, 1), stride=2)

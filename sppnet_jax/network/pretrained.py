@@ -215,7 +215,7 @@ def pretrained_network(
 
 
 def fitting(params: Params, model: SPPNet) -> Params:
-    """Those parameters that a network has; ValueError where one is missing or misfits."""
+    """Those parameters that a network has; ValueError where they don't fit it."""
     shapes = param_shapes(model)
     missing = sorted(set(shapes) - set(params))
     if missing:
