@@ -1,7 +1,6 @@
 """Files of features, to train SVMs on, with all that says where they are from."""
 
 import datetime
-import importlib.metadata
 import json
 import os
 import zipfile
@@ -15,7 +14,7 @@ from sppnet_jax.data.sources import open_source
 from sppnet_jax.network.model import Architecture
 from sppnet_jax.network.trained import Network
 from sppnet_jax.run import parallel
-from sppnet_jax.run.files import absolute, write_arrays
+from sppnet_jax.run.files import absolute, own_version, write_arrays
 from sppnet_jax.run.settings import plain
 from sppnet_jax.training.layer_features import (
     Features,
@@ -98,7 +97,7 @@ def write_features(
         "images": len(features.values),
         "broken": features.broken,
         "numbers": features.values.shape[1],
-        "version": _version(),
+        "version": own_version(),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "config": plain(settings),
     }
@@ -168,10 +167,3 @@ def _trunk_name(model: Architecture) -> str:
     """What differs between the pyramids on a trunk: "vgg16-stride16-3.2.1-max"."""
     levels = ".".join(map(str, model.levels))
     return "-".join((model.backbone, *model.cuts, levels, model.reducer))
-
-
-def _version() -> str:
-    try:
-        return importlib.metadata.version("sppnet_jax")
-    except importlib.metadata.PackageNotFoundError:
-        return "unknown (run from a folder that is not installed)"
