@@ -259,12 +259,17 @@ def with_pretrained(params: Any, architecture: Architecture) -> Any:
         fits = own and all(own[part].shape == layer[part].shape for part in layer)
         if fits and name != "fc8":
             taken[name] = own
+        elif name.startswith("conv") and own is None:
+            raise ValueError(
+                f"config.model.weights end before {name}: give the config.model.cuts "
+                "that they were trained with"
+            )
         elif name.startswith("conv"):
             raise ValueError(
                 f"config.model.weights don't fit {name}: it is "
                 f"{layer['kernel'].shape}, and they hold "
-                f"{own['kernel'].shape if own else 'none'}. Use the width that they "
-                "are of; for published ones config.model.width=1"
+                f"{own['kernel'].shape}. Use the width that they are of; for published "
+                "ones config.model.width=1"
             )
     return taken
 
