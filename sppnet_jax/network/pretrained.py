@@ -256,21 +256,22 @@ def with_pretrained(params: Any, architecture: Architecture) -> Any:
     taken = dict(params)
     for name, layer in params.items():
         own = found.get(name)
-        fits = own and all(own[part].shape == layer[part].shape for part in layer)
-        if fits and name != "fc8":
+        if own is None:
+            if name.startswith("conv"):
+                raise ValueError(
+                    f"config.model.weights end before {name}: give the "
+                    "config.model.cuts that they were trained with"
+                )
+        elif any(own[part].shape != layer[part].shape for part in layer):
+            if name.startswith("conv"):
+                raise ValueError(
+                    f"config.model.weights don't fit {name}: it is "
+                    f"{layer['kernel'].shape}, and they hold {own['kernel'].shape}. "
+                    "Use the width that they are of; for published ones "
+                    "config.model.width=1"
+                )
+        elif name != "fc8":
             taken[name] = own
-        elif name.startswith("conv") and own is None:
-            raise ValueError(
-                f"config.model.weights end before {name}: give the config.model.cuts "
-                "that they were trained with"
-            )
-        elif name.startswith("conv"):
-            raise ValueError(
-                f"config.model.weights don't fit {name}: it is "
-                f"{layer['kernel'].shape}, and they hold "
-                f"{own['kernel'].shape}. Use the width that they are of; for published "
-                "ones config.model.width=1"
-            )
     return taken
 
 
