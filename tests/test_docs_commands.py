@@ -79,6 +79,7 @@ RUN: dict[str, list[str]] = {
     "train --config=configs/folder.py": SMALL,
     "train --config=configs/folder_pretrained.py": [
         "--config.epochs=1",
+        "--config.batch_size=8",
         "--config.data.image_size=64",
         "--config.data.resize_side=64",
     ],

@@ -15,6 +15,7 @@ from configs import folder
 from sppnet_jax.classification.feature_files import load_features
 from sppnet_jax.data.images import resize_whole
 from sppnet_jax.data.photographs import read_image
+from sppnet_jax.network.exported import describe
 from sppnet_jax.network.model import Architecture, make_model
 from sppnet_jax.network.preprocess import normalize
 from sppnet_jax.network.pretrained import (
@@ -23,7 +24,7 @@ from sppnet_jax.network.pretrained import (
     with_pretrained,
 )
 from sppnet_jax.network.trained import load_network
-from sppnet_jax.network.weight_files import read_tensors
+from sppnet_jax.network.weight_files import read_tensors, write_tensors
 from tests.data_helpers import encode, picture, write_class_folders
 from tests.network_helpers import (
     TINY_TRUNK,
@@ -152,6 +153,29 @@ def test_an_export_holds_the_parameters_by_name_and_says_of_what(tiny, run, tmp_
     assert (told["backbone"], told["levels"]) == (TINY_TRUNK, "2,1")
     assert json.loads(told["classes"]) == ["one", "two", "three"]
     assert told["version"].startswith("sppnet_jax ")
+    with pytest.raises(ValueError, match=f"weights of {TINY_TRUNK}, not of vgg16"):
+        published_architecture("vgg16", str(path))
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"backbone": "resnet19"},
+        {"levels": "2,x"},
+        {"width": "-1"},
+        {"classes": "[" * 100_000},
+        {"classes": "7"},
+        {"resize_side": "1000000000"},
+        {"image_size": "0"},
+    ],
+    ids=str,
+)
+def test_a_file_that_says_what_no_network_is_is_refused(run, tmp_path, wrong):
+    path = tmp_path / "model.safetensors"
+    told = describe(load_network(run)) | wrong
+    write_tensors(path, {"conv1.bias": np.zeros(1, np.float32)}, told)
+    with pytest.raises(ValueError, match="doesn't say which network"):
+        published_architecture(TINY_TRUNK, str(path))
 
 
 def test_another_network_of_the_backbone_begins_with_an_export(command_line, tmp_path):

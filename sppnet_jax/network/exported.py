@@ -13,6 +13,7 @@ PRETRAINED = "pretrained"  # of `weights`: those of the backbone's package
 # As they are; what else of `Architecture` is needed is made words, or is of training.
 _PLAIN = ("backbone", "reducer", "head")
 _OURS = "sppnet_jax "
+_LARGEST = 4096  # pixels; a file of others may say anything
 
 
 class Exported(NamedTuple):
@@ -65,14 +66,17 @@ def exported(weights: str) -> Exported | None:
             "levels": tuple(map(int, filter(None, told["levels"].split(",")))),
             "width": float(told["width"]),
         }
+        image_size, resize_side = int(told["image_size"]), int(told["resize_side"])
+        if not 1 <= image_size <= resize_side <= _LARGEST:
+            raise ValueError(f"images of {image_size} and {resize_side} pixels")
         return Exported(
             architecture=read(Architecture, values, path.name),
             class_names=tuple(map(str, json.loads(told["classes"]))),
-            image_size=int(told["image_size"]),
-            resize_side=int(told["resize_side"]),
+            image_size=image_size,
+            resize_side=resize_side,
             published_inputs=told["inputs"] == "published",
         )
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, RecursionError, TypeError, ValueError) as error:
         raise ValueError(
             f"{path} doesn't say which network its weights are of ({error}): export "
             "it anew"
