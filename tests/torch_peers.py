@@ -13,7 +13,6 @@ from torch.nn import functional as F
 
 def make_peer(name: str, classes: int = 1000, units: int = 4096) -> nn.Module:
     """A network with drawn weights, in evaluation mode; `units`: of fc6 and fc7."""
-    torch.manual_seed(0)
     peer = {
         "alexnet": lambda: alexnet(classes, units),
         "vgg16": lambda: vgg16(classes, units),
@@ -31,17 +30,18 @@ def make_peer(name: str, classes: int = 1000, units: int = 4096) -> nn.Module:
 @torch.no_grad()
 def draw(peer: nn.Module) -> None:
     """He's spread for kernels; biases and all statistics of batch normalisation."""
+    rng = torch.Generator().manual_seed(0)
     for module in peer.modules():
         if isinstance(module, nn.Conv2d | nn.Linear):
             fan_in = module.weight[0].numel()
-            module.weight.normal_(0, (2 / fan_in) ** 0.5)
+            module.weight.normal_(0, (2 / fan_in) ** 0.5, generator=rng)
         elif isinstance(module, nn.BatchNorm2d):
-            module.weight.uniform_(0.4, 0.9)
-            module.running_mean.uniform_(-0.3, 0.3)
-            module.running_var.uniform_(0.5, 1.5)
+            module.weight.uniform_(0.4, 0.9, generator=rng)
+            module.running_mean.uniform_(-0.3, 0.3, generator=rng)
+            module.running_var.uniform_(0.5, 1.5, generator=rng)
             module.num_batches_tracked.fill_(7)
         if getattr(module, "bias", None) is not None:
-            module.bias.uniform_(-0.2, 0.3)
+            module.bias.uniform_(-0.2, 0.3, generator=rng)
 
 
 class Plain(nn.Module):

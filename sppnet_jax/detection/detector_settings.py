@@ -9,6 +9,9 @@ from sppnet_jax.detection.detector import Suppression
 from sppnet_jax.detection.finetune import Finetuning
 from sppnet_jax.detection.hard_negatives import Mining
 from sppnet_jax.detection.proposals import ProposalSettings
+from sppnet_jax.network.model import REDUCERS
+from sppnet_jax.network.pretrained import PRETRAINED
+from sppnet_jax.network.trunks import BACKBONES
 from sppnet_jax.pyramid.geometry import RULES
 from sppnet_jax.run.files import absolute
 from sppnet_jax.run.run_folder import load_config
@@ -23,13 +26,17 @@ DTYPES = ("float32", "float16")
 class DetectorSettings(NamedTuple):
     """Everything that a detector is made from; the paper's recipe for VOC 2007.
 
-    `network`: the workdir of a trained classifier. `system`: "spp", or "rcnn", which
-    warps and convolves every window by itself. `cache`: the folder of proposals and
-    maps, to share between workdirs; "" is in the workdir.
+    `network`: the workdir of a trained classifier, or the name of a published trunk
+    such as "efficientnet_lite0", whose `weights` are taken: "pretrained", or a file.
+    `cuts`, `levels`, `reducer`: of the windows' pyramids, see `Architecture`; () and ""
+    are the network's own. `system`: "spp", or "rcnn", which warps and convolves every
+    window by itself. `cache`: the folder of proposals and maps, to share between
+    workdirs; "" is in the workdir.
     `scales`: images' shorter sides in pixels; (480, 576, 688, 864, 1200) for five.
-    `window_side`: a window's scale brings its area closest to this squared; 0 is the
-    side that the network was trained at. `rule`: from box to window, see
-    `boxes_to_windows`. `context`: of "rcnn", in pixels; -1 is 16 of 227, in proportion.
+    `window_side`: a window's scale brings its area closest to this squared, and "rcnn"
+    warps windows to it; 0 is the side that the network was trained at. `rule`: from
+    box to window, see `boxes_to_windows`. `context`: of "rcnn", in pixels; -1 is 16 of
+    227, in proportion.
     `buckets`: compiled programs for each scale, at most. `batch_size`: images of the
     training size that are convolved at a time. `maps_dtype`: on disk; "float16" halves
     it.
@@ -39,6 +46,10 @@ class DetectorSettings(NamedTuple):
 
     seed: Annotated[int, at_least(0)] = 0
     network: str = ""
+    weights: str = PRETRAINED
+    cuts: tuple[str, ...] = ()
+    levels: tuple[Annotated[int, at_least(1)], ...] = ()
+    reducer: Annotated[str, one_of(("", *REDUCERS))] = ""
     system: Annotated[str, one_of(SYSTEMS)] = "spp"
     cache: str = ""
     data: BoxData = BoxData()
@@ -62,7 +73,8 @@ class DetectorSettings(NamedTuple):
         """Raises ValueError for settings that don't fit together."""
         if not self.network:
             raise ValueError(
-                "give the workdir of a trained classifier: --config.network=runs/NAME"
+                "give the workdir of a trained classifier, --config.network=runs/NAME, "
+                "or a published trunk: --config.network=efficientnet_lite0"
             )
         if not self.scales:
             raise ValueError(
@@ -81,12 +93,18 @@ class DetectorSettings(NamedTuple):
         """The same, found again from any folder."""
         files = ("file", "test_file", "model")
         paths: Any = {name: absolute(getattr(self.proposals, name)) for name in files}
+        network = self.network if self.is_published else absolute(self.network)
         return self._replace(
-            network=absolute(self.network),
+            network=network,
             cache=absolute(self.cache),
             data=self.data.with_absolute_paths(),
             proposals=self.proposals._replace(**paths),
         )
+
+    @property
+    def is_published(self) -> bool:
+        """Whether `network` names a published trunk, not a folder."""
+        return self.network in BACKBONES and not Path(self.network).exists()
 
     def cache_folder(self, workdir: Path) -> Path:
         """Where proposals and maps are kept."""

@@ -27,8 +27,15 @@ from sppnet_jax.detection.trained_detector import (
     DETECTOR_FILE,
     NETWORK,
     check_is_detector,
+    detecting_network,
     detector_fc,
     finetuned_model,
+    finetuning_params,
+    has_fitting_fc,
+)
+from sppnet_jax.network.pretrained import (
+    pretrained_network,
+    published_architecture,
 )
 from sppnet_jax.network.trained import Network, digest_arrays, load_network
 from sppnet_jax.run import files, parallel, run_folder, stages
@@ -65,6 +72,13 @@ def train_detector(settings: DetectorSettings, workdir: Path) -> None:
 def check_network(settings: DetectorSettings, network: Network) -> None:
     """Raises ValueError if a classifier can't do what the settings ask."""
     model, origin = network.model, settings.network
+    fits = has_fitting_fc(network)
+    if settings.layer != "pyramid" and not (fits or settings.finetune.steps):
+        raise ValueError(
+            f"config.layer is {settings.layer!r}, but {origin} has no fc layers for "
+            "these pyramids: use --config.layer=pyramid, or fine-tune fresh ones with "
+            "--config.finetune.steps=600"
+        )
     if settings.system == "spp":
         if model.levels is None:
             raise ValueError(
@@ -89,9 +103,11 @@ def check_network(settings: DetectorSettings, network: Network) -> None:
 
 def _origin(settings: DetectorSettings, workdir: Path) -> Network:
     """The classifier that the settings name, or the copy of it if it is gone."""
+    if settings.is_published:
+        return detecting_network(settings, _published(settings))
     origin, copy = Path(settings.network), workdir / NETWORK
     if run_folder.has_checkpoint(origin):
-        return load_network(origin)
+        return detecting_network(settings, load_network(origin))
     record = copy / stages.STAGE_FILE
     whole = stages.is_done(workdir, NETWORK)
     if not whole or run_folder.read_json(record)["inputs"]["workdir"] != str(origin):
@@ -100,14 +116,26 @@ def _origin(settings: DetectorSettings, workdir: Path) -> Network:
             "python -m sppnet_jax.train, or correct --config.network"
         )
     log.info("%s is gone; going on with the copy of it", origin)
-    return load_network(copy)
+    return detecting_network(settings, load_network(copy))
+
+
+def _published(settings: DetectorSettings) -> Network:
+    """The published trunk that the settings name, up to their cuts."""
+    whole = published_architecture(settings.network, settings.weights)
+    own = whole._replace(
+        cuts=settings.cuts or whole.cuts,
+        levels=settings.levels or whole.levels,
+        reducer=settings.reducer or whole.reducer,
+    )
+    return pretrained_network(own)
 
 
 def _copy_network(settings: DetectorSettings, network: Network, workdir: Path) -> None:
     """Copies the trained classifier into the detector's folder, unless it is there."""
     origin = Path(settings.network)
     itself = origin.resolve() == (workdir / NETWORK).resolve()
-    if itself or not run_folder.has_checkpoint(origin):
+    gone = not settings.is_published and not run_folder.has_checkpoint(origin)
+    if itself or gone:
         return
 
     def copy(folder: Path) -> dict[str, Any]:
@@ -160,7 +188,7 @@ def _run_stages(
             lambda folder: finetune(
                 folder,
                 finetuned_model(settings, network, len(names)),
-                network.params,
+                finetuning_params(settings, network),
                 features,
                 [
                     finetuning_examples(
@@ -187,7 +215,9 @@ def _run_stages(
                 features,
                 split.objects,
                 len(names),
-                head=layer_head(network.model, settings.layer),
+                head=layer_head(
+                    finetuned_model(settings, network, len(names)), settings.layer
+                ),
                 fc=fc,
                 mining=settings.svm,
                 seed=settings.seed,

@@ -46,6 +46,7 @@ class Finetuning(NamedTuple):
     `drop_steps`: where the learning rate is divided by `drop_factor`.
     `memory_gb`: of pooled windows that are kept for the steps to come; images beyond
     that are pooled again whenever a step draws them. The result is the same.
+    `units`: of fresh fc6 and fc7, for a network that has none.
     """
 
     steps: Annotated[int, at_least(0)] = 300_000
@@ -63,6 +64,7 @@ class Finetuning(NamedTuple):
     log_steps: Annotated[int, at_least(0)] = 50
     checkpoint_steps: Annotated[int, at_least(0)] = 500
     memory_gb: Annotated[float, at_least(0)] = 4.0
+    units: Annotated[int, at_least(1)] = 1024
 
     def check(self) -> None:
         """Raises ValueError for settings that don't fit together."""
@@ -278,9 +280,19 @@ def _losses(
     return losses, logits
 
 
+def drawn_fc(inputs: int, units: int, seed: int) -> dict[str, Any]:
+    """fc6 and fc7 of He's spread, for a network that has none; fc8 is drawn later."""
+    params = {}
+    keys = jax.random.split(jax.random.PRNGKey(seed))
+    for name, key, rows in zip(("fc6", "fc7"), keys, (inputs, units), strict=True):
+        kernel = jax.random.normal(key, (rows, units)) * np.sqrt(2 / rows)
+        params[name] = {"kernel": kernel, "bias": jnp.zeros(units)}
+    return params
+
+
 def _fresh_fc(model: SPPNet, params: Any, seed: int) -> dict[str, Any]:
     """fc6 and fc7 as they were trained, and a new fc8 of N(0, 0.01)."""
-    inputs = params["fc8"]["kernel"].shape[0]
+    inputs = params["fc7"]["kernel"].shape[1]
     shape = (inputs, model.num_classes)
     kernel = 0.01 * jax.random.normal(jax.random.PRNGKey(seed), shape)
     fresh = {"kernel": kernel, "bias": jnp.zeros(model.num_classes)}

@@ -47,11 +47,11 @@ def split_features(
     """
     decided_by = feature_settings(settings, network)
     inputs = {"images": digest_of({"images": split.images}), **decided_by}
-    stored = ["network", "images", "dtype"]
+    stored = ["trunk", "images", "dtype"]
     if settings.system == "rcnn":
         inputs["boxes"] = digest_arrays(boxes)
-        stored += ["boxes", "context", "side"]
-    # The maps of a scale serve every list of scales, and both rules.
+        stored += ["network", "pyramid", "boxes", "context", "side"]
+    # The maps of a scale serve every pyramid, every list of scales, and both rules.
     name = digest_of({name: inputs[name] for name in stored})
     cache, model = settings.cache_folder(workdir), network.model
     windows = np.mean([len(own) for own in boxes])
@@ -130,9 +130,11 @@ def image_features(
 
 def feature_settings(settings: DetectorSettings, network: Network) -> dict[str, Any]:
     """What decides the pooled features of a box."""
-    side = network.model.image_size
+    side, model = network.model.image_size, network.model
     shared = {
         "network": network.digest,
+        "trunk": network.trunk_digest,
+        "pyramid": [list(model.levels or ()), model.reducer],
         "system": settings.system,
         "dtype": settings.maps_dtype,
     }

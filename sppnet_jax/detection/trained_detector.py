@@ -1,5 +1,6 @@
 """A trained detector as one value, and what it finds."""
 
+import dataclasses
 import logging
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,7 +19,7 @@ from sppnet_jax.detection.detector import (
     suppress,
 )
 from sppnet_jax.detection.detector_settings import DetectorSettings, detector_settings
-from sppnet_jax.detection.finetune import load_finetuned
+from sppnet_jax.detection.finetune import drawn_fc, load_finetuned
 from sppnet_jax.detection.learn import REGRESSION_FILE, SVM_FILE
 from sppnet_jax.detection.low_rank import FC_LAYERS, truncate_fc
 from sppnet_jax.detection.proposals import find_boxes
@@ -89,7 +90,7 @@ def load_detector(workdir: Path, settings: DetectorSettings | None = None) -> De
                 f"{name!r}: run python -m sppnet_jax.detect train with the settings "
                 "that you test with"
             )
-    network = load_network(workdir / NETWORK)
+    network = detecting_network(settings, load_network(workdir / NETWORK))
     fc = detector_fc(settings, network, workdir, len(class_names))
     if any(settings.fc_rank):
         fc = truncate_fc(fc, dict(zip(("fc6", "fc7"), settings.fc_rank, strict=True)))
@@ -99,8 +100,9 @@ def load_detector(workdir: Path, settings: DetectorSettings | None = None) -> De
     if needed["regression"]:
         file = workdir / "regression" / REGRESSION_FILE
         regressors = BoxRegressors(**files.read_arrays(file))
+    classifier = finetuned_model(settings, network, len(class_names))
     head, weights = scoring_head(
-        network.model, fc, layer=settings.layer, svms=svms, regressors=regressors
+        classifier, fc, layer=settings.layer, svms=svms, regressors=regressors
     )
     return Detector(
         settings,
@@ -195,10 +197,56 @@ def _detect(
 def finetuned_model(
     settings: DetectorSettings, network: Network, classes: int
 ) -> SPPNet:
-    """The network with an fc8 for so many classes and background, the last."""
-    return network.model.clone(
+    """The network with an fc8 for so many classes and background, the last.
+
+    A network without fc layers gets fc6 and fc7 too, where they are fine-tuned.
+    """
+    model = network.model.clone(
         num_classes=classes + 1, dropout=settings.finetune.dropout
     )
+    if has_fitting_fc(network) or not settings.finetune.steps:
+        return model
+    return model.clone(head="fc", width=settings.finetune.units / 4096)
+
+
+def finetuning_params(settings: DetectorSettings, network: Network) -> Any:
+    """The fc6 and fc7 that fine-tuning begins with: the network's, or fresh ones."""
+    if has_fitting_fc(network):
+        return network.params
+    return drawn_fc(pooled_length(network), settings.finetune.units, settings.seed)
+
+
+def detecting_network(settings: DetectorSettings, network: Network) -> Network:
+    """A network that pools windows as the settings say, where they say how."""
+    model = network.model
+    changed = model.clone(
+        cuts=settings.cuts or model.cuts,
+        levels=settings.levels or model.levels,
+        reducer=settings.reducer or model.reducer,
+        frozen_rows=0,
+    )
+    if settings.system == "rcnn" and settings.window_side:
+        changed = changed.clone(image_size=settings.window_side)
+    changed.geometry.map_size(changed.image_size)
+    return dataclasses.replace(network, model=changed, geometry=changed.geometry)
+
+
+def pooled_length(network: Network) -> int:
+    """The length of a window's pooled vector."""
+    model, side = network.model, network.model.image_size
+    image = jax.ShapeDtypeStruct((1, side, side, 3), np.float32)
+
+    def pooled(params: Any, images: jax.Array) -> Any:
+        maps, _ = model.apply({"params": params}, images, method="features")
+        return model.apply({"params": params}, maps, method="pool")
+
+    return jax.eval_shape(pooled, network.params, image).shape[1]
+
+
+def has_fitting_fc(network: Network) -> bool:
+    """Whether the network's fc layers take the vectors that its windows give."""
+    fc6 = network.params.get("fc6")
+    return fc6 is not None and fc6["kernel"].shape[0] == pooled_length(network)
 
 
 def detector_fc(
@@ -208,8 +256,9 @@ def detector_fc(
     params = network.params
     if settings.finetune.steps:
         model = finetuned_model(settings, network, classes)
-        params = load_finetuned(workdir / "finetune", model, params)
-    return {name: params[name] for name in FC_LAYERS}
+        begun = finetuning_params(settings, network)
+        params = load_finetuned(workdir / "finetune", model, begun)
+    return {name: params[name] for name in FC_LAYERS if name in params}
 
 
 def check_is_detector(workdir: Path) -> None:
@@ -222,6 +271,7 @@ def _check_trained_as(settings: DetectorSettings, workdir: Path) -> None:
     """Raises ValueError if a detector was trained with other settings than these."""
     known, given = plain(detector_settings(workdir)), plain(settings)
     shared = ["system", "scales", "rule", "window_side", "context", "maps_dtype"]
+    shared += ["cuts", "levels", "reducer"]
     shared += ["finetune"]
     shared += ["layer", "svm"] if settings.scorer == "svm" else []
     shared += ["regression"] if settings.regression.enabled else []

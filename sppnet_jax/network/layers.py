@@ -29,6 +29,7 @@ from jaxtyping import Array, Float, Int
 
 from sppnet_jax.network.stack import (
     ACTIVATIONS,
+    JOINS,
     LRN,
     Branches,
     Conv,
@@ -80,13 +81,9 @@ def run_table(
                 named |= own_named
                 sizes |= own_sizes
             parts, size = [end[0] for end in ends], ends[0][1]
-            if layer.join == "concat":
-                joined = jnp.concatenate(parts, axis=-1)
-            else:
-                joined = functools.reduce(jnp.add, parts)
-            maps, zero = activate(joined, layer.activation), True
+            maps, zero = activate(_join(parts, layer.join), layer.activation), True
         else:
-            if layer.kernel > 1:  # filters of one cell see no other
+            if layer.kernel > 1 or layer.padding:  # one cell alone sees no other
                 maps = clean()
             size = _size_after(layer, size)
             if isinstance(layer, MaxPool):
@@ -96,6 +93,14 @@ def run_table(
                 maps, zero = activate(convolve(maps), layer.activation), False
                 named[name], sizes[name] = clean(), size
     return clean(), size, named, sizes
+
+
+def _join(parts: Sequence[Array], join: str) -> Array:
+    if join == "concat":
+        return jnp.concatenate(parts, axis=-1)
+    if join == "add":
+        return functools.reduce(jnp.add, parts)
+    raise ValueError(f"unknown join {join!r}: use one of {JOINS}")
 
 
 def _size_after(layer: Conv | MaxPool, size: ValidSize | None) -> ValidSize | None:
@@ -156,18 +161,22 @@ def depthwise_conv(
     feature_group_count: int,
     **options: Any,
 ) -> jax.Array:
-    """Convolves each channel with a filter of its own; for flax's `nn.Conv`.
+    """Convolves each group of channels with one filter; for flax's `nn.Conv`.
 
-    `maps`: [batch, height, width, channels]. `kernel`: [rows, columns, 1, channels].
+    `maps`: [batch, height, width, channels]. `kernel`: [rows, columns, channels of a
+    group, filters]; fast for groups of one channel.
 
-    Returns: [batch, rows, columns, channels].
+    Returns: [batch, rows, columns, filters].
     """
     del options  # nn.Conv's defaults
     rows, columns = kernel.shape[:2]
     down, across = int(strides[0]), int(strides[1])
 
     def on_cpu(maps: jax.Array, kernel: jax.Array) -> jax.Array:
-        padded = jnp.pad(maps, ((0, 0), *padding, (0, 0)))
+        # Sums in bfloat16 would round at every term.
+        dtype = jnp.promote_types(maps.dtype, jnp.float32)
+        padded = jnp.pad(maps.astype(dtype), ((0, 0), *padding, (0, 0)))
+        kernel = kernel.astype(dtype)
         height = (padded.shape[1] - rows) // down + 1
         width = (padded.shape[2] - columns) // across + 1
         products = [
@@ -180,7 +189,7 @@ def depthwise_conv(
             for y in range(rows)
             for x in range(columns)
         ]
-        return functools.reduce(jnp.add, products)
+        return functools.reduce(jnp.add, products).astype(maps.dtype)
 
     def elsewhere(maps: jax.Array, kernel: jax.Array) -> jax.Array:
         return jax.lax.conv_general_dilated(
@@ -192,6 +201,8 @@ def depthwise_conv(
             feature_group_count=feature_group_count,
         )
 
+    if kernel.shape[2] > 1:
+        return elsewhere(maps, kernel)
     return jax.lax.platform_dependent(maps, kernel, cpu=on_cpu, default=elsewhere)
 
 

@@ -92,7 +92,9 @@ _SQUEEZENET = Naming(
     ),
     (),
 )
-_KERAS_SQUEEZENET = Naming(  # Keras repeats a layer's name in its tensors' names
+# Keras repeats a layer's name in its tensors' names. Its pools round sizes down, so the
+# maps are its own where every pool sees an odd size, as at 224 pixels.
+_KERAS_SQUEEZENET = Naming(
     _plain(
         "conv1/conv1",
         *(f"{name}/{name}" for name in _fires(lambda n: f"fire{n}/")),
@@ -304,7 +306,7 @@ def pretrained_params(backbone: str, weights: str = PRETRAINED) -> Params:
     )
     ours = _plain(*(f"conv{n}" for n in range(1, count + 1)))
     own = Naming(ours, HEAD, kernel=".kernel", torch_order=False)
-    known = (own, *NAMES.get(backbone, ()))
+    known = (*NAMES.get(backbone, ()), own)
     naming = max(known, key=lambda one: len(set(tensors) & set(_needed(one))))
     message = f"{path} holds no weights of {backbone}"
     _check_names(tensors, naming, message)

@@ -57,6 +57,21 @@ class Network:
         text = json.dumps(model, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
+    @functools.cached_property
+    def trunk_digest(self) -> str:
+        """A name for all that its map depends on, whatever is made of the map."""
+        convs = {k: v for k, v in self.params.items() if k.startswith("conv")}
+        inputs = [self.preprocessing.mean, np.asarray(self.preprocessing.scale)]
+        trunk = {
+            "table": str(self.model.table),
+            "cuts": self.model.cuts,
+            "dtype": str(np.dtype(self.model.dtype)),
+            "weights": digest_arrays(jax.tree.leaves(convs)),
+            "inputs": digest_arrays(inputs),
+        }
+        text = json.dumps(trunk, sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
 
 def load_network(
     workdir: str | Path, settings: Mapping[str, Any] | None = None
@@ -80,7 +95,7 @@ def load_network(
     trained_on = run_folder.load_training_data(workdir)
     data = settings["data"]
     architecture = read(Architecture, settings["model"], "config.model")
-    classes = len(trained_on.class_names)
+    classes = max(1, len(trained_on.class_names))  # a trunk may have no head
     model = make_model(architecture, classes, data["image_size"])
     with Checkpoints(workdir / run_folder.CHECKPOINTS) as checkpoints:
         params = checkpoints.restore_params(param_shapes(model))

@@ -180,7 +180,9 @@ _LITE_STAGES = (
 def _lite(width: float, depth: float) -> Table:
     """EfficientNet-Lite: inverted bottlenecks with ReLU6.
 
-    At stride 2 the padding is TensorFlow's SAME of even sizes, for every size.
+    At stride 2 the padding is TensorFlow's SAME of even sizes, for every size: the maps
+    are those of TensorFlow where the image's sides are multiples of 32. At the 240 and
+    260 pixels of Lite1 and Lite2 a map on the way is odd, and scores differ a little.
     """
     rows: list[Layer] = [_lite_conv(32, 3, 2)]
     channels, total_stride = 32, 2
