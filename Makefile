@@ -1,4 +1,5 @@
-# make demo: a small SPP-net and its detector, trained and tested in some minutes.
+# make demo: a small SPP-net and its detector, trained and tested in some minutes; and
+#   what a pretrained trunk sees on two photographs.
 # make test: the whole test suite.        PYTHON=python3.13 make test: on that Python.
 # make quick: the layer, windows, the model, one training, one detection: two minutes.
 # make notebooks: runs every notebook from top to bottom, as a test.
@@ -12,6 +13,8 @@ $(error $(PYTHON) is Python '$(VERSION)'; use 3.11 to 3.13: make PYTHON=python3.
 endif
 VENV := .venv-$(VERSION)
 RUN := runs/demo
+# Those that scikit-learn ships.
+PHOTOS = $(VENV)/lib/python$(VERSION)/site-packages/sklearn/datasets/images
 PYTEST := $(VENV)/bin/python -m pytest -n 2 --dist worksteal
 # Which tests `make test` runs, by their markers.
 TESTS := not notebook
@@ -24,10 +27,13 @@ demo: $(VENV)/demo
 	$(VENV)/bin/python -m sppnet_jax.detect train --config=configs/detect_digits.py \
 	    --config.network=$(RUN) --workdir=$(RUN)/detect
 	$(VENV)/bin/python -m sppnet_jax.detect test --workdir=$(RUN)/detect
+	$(VENV)/bin/python -m sppnet_jax.predict --trunk=efficientnet_lite0 --windows \
+	    --picture=$(RUN)/photos.png $(PHOTOS)/china.jpg $(PHOTOS)/flower.jpg
 	@echo
 	@echo "The classifier is in $(RUN): curves in training.png, predictions in"
 	@echo "evaluate_single.png, numbers in evaluate_single.json and metrics.jsonl."
 	@echo "The detector is in $(RUN)/detect: test/examples.png, test/results.json."
+	@echo "What a pretrained trunk sees: $(RUN)/photos_1.png and photos_2.png."
 
 test: $(VENV)/dev
 	$(PYTEST) -m "$(TESTS)"

@@ -32,6 +32,7 @@ from sppnet_jax.detection.box_split import BoxSplit, open_split_of
 from sppnet_jax.detection.detector_evaluation import evaluate_detectors
 from sppnet_jax.detection.detector_settings import DetectorSettings
 from sppnet_jax.detection.detector_training import train_detector
+from sppnet_jax.network.trained import load_network
 from sppnet_jax.run import files, run_folder, stages
 from sppnet_jax.run.settings import plain, read
 from sppnet_jax.training.layer_features import Features, default_side
@@ -271,7 +272,8 @@ def network_features(
             return features
     write_features(
         settings,
-        workdir,
+        load_network(workdir, plain(settings)),
+        workdir=workdir,
         layer=layer,
         split=split,
         mode=mode,

@@ -112,6 +112,11 @@ def run(
             weights = given.get("weights", WEIGHTS.default)
             config = ConfigDict(plain(published(given["trunk"], weights)))
             config_flags.DEFINE_config_dict("config", config, _CONFIG_HELP)
+        elif "weights" in given:
+            raise ValueError(
+                "--weights are of a --trunk: name it, too; for a training, give "
+                "--config.model.weights"
+            )
         elif saved and "config" not in given and "workdir" in given:
             workdir = Path(given["workdir"].split(",")[0]).expanduser()
             config = ConfigDict(plain(saved(workdir)))

@@ -44,6 +44,12 @@ def main(argv: Sequence[str]) -> None:
         )
     settings = cli.given_settings(NetworkSettings)
     network = cli.given_network(settings)
+    if not network.class_names:
+        raise ValueError(
+            "with other cuts, levels or head than its classifier was made for, a "
+            "network scores no classes: leave those out, or take python -m "
+            "sppnet_jax.features"
+        )
     picture = Path(_PICTURE.value).expanduser() if _PICTURE.value else None
     show = show_windows if _WINDOWS.value else show_images
     failed = show(settings, network, argv, picture)

@@ -62,6 +62,17 @@ def shallow_zf5() -> Iterator[None]:
         yield
 
 
+@pytest.fixture(scope="module")
+def tiny_trunk(tmp_path_factory) -> Iterator[Path]:
+    """A file of weights of the tiny trunk, which TINY_TRUNK means in this process."""
+    from sppnet_jax.network import trunks  # below the hook
+    from tests.network_helpers import TINY, TINY_TRUNK, write_tiny_weights
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(trunks.BACKBONES, TINY_TRUNK, TINY)
+        yield write_tiny_weights(tmp_path_factory.mktemp("tiny") / "tiny.safetensors")
+
+
 @pytest.fixture(scope="session")
 def few_scenes(tmp_path_factory) -> Path:
     """Where TFDS finds the embedded data set, 16 scenes of each split."""
@@ -97,13 +108,14 @@ def command_line():
     """Runs `python -m sppnet_jax.COMMAND …` as a user would; returns the result.
 
     `imported`: whether the process starts with the libraries of others imported.
+    `how`: what is called there with the module and the arguments.
     """
 
     def run(
-        command, *arguments, check=True, timeout=300, imported=True, **options
+        command, *arguments, check=True, timeout=300, imported=True, how=None, **options
     ) -> Finished:
         module, arguments = f"sppnet_jax.{command}", [str(part) for part in arguments]
-        how = run_command if imported else start_anew
+        how = how or (run_command if imported else start_anew)
         result = Started(how, module, arguments, **options).end(timeout)
         if check and result.returncode:
             raise AssertionError(

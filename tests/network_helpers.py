@@ -8,16 +8,47 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from sppnet_jax.network.model import SPPNet, make_model
-from sppnet_jax.network.trunks import ZF5
+from sppnet_jax.network import trunks
+from sppnet_jax.network.model import Architecture, SPPNet, make_model
+from sppnet_jax.network.pretrained import named_params
+from sppnet_jax.network.stack import Conv, Cut
+from sppnet_jax.network.trunks import ZF5, Backbone, Published
+from sppnet_jax.network.weight_files import write_tensors
 from sppnet_jax.run import run_folder
 from sppnet_jax.run.checkpoints import Checkpoints
 from sppnet_jax.run.settings import read
 from sppnet_jax.training.network_settings import NetworkSettings
+from tests.processes import run_command
 
 # ZF-5 without its last three convolutions and a normalisation: maps of the same sizes,
 # compiled in half the time. For what does not depend on the network.
 SHALLOW = ZF5._replace(layers=(*ZF5.layers[:4], ZF5.layers[5]))
+
+# In place of a published network, with a cut and a classifier of its own.
+TINY_TRUNK = "resnet18"
+TINY = Backbone(
+    layers=(
+        Conv(6, kernel=3, stride=2, padding=(0, 1)),
+        Cut("stride2"),
+        Conv(8, kernel=3, stride=2, padding=1, activation="relu6"),
+    ),
+    published=Published((127.0,) * 3, (128.0,) * 3, image_size=32, resize_side=40),
+)
+
+
+def write_tiny_weights(path: Path, classes: int = 1000) -> Path:
+    """Writes weights of the tiny trunk and a classifier on it; returns the file."""
+    model = make_model(
+        Architecture(TINY_TRUNK, levels=(1,), head="linear"), classes, 32
+    )
+    write_tensors(path, named_params(drawn_params(model)))
+    return path
+
+
+def run_with_tiny_trunk(module: str, arguments: list[str]) -> None:
+    """`python -m MODULE ARGUMENTS…`, in this process, with the tiny trunk."""
+    trunks.BACKBONES[TINY_TRUNK] = TINY
+    run_command(module, arguments)
 
 
 def drawn_params(model: SPPNet) -> dict[str, Any]:

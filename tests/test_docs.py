@@ -1,11 +1,14 @@
 """What README.md and docs/ show and say is so: examples, links, names, settings."""
 
 import ast
+import functools
 import importlib
+import itertools
 import re
 import sys
 import textwrap
 import types
+from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,7 +25,9 @@ from sppnet_jax.classification import views
 from sppnet_jax.classification.feature_files import save_features
 from sppnet_jax.data import datasets, sources
 from sppnet_jax.detection.detector_settings import DetectorSettings
-from sppnet_jax.network import trunks
+from sppnet_jax.network import pretrained, trunks
+from sppnet_jax.network.stack import cut_names, cut_table, table_geometry
+from sppnet_jax.network.weight_files import write_tensors
 from sppnet_jax.run.settings import unknown_field
 from sppnet_jax.training.layer_features import Features
 from sppnet_jax.training.network_settings import NetworkSettings
@@ -119,7 +124,9 @@ def test_the_examples_of_a_page_run_one_after_the_other_and_give_what_they_say(
         exec(compile(with_checks(code), name_of(page), "exec"), module.__dict__)
 
 
-def test_a_new_trunk_is_one_table_and_one_line(monkeypatch):
+def test_a_new_trunk_is_one_table_and_one_line_and_its_weights_a_table_of_names(
+    monkeypatch, tmp_path
+):
     names = dict(vars(trunks))
     exec(part_of("sppnet_jax/network/trunks.py"), names)
     monkeypatch.setitem(trunks.BACKBONES, "tiny", names["TINY"])
@@ -129,6 +136,67 @@ def test_a_new_trunk_is_one_table_and_one_line(monkeypatch):
     variables = jax.jit(model.init)(jax.random.key(0), images)
     logits, _ = jax.jit(model.apply)(variables, images)
     assert logits.shape == (1, 3)
+
+    names = dict(vars(pretrained))
+    exec(part_of("sppnet_jax/network/pretrained.py"), names)
+    monkeypatch.setitem(pretrained.NAMES, "tiny", (names["TINY"],))
+    rng = np.random.default_rng(0)
+    shapes = {"stem.conv.weight": (32, 3, 5, 5), "block.conv.weight": (32, 32, 3, 3)}
+    shapes |= {"last.weight": (64, 32, 3, 3), "last.bias": (64,)}
+    shapes |= {"fc.weight": (7, 64), "fc.bias": (7,)}
+    for norm in ("stem.bn", "block.bn"):
+        parts = ("weight", "bias", "running_mean", "running_var")
+        shapes |= {f"{norm}.{part}": (32,) for part in parts}
+    tensors = {name: rng.uniform(1, 2, shape) for name, shape in shapes.items()}
+    write_tensors(tmp_path / "tiny", tensors)
+    weights = str(tmp_path / "tiny")
+    architecture = pretrained.published_architecture("tiny", weights)
+    network = pretrained.pretrained_network(architecture)
+    assert network.class_names == tuple("0123456")
+    of_norm = [tensors[f"block.bn.{part}"] for part in parts]
+    scale = of_norm[0] / np.sqrt(of_norm[3] + 1e-5)
+    block = network.params["conv2"]
+    expected = tensors["block.conv.weight"].transpose(2, 3, 1, 0) * scale
+    np.testing.assert_allclose(block["kernel"], expected, rtol=1e-5)
+    expected = of_norm[1] - of_norm[2] * scale
+    np.testing.assert_allclose(block["bias"], expected, rtol=1e-5, atol=1e-6)
+    image = np.zeros((40, 60, 3), np.uint8)
+    assert sn.score_images(network, [image]).shape == (1, 7)
+    cut = architecture._replace(cuts=("stride4",), levels=(2, 1))
+    assert pretrained.pretrained_network(cut).geometry.stride == 4
+
+
+def tables_of(page: Path) -> Iterator[list[list[str]]]:
+    """The tables of a page: rows of cells, without backquotes."""
+    text = page.read_text().replace("`", "")
+    for table in re.findall(r"(?:^\|.*\|\n)+", text, re.MULTILINE):
+        rows = [line.strip("| ").split(" | ") for line in table.splitlines()]
+        yield [rows[0], *rows[2:]]
+
+
+def test_the_tables_of_cuts_are_those_of_the_trunks():
+    shown: dict[str, dict[str, str]] = defaultdict(dict)
+    for (kind, *columns), *rows in tables_of(REPOSITORY / "docs/pretrained.md"):
+        if kind == "cut":
+            for (cut, *cells), trunk in itertools.product(rows, columns):
+                cell = cells[columns.index(trunk)]
+                if cell != "–":
+                    shown[trunk]["" if cut == "none" else cut] = cell
+    published = {name for name, own in trunks.BACKBONES.items() if own.published}
+    assert set(shown) == published
+    for name, cells in shown.items():
+        own = trunks.get_backbone(name)
+        assert set(cells) - {""} == set(cut_names(own.layers))
+        model = sn.create_model(name, (1,), 1, head="none")
+        image = jax.ShapeDtypeStruct((1, 224, 224, 3), np.float32)
+        (pooled, maps), _ = jax.eval_shape(
+            functools.partial(model.init_with_output, jax.random.key(0)), image
+        )
+        for cut, cell in cells.items():
+            channels = (maps[cut] if cut else pooled).shape[-1]
+            geometry = table_geometry(cut_table(own.layers, cut))
+            assert cell == f"{channels}, {geometry.receptive_field}", f"{name}, {cut}"
+            assert not cut or int(re.findall(r"\d+", cut)[0]) == geometry.stride
 
 
 def test_a_new_kind_of_folder_is_a_module_and_its_name(monkeypatch, tmp_path):

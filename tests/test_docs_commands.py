@@ -77,6 +77,12 @@ RUN: dict[str, list[str]] = {
     ],
     "train --config=configs/digits.py": SMALL,
     "train --config=configs/folder.py": SMALL,
+    "train --config=configs/folder_pretrained.py": [
+        "--config.epochs=1",
+        "--config.batch_size=8",
+        "--config.data.image_size=64",
+        "--config.data.resize_side=64",
+    ],
     "train --config=configs/imagenet.py": [
         *SMALL,
         "--config.max_steps=2",
@@ -88,7 +94,11 @@ RUN: dict[str, list[str]] = {
     ],
     "evaluate --workdir": ["--buckets=1"],
     "predict --workdir": [],
+    "predict --trunk=efficientnet_lite0": ["--config.data.resize_side=224"],
     "features --workdir=runs/digits": [],
+    "features --trunk=efficientnet_lite0": ["--side=64"],
+    "export --workdir": [],
+    "export --format=safetensors --workdir": [],
     "detect train --config=configs/detect_digits.py": [
         *DETECTOR,
         "--config.data.train_split=train[:6]",
@@ -100,7 +110,13 @@ RUN: dict[str, list[str]] = {
     "benchmarks.allreduce": [],
 }
 # Stages in which commands are run, so that what they need is there.
-STAGES = ("train ", ("evaluate ", "predict ", "features "), "detect train ", "")
+STAGES = (
+    "train ",
+    "export ",
+    ("evaluate ", "predict ", "features "),
+    "detect train ",
+    "",
+)
 
 
 class NotRun(NamedTuple):
@@ -186,6 +202,12 @@ NOT_RUN: dict[str, NotRun] = {
         "takes minutes; see test_bench.py", is_parsed
     ),
     "python -m experiments.": NotRun("trains dozens of networks", is_parsed),
+    "python -m sppnet_jax.predict --trunk=squeezenet": NotRun(
+        "needs a package", has_valid_settings
+    ),
+    "python -m sppnet_jax.predict --trunk=resnet": NotRun(
+        "needs a file of others", has_valid_settings
+    ),
     "python -m sppnet_jax.features --workdir=runs/zf5_spp": NotRun(
         "needs VOC", has_valid_settings
     ),
@@ -288,7 +310,9 @@ def test_every_command_runs_as_it_stands_with_small_settings_behind(home, comman
         assert result.returncode == 0, told
 
 
-@pytest.mark.parametrize("name", ["train", "evaluate", "predict", "features", "detect"])
+@pytest.mark.parametrize(
+    "name", ["train", "evaluate", "predict", "features", "export", "detect"]
+)
 def test_each_command_line_has_help(name, command_line):
     result = command_line(name, "--help", check=False, imported=False)
     assert "--workdir: The folder of the run." in result.stdout

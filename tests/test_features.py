@@ -148,7 +148,7 @@ def test_a_network_without_spp_takes_crops_and_squares_of_its_size_only():
             "another size for each whole image.*choose from pyramid, fc6, fc7, fc8, "
             "or use the mode crop or warp",
         ),
-        ({"layer": "fc9"}, "unknown layer 'fc9': this network has conv1, .*, fc8"),
+        ({"layer": "fc9"}, "unknown layer 'fc9': this .* conv1 to conv5, .*, fc8"),
         ({"layer": "conv6"}, "unknown layer 'conv6'"),
         ({"mode": "whole"}, "unknown mode 'whole': choose from crop, warp, full"),
         ({"side": 31}, "a crop of 32×32 pixels does not fit .* is 31: .*at least 32"),

@@ -16,7 +16,7 @@ FLOORS = (
     {"detection"},
     {"benchmarks"},
 )
-COMMANDS = {"train", "evaluate", "predict", "features", "detect", "bench"}
+COMMANDS = {"train", "evaluate", "predict", "features", "detect", "export", "bench"}
 # On top of all rooms; commands may use these, and not each other.
 ABOVE = {"cli", "ablation", "__init__"}
 FILES = sorted(PACKAGE.rglob("*.py"))

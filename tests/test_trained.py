@@ -155,8 +155,8 @@ def test_predict_decodes_each_photograph_once(run, flowers, tmp_path, monkeypatc
         return decode(data)
 
     monkeypatch.setattr(photographs, "decode_image", counted)
-    settings = settings_for(flowers)
-    assert predict.predict_files(settings, run, paths, tmp_path / "drawn.png") == 0
+    shown = settings_for(flowers), load_network(run), paths, tmp_path / "drawn.png"
+    assert predict.show_images(*shown) == 0
     assert len(decoded) == 3
 
 

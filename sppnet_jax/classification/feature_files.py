@@ -1,7 +1,6 @@
 """Files of features, to train SVMs on, with all that says where they are from."""
 
 import datetime
-import importlib.metadata
 import json
 import os
 import zipfile
@@ -12,13 +11,15 @@ import numpy as np
 
 from sppnet_jax.data.datasets import ImageData
 from sppnet_jax.data.sources import open_source
-from sppnet_jax.network.trained import load_network
+from sppnet_jax.network.model import Architecture
+from sppnet_jax.network.trained import Network
 from sppnet_jax.run import parallel
-from sppnet_jax.run.files import absolute, write_arrays
+from sppnet_jax.run.files import absolute, own_version, write_arrays
 from sppnet_jax.run.settings import plain
 from sppnet_jax.training.layer_features import (
     Features,
     check_request,
+    default_layer,
     default_side,
     extract_features,
 )
@@ -27,9 +28,10 @@ from sppnet_jax.training.network_settings import NetworkSettings
 
 def write_features(
     settings: NetworkSettings,
-    workdir: Path,
+    network: Network,
     *,
-    layer: str = "fc7",
+    workdir: Path | None = None,
+    layer: str = "",
     split: str = "test",
     mode: str = "crop",
     side: int | None = None,
@@ -37,11 +39,13 @@ def write_features(
     output: Path | None = None,
     max_buckets: int = 4,
 ) -> tuple[Path, dict[str, Any]]:
-    """Extracts features with a run's newest checkpoint, into a file.
+    """Extracts features of a data set's images with a network, into a file.
 
-    `settings`: of the run in `workdir`, whose `data.name`, `data.root` and
-    `data.data_dir` may name any data set. `layer`, `mode`, `side`: see
-    `layer_features.extract_features`.
+    `settings`: of the network, whose `data.name`, `data.root` and `data.data_dir` may
+    name any data set. `workdir`: of the run that trained it; None for a published one.
+    `layer`: "" is fc7, or the pyramid of a network without one. `mode`, `side`: see
+    `layer_features.extract_features`. `output`: by default in the run's folder or the
+    current one, named after all these.
 
     Returns: the file, and what it says of where its features are from.
     Raises: ValueError for a request that can't be met or a file that can't be written,
@@ -52,9 +56,12 @@ def write_features(
         side = default_side(
             mode, image_size=data.image_size, resize_side=data.resize_side
         )
+    layer = layer or default_layer(network.model)
     if output is None:
-        output = workdir / file_name(data, split, layer, mode, side)
-    network = load_network(workdir, plain(settings))
+        name = file_name(data, split, layer, mode, side)
+        if workdir is None:
+            name = name.replace("features_", f"features_{_trunk_name(settings.model)}_")
+        output = (workdir or Path()) / name
     check_request(network.model, layer=layer, side=side, mode=mode)
     output.parent.mkdir(parents=True, exist_ok=True)
     if output.is_dir() or not os.access(output.parent, os.W_OK):
@@ -74,9 +81,11 @@ def write_features(
         **data.loading,
     )
     provenance = {
-        "workdir": str(workdir.absolute()),
+        "workdir": str(workdir.absolute()) if workdir else "",
+        "trunk": settings.model.backbone,
+        "weights": settings.model.weights,
         "checkpoint_step": network.step,
-        "trained_on": str(network.trained_on),
+        "trained_on": str(network.trained_on) if workdir else network.trained_on.name,
         "layer": layer,
         "mode": mode,
         "side": side,
@@ -88,7 +97,7 @@ def write_features(
         "images": len(features.values),
         "broken": features.broken,
         "numbers": features.values.shape[1],
-        "version": _version(),
+        "version": own_version(),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "config": plain(settings),
     }
@@ -154,8 +163,7 @@ def load_features(path: str | Path) -> tuple[Features, dict[str, Any]]:
     return features, provenance
 
 
-def _version() -> str:
-    try:
-        return importlib.metadata.version("sppnet_jax")
-    except importlib.metadata.PackageNotFoundError:
-        return "unknown (run from a folder that is not installed)"
+def _trunk_name(model: Architecture) -> str:
+    """What differs between the pyramids on a trunk: "vgg16-stride16-3.2.1-max"."""
+    levels = ".".join(map(str, model.levels))
+    return "-".join((model.backbone, *model.cuts, levels, model.reducer))

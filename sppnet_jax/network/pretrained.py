@@ -10,10 +10,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from sppnet_jax.network.exported import PRETRAINED, exported
 from sppnet_jax.network.imagenet_classes import imagenet_names
 from sppnet_jax.network.model import Architecture, SPPNet, make_model, param_shapes
 from sppnet_jax.network.preprocess import Inputs, make_preprocessing
-from sppnet_jax.network.stack import convs_of
+from sppnet_jax.network.stack import convs_of, cut_names, cut_table
 from sppnet_jax.network.trained import Network
 from sppnet_jax.network.trunks import Published, get_backbone
 from sppnet_jax.network.weight_files import find_weights, read_tensors
@@ -21,7 +22,6 @@ from sppnet_jax.pyramid.pooling import num_bins
 from sppnet_jax.run.run_folder import TrainingData
 from sppnet_jax.run.settings import plain
 
-PRETRAINED = "pretrained"
 HEAD = ("fc6", "fc7", "fc8")
 Params = dict[str, dict[str, np.ndarray]]
 
@@ -149,8 +149,27 @@ def published_of(backbone: str) -> Published:
 
 
 def published_architecture(backbone: str, weights: str = PRETRAINED) -> Architecture:
-    """The settings of a published network with its own classifier."""
+    """The settings of a published network with its own classifier.
+
+    Of weights that were exported from a run, those of the run's network.
+
+    Raises: ValueError for such weights of another backbone, or where only the run's own
+    folder says how images are normalised.
+    """
     own = published_of(backbone)
+    ours = exported(weights)
+    if ours is not None:
+        if ours.architecture.backbone != backbone:
+            raise ValueError(
+                f"{weights} holds weights of {ours.architecture.backbone}, not of "
+                f"{backbone}"
+            )
+        if not ours.published_inputs:
+            raise ValueError(
+                f"{weights} is of a run that began with drawn weights, and normalises "
+                "images by its own data's mean: give the run's --workdir"
+            )
+        return ours.architecture
     return Architecture(
         backbone=backbone,
         weights=weights,
@@ -169,8 +188,9 @@ def pretrained_network(
     """A network whose trunk is pretrained, as one value.
 
     With the levels, the reducer and the head that its classifier was published with,
-    see `published_architecture`, it scores the classes of ImageNet, at any image size.
-    With others it has no head, and gives features only.
+    see `published_architecture`, it scores the classes of ImageNet, at any image size;
+    or those of the run that its weights were exported from. With others it has no head,
+    and gives features only.
     `image_size`, `resize_side`: in pixels; those that it was published with by default.
 
     Raises: ValueError for weights that can't be had or are of another network.
@@ -178,19 +198,20 @@ def pretrained_network(
     own = published_of(architecture.backbone)
     image_size = image_size or own.image_size
     resize_side = resize_side or max(own.resize_side, image_size)
-    params = pretrained_params(architecture.backbone, architecture.weights)
     pooled_as = "cuts", "levels", "reducer", "head", "width"
-    whole = published_architecture(architecture.backbone)
+    whole = published_architecture(architecture.backbone, architecture.weights)
     classifies = all(getattr(architecture, n) == getattr(whole, n) for n in pooled_as)
+    params = pretrained_params(architecture.backbone, architecture.weights)
     names: tuple[str, ...] = ()
     if classifies:
-        names = imagenet_names()
-        if own.head != "none" and "fc8" not in params:
+        ours = exported(architecture.weights)
+        names = ours.class_names if ours else imagenet_names()
+        if whole.head != "none" and "fc8" not in params:
             raise ValueError(
                 f"{architecture.weights} holds a trunk and no fc8: it scores no "
                 "classes. For features alone, give config.model.head=none"
             )
-        count = len(params["fc8"]["bias"]) if own.head != "none" else len(names)
+        count = len(params["fc8"]["bias"]) if whole.head != "none" else len(names)
         if count != len(names):  # of other classes
             names = tuple(map(str, range(count)))
     else:
@@ -237,15 +258,22 @@ def with_pretrained(params: Any, architecture: Architecture) -> Any:
     taken = dict(params)
     for name, layer in params.items():
         own = found.get(name)
-        fits = own and all(own[part].shape == layer[part].shape for part in layer)
-        if fits and name != "fc8":
+        if own is None:
+            if name.startswith("conv"):
+                raise ValueError(
+                    f"config.model.weights end before {name}: give the "
+                    "config.model.cuts that they were trained with"
+                )
+        elif any(own[part].shape != layer[part].shape for part in layer):
+            if name.startswith("conv"):
+                raise ValueError(
+                    f"config.model.weights don't fit {name}: it is "
+                    f"{layer['kernel'].shape}, and they hold {own['kernel'].shape}. "
+                    "Use the width that they are of; for published ones "
+                    "config.model.width=1"
+                )
+        elif name != "fc8":
             taken[name] = own
-        elif name.startswith("conv"):
-            raise ValueError(
-                f"config.model.weights don't fit {name}: it is "
-                f"{layer['kernel'].shape}, and they hold "
-                f"{own['kernel'].shape if own else 'none'}. Use config.model.width=1"
-            )
     return taken
 
 
@@ -264,12 +292,18 @@ def pretrained_params(backbone: str, weights: str = PRETRAINED) -> Params:
         if backbone not in PACKAGES:
             raise ValueError(
                 f"no package brings weights of {backbone} (of {', '.join(PACKAGES)} "
-                "one does): give config.model.weights=FILE"
+                "one does): give config.model.weights=FILE, or --weights=FILE beside "
+                "--trunk"
             )
         weights = PACKAGES[backbone]
     path = find_weights(weights)
     tensors = read_tensors(path)
-    count = sum(1 for _ in convs_of(table))
+    # Of our own there may be those up to a cut alone.
+    ends = [cut_table(table, cut) for cut in ("", *cut_names(table))]
+    counts = sorted(sum(1 for _ in convs_of(end)) for end in ends)
+    count = next(
+        (n for n in counts if f"conv{n + 1}.kernel" not in tensors), counts[-1]
+    )
     ours = _plain(*(f"conv{n}" for n in range(1, count + 1)))
     own = Naming(ours, HEAD, kernel=".kernel", torch_order=False)
     known = (*NAMES.get(backbone, ()), own)
@@ -286,8 +320,9 @@ def pretrained_params(backbone: str, weights: str = PRETRAINED) -> Params:
             params[layer] = _dense(tensors, naming, name, flattened)
     if naming.bgr_mean and published is not None:
         _take_rgb(params["conv1"], naming.bgr_mean, published)
-    trunk = make_model(Architecture(backbone, head="none"), 1, 224)
-    _check_shapes(params, param_shapes(trunk), message)
+    if naming is not own:  # our own are of any width
+        trunk = make_model(Architecture(backbone, head="none"), 1, 224)
+        _check_shapes(params, param_shapes(trunk), message)
     return params
 
 

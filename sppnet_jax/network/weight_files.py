@@ -66,6 +66,15 @@ def write_tensors(
         file.write(safetensors.numpy.save(dense, dict(metadata) or None))
 
 
+def read_metadata(path: str | Path) -> dict[str, str]:
+    """The words beside the tensors of a .safetensors file; {} of other files."""
+    try:
+        with safetensors.safe_open(Path(path).expanduser(), "np") as file:
+            return file.metadata() or {}
+    except (OSError, safetensors.SafetensorError):  # read_tensors says what is wrong
+        return {}
+
+
 def find_weights(where: str) -> Path:
     """The weight file that a text names.
 

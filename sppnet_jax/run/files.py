@@ -1,6 +1,7 @@
 """Files that are whole or not there, whoever else writes or reads them."""
 
 import contextlib
+import importlib.metadata
 import json
 import os
 import uuid
@@ -64,3 +65,11 @@ def read_arrays(path: Path) -> dict[str, np.ndarray]:
 def absolute(path: str) -> str:
     """A path as text that is found again from any folder; "" stays ""."""
     return str(Path(path).expanduser().absolute()) if path else ""
+
+
+def own_version() -> str:
+    """The version of this project, to be noted in what it writes."""
+    try:
+        return importlib.metadata.version("sppnet_jax")
+    except importlib.metadata.PackageNotFoundError:
+        return "unknown (run from a folder that is not installed)"

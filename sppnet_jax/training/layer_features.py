@@ -58,9 +58,14 @@ def layer_names(model: SPPNet, mode: str = "crop") -> tuple[str, ...]:
     """The layers whose features `extract_features` gives in a mode."""
     count = sum(1 for _ in convs_of(model.table))
     maps = *(f"conv{number}" for number in range(1, count + 1)), *cut_names(model.table)
-    fcs = ("fc6", "fc7") if model.head == "fc" else ()
+    fcs = {"fc": ("fc6", "fc7", "fc8"), "linear": ("fc8",), "none": ()}[model.head]
     # The map of a whole image has a size of its own: no row of one length.
-    return (*(maps if mode != "full" else ()), "pyramid", *fcs, "fc8")
+    return (*(maps if mode != "full" else ()), "pyramid", *fcs)
+
+
+def default_layer(model: SPPNet) -> str:
+    """The layer whose features are taken where none is given."""
+    return "fc7" if model.head == "fc" else "pyramid"
 
 
 def default_side(mode: str, *, image_size: int, resize_side: int) -> int:
@@ -84,8 +89,8 @@ def extract_features(
 ) -> Features:
     """The activations of a layer for every image of a source, in its order.
 
-    `layer`: "conv1" … after their ReLU, "pyramid" (what fc6 sees), "fc6" and "fc7"
-    after their ReLU, "fc8" (the logits). Maps are flattened row by row.
+    `layer`: "conv1" … after their activation, a cut, "pyramid" (what the head sees),
+    "fc6" and "fc7" after their ReLU, "fc8" (the logits). Maps are flattened row by row.
     `side`: in pixels; of the whole image, shorter side, in the modes "crop" and "full",
     of the square in the mode "warp".
     `mode`: "crop", the centre crop of the model's `image_size`; "warp", the whole image
@@ -168,7 +173,7 @@ def check_request(model: SPPNet, *, layer: str, side: int, mode: str) -> None:
         raise ValueError(f"unknown mode {mode!r}: choose from {', '.join(VIEWS)}")
     if layer not in layer_names(model):
         raise ValueError(
-            f"unknown layer {layer!r}: this network has {', '.join(layer_names(model))}"
+            f"unknown layer {layer!r}: this network has {_listed(layer_names(model))}"
         )
     if mode == "full" and model.levels is None:
         raise ValueError(
@@ -193,6 +198,13 @@ def check_request(model: SPPNet, *, layer: str, side: int, mode: str) -> None:
             f"{model.image_size} pixels only, not {side}"
         )
     model.geometry.map_size(side)
+
+
+def _listed(names: tuple[str, ...]) -> str:
+    """Names of layers, the convolutions by the first and the last."""
+    convs = [name for name in names if name.startswith("conv")]
+    others = [name for name in names if name not in convs]
+    return ", ".join([f"conv1 to {convs[-1]}", *others])
 
 
 def _layer_function(

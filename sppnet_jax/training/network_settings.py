@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
 from sppnet_jax.data.datasets import ImageData
+from sppnet_jax.network.exported import PRETRAINED, exported
 from sppnet_jax.network.model import (
     HEAD_ONLY,
     Architecture,
@@ -13,7 +14,6 @@ from sppnet_jax.network.model import (
 )
 from sppnet_jax.network.preprocess import Inputs
 from sppnet_jax.network.pretrained import (
-    PRETRAINED,
     published_architecture,
     published_of,
 )
@@ -96,12 +96,15 @@ class NetworkSettings(NamedTuple):
 def published_settings(trunk: str, weights: str = PRETRAINED) -> NetworkSettings:
     """The settings of a published network, with its own classifier, as it is tested.
 
-    Raises: ValueError for a trunk that was never published with weights.
+    `weights`: "pretrained", or see `find_weights`; of an export, its run's network.
+
+    Raises: as `published_architecture`.
     """
-    own = published_of(trunk)
-    data = ImageData(image_size=own.image_size, resize_side=own.resize_side)
+    architecture = published_architecture(trunk, weights)
+    told = exported(weights) or published_of(trunk)
+    data = ImageData(image_size=told.image_size, resize_side=told.resize_side)
     return NetworkSettings(
-        model=published_architecture(trunk, weights),
+        model=architecture,
         data=data,
         inputs=Inputs(color_sigma=0.0),
         batch_size=16,
