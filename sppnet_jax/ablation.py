@@ -136,7 +136,7 @@ def ablate(
 
         union = tuple(sorted({n for p in pyramids for n in p or ()}, reverse=True))
         everything = _one_network(shared, union, seeds[0])
-        pool_all(everything, [train, test], below / FEATURES)
+        pool_all(everything, [train, test], below.parent / FEATURES)
     rows = {}
     for number, ((pyramid, seed), one) in enumerate(wanted.items(), start=1):
         name = f"{'-'.join(map(str, pyramid or ())) or 'no_spp'}_seed{seed}"
@@ -187,15 +187,13 @@ def trunk_config(trunk: str, root: str) -> ConfigDict:
     config.batch_size = 64
     config.model.trainable = HEAD_ONLY
     config.model.head = "linear"
-    config.model.weight_init = "he"
     config.data.name = "image_folder"
     config.data.root = root
     config.data.resize_side = 256
     config.data.flip = False
-    config.schedule.learning_rate = 5e-4
+    config.schedule.learning_rate = 0.02
     config.schedule.kind = "cosine"
     config.optimizer.nesterov = True
-    config.optimizer.weight_decay = 0.1
     config.log_steps = 10
     config.keep_checkpoints = 1
     return config
@@ -298,7 +296,7 @@ def _network(
 ) -> AblationRow:
     """The row of one network, trained and tested if that was not done before."""
     frozen = settings.model.trainable == HEAD_ONLY
-    features = workdir.parent / FEATURES if frozen else None
+    features = workdir.parent.parent / FEATURES if frozen else None
     from sppnet_jax.classification.evaluation import evaluate_once
     from sppnet_jax.run import run_folder
     from sppnet_jax.run.files import write_json

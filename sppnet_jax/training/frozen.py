@@ -31,6 +31,7 @@ from sppnet_jax.training.steps import Optimizer, make_step, smoothed_losses
 from sppnet_jax.training.validation import make_counts
 
 Batch = dict[str, np.ndarray]
+LENGTH = 20.0
 
 
 class Pooled(NamedTuple):
@@ -149,14 +150,28 @@ def batch_loader(
     return load, steps
 
 
-def make_head_step(model: SPPNet, optimizer: Optimizer, frozen: Any) -> Any:
-    """The step of a head, see `make_step`, on batches of pooled vectors."""
+def make_head_step(
+    model: SPPNet, optimizer: Optimizer, frozen: Any, pooled: Pooled
+) -> Any:
+    """The step of a head, see `make_step`, on batches of pooled vectors.
+
+    One learning rate suits every pyramid: the first layer learns as if the vectors had
+    a mean length of 20, as detectors' SVMs see them.
+    """
+    lengths = np.linalg.norm(pooled.values, axis=1)
+    gain = float((LENGTH / max(lengths.mean(), 1e-6)) ** 2)
+    first = "fc6" if model.head == "fc" else "fc8"
+
+    def faster(kernel: jax.Array) -> jax.Array:
+        """The same kernel, with so many times its gradient."""
+        return gain * kernel + jax.lax.stop_gradient((1 - gain) * kernel)
 
     def losses_of(
         params: Any, batch: dict[str, jax.Array], rng: jax.Array
     ) -> tuple[jax.Array, jax.Array]:
+        layer = {**params[first], "kernel": faster(params[first]["kernel"])}
         logits, _ = model.apply(
-            {"params": params},
+            {"params": {**params, first: layer}},
             batch["pooled"],
             train=True,
             rngs={"dropout": rng},

@@ -276,9 +276,8 @@ def _head_parts(
     held_out: Source,
 ) -> _Parts:
     """Of a training of the head on features of a frozen trunk, computed once."""
-    load, steps = batch_loader(
-        pool(source, mirror=settings.data.flip), settings.batch_size, settings.seed
-    )
+    pooled = pool(source, mirror=settings.data.flip)
+    load, steps = batch_loader(pooled, settings.batch_size, settings.seed)
     test = make_head_test(
         model,
         pool(held_out, mirror=False),
@@ -289,7 +288,7 @@ def _head_parts(
         StepsAhead(load, settings.epochs * steps),
         steps,
         parallel.shard,
-        lambda frozen, size: make_head_step(model, settings.optimizer, frozen),
+        lambda frozen, size: make_head_step(model, settings.optimizer, frozen, pooled),
         test,
         lambda: None,
     )
