@@ -11,7 +11,7 @@ from sppnet_jax.cli import base_config
 
 def get_config() -> ConfigDict:
     config = base_config()
-    config.epochs = 40
+    config.epochs = 30
     config.batch_size = 64
     config.model.backbone = "efficientnet_lite0"
     config.model.weights = "pretrained"
@@ -19,14 +19,12 @@ def get_config() -> ConfigDict:
     config.model.head = "linear"
     config.model.levels = (3, 2, 1)
     config.model.reducer = "mean"
-    config.model.dropout = 0.5
-    config.model.weight_init = "he"
     config.data.name = "image_folder"
     config.data.view = "full"
-    config.data.resize_side = 224
-    config.data.flip = True
+    config.data.resize_side = 256
+    config.data.flip = False  # mirrored photographs too: twice the time, not better
     config.inputs.color_sigma = 0.0
-    config.schedule.learning_rate = 0.001
+    config.schedule.learning_rate = 0.02
     config.schedule.kind = "cosine"
     config.optimizer.nesterov = True
     config.log_steps = 10

@@ -315,7 +315,7 @@ def distinct_share(
     network: Convolutions, windows: Windows, photos: Sequence[Photo]
 ) -> float:
     """The share of the windows of all images that are left if none repeats another."""
-    geometry = network.geometry
+    geometry = network.model.geometry
     found = [windows_of(photo, windows, geometry) for photo in photos]
     distinct = sum(len(share_windows(own)[0]) for own in found)
     return distinct / max(1, sum(map(len, found)))

@@ -11,7 +11,8 @@ PACKAGE = Path(__file__).parent.parent / "sppnet_jax"
 FLOORS = (
     {"run", "pyramid"},
     {"data", "network"},
-    {"buckets", "training"},
+    {"buckets"},
+    {"training"},
     {"classification"},
     {"detection"},
     {"benchmarks"},
