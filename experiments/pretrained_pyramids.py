@@ -52,7 +52,7 @@ ALPHAS = (0.01, 0.03, 0.1, 0.3, 1.0)
 BEFORE_CROP = 256 / 224  # the shorter side, for one of the crop's
 
 ROOT = flags.DEFINE_string("root", "", "The folder: SPLIT/CLASS/*.jpg.")
-TRUNK = flags.DEFINE_string("trunk", "efficientnet_lite0", "Below the pyramids.")
+BACKBONE = flags.DEFINE_string("backbone", "efficientnet_lite0", "The trunk.")
 OUT = flags.DEFINE_string("out", "runs/experiments/pretrained_pyramids", "The folder.")
 VIEWS = flags.DEFINE_list(
     "views",
@@ -71,7 +71,7 @@ def main(argv: Sequence[str]) -> None:
         [[s.records[i]["label"] for i in range(len(s.records))] for s in sources]
     )
     counts = [len(source.records) for source in sources]
-    network = pretrained_network(published_architecture(TRUNK.value))
+    network = pretrained_network(published_architecture(BACKBONE.value))
     out = Path(OUT.value).expanduser()
     rows: list[dict[str, Any]] = []
     for view in VIEWS.value:
@@ -88,7 +88,7 @@ def main(argv: Sequence[str]) -> None:
         rows += json.loads(part.read_text())
     about = {
         "data": Path(ROOT.value).name,
-        "trunk": TRUNK.value,
+        "trunk": BACKBONE.value,
         "images": counts,
         "splits": RESPLITS.value,
         "machine": machine(),
