@@ -35,8 +35,8 @@ from sppnet_jax.pyramid.windows import window_pyramid_pool
 Head = Callable[[Any, jax.Array], Any]
 Rows = np.ndarray
 
-# Windows are padded to multiples of this, and go through the head so many at a time:
-# a program serves every image whose windows fill as many chunks.
+# Windows are padded to multiples of two of these, and go through the head so many at a
+# time: a program serves every image with as many.
 CHUNK = 256
 
 
@@ -208,7 +208,7 @@ def pooled_rows(params: Any, pooled: jax.Array) -> jax.Array:
 
 
 def padded_count(count: int) -> int:
-    """The next multiple of `CHUNK`; of few rows, the next power of two."""
-    if count > CHUNK:
-        return -(-count // CHUNK) * CHUNK
+    """The next power of two, then of two chunks the next multiple: few programs."""
+    if count > 2 * CHUNK:
+        return -(-count // (2 * CHUNK)) * 2 * CHUNK
     return max(16, 1 << (count - 1).bit_length())
