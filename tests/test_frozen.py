@@ -14,7 +14,7 @@ from configs import folder_pretrained
 from sppnet_jax.classification.evaluation import evaluate_networks
 from sppnet_jax.data.datasets import open_split
 from sppnet_jax.data.images import crop, decode_image, resize_whole, warp
-from sppnet_jax.network.model import create_model, make_model
+from sppnet_jax.network.model import make_model
 from sppnet_jax.network.pretrained import (
     named_params,
     pretrained_network,
@@ -33,7 +33,13 @@ from sppnet_jax.training.network_settings import NetworkSettings
 from sppnet_jax.training.networks import train_network
 from sppnet_jax.training.steps import create_state
 from tests.data_helpers import encode, picture, write_two_colors
-from tests.network_helpers import TINY_TRUNK, drawn_params, run_with_tiny_trunk
+from tests.network_helpers import (
+    TINY_TRUNK,
+    drawn_params,
+    pooled_by_hand,
+    run_with_tiny_trunk,
+    tiny_maps,
+)
 
 LEVELS = (2, 1)
 EPOCHS, BATCH, TRAIN, TEST = 3, 8, 16, 8
@@ -88,23 +94,6 @@ def extracted(monkeypatch):
     return passes
 
 
-def bins_of(size, level):
-    """Bin i of n over a side a is [floor(i·a/n), ceil((i+1)·a/n))."""
-    return [(i * size // level, -(-(i + 1) * size // level)) for i in range(level)]
-
-
-def pooled_by_hand(features, levels, reduce):
-    rows, columns = features.shape[:2]
-    return np.concatenate(
-        [
-            reduce(features[top:bottom, left:right], axis=(0, 1))
-            for n in levels
-            for top, bottom in bins_of(rows, n)
-            for left, right in bins_of(columns, n)
-        ]
-    )
-
-
 VIEWS = {
     "full": lambda image: resize_whole(image, 40, 4.0),
     "crop": lambda image: crop(resize_whole(image, 40, 4.0), 32, "center"),
@@ -116,17 +105,13 @@ VIEWS = {
 def by_hand(tiny_trunk):
     """The pooled vectors of a split, each image convolved by itself."""
     trunk = pretrained_params(TINY_TRUNK, str(tiny_trunk))
-    model = create_model(TINY_TRUNK, (1,), head="none", image_size=32)
-    convolve = jax.jit(lambda x: model.apply({"params": trunk}, x, method="features"))
 
     def pooled(source, view="full", *, mirrored=False, levels=LEVELS, reduce=np.mean):
         rows = []
         for number in range(len(source.records)):
             image = VIEWS[view](decode_image(source.records[number]["image"]))
             image = image[:, ::-1] if mirrored else image
-            inputs = (jnp.asarray(image[None], jnp.float32) - 127) / 128
-            maps = np.asarray(convolve(inputs)[0][0])
-            rows.append(pooled_by_hand(maps, levels, reduce))
+            rows.append(pooled_by_hand(tiny_maps(trunk, image)[1], levels, reduce))
         return np.array(rows)
 
     return pooled
@@ -475,9 +460,10 @@ def test_broken_images_are_left_out_and_counted(make, root, by_hand, tmp_path, c
         ({"model.weights": ""}, "freezes layers that were never trained"),
         ({"model.head": "none"}, "has nothing to train: use 'fc' or 'linear'"),
         ({"sizes": (32, 28)}, "sees each image once"),
+        ({"model.levels": ()}, "is pooled by a pyramid|no twin without a pyramid"),
         ({"batch_size": 20}, "20"),
         ({"model.trainable": "conv9"}, "unknown layer to train from, 'conv9'"),
-        ({"model.trainable": "stride4"}, "use all, head, conv1 to conv2, stride2"),
+        ({"model.trainable": "stride8"}, "conv1 to conv2, stride2, stride4"),
         ({"model.width": 0.5}, r"don't fit conv1: .*config.model.width=1"),
         ({"model.weights": "absent.pth"}, "no weight file absent.pth"),
     ],

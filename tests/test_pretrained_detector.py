@@ -1,59 +1,45 @@
 """Detectors on a published trunk, or on other levels of a classifier than its own."""
 
-import functools
 import logging
 import re
 import shutil
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from configs import detect_pretrained
 from configs import folder as classifier_config
 from sppnet_jax.data.images import decode_image, resize_whole
-from sppnet_jax.detection import detector_training, maps
+from sppnet_jax.detection import maps
 from sppnet_jax.detection.box_split import open_split_of
 from sppnet_jax.detection.detector_evaluation import evaluate_detectors
 from sppnet_jax.detection.detector_settings import DetectorSettings
 from sppnet_jax.detection.detector_training import train_detector
 from sppnet_jax.detection.split_features import split_features
-from sppnet_jax.detection.trained_detector import (
-    detecting_network,
-    load_detector,
-)
+from sppnet_jax.detection.trained_detector import load_detector
 from sppnet_jax.detection.warp import warp_windows
 from sppnet_jax.detection.window_features import (
     make_program,
     pooled_rows,
     rows_of,
 )
-from sppnet_jax.network import trunks
-from sppnet_jax.network.pretrained import pretrained_params
-from sppnet_jax.network.stack import Cut
+from sppnet_jax.network.model import Architecture
+from sppnet_jax.network.pretrained import pretrained_network, pretrained_params
 from sppnet_jax.network.trained import load_network
 from sppnet_jax.pyramid.geometry import boxes_to_windows
 from sppnet_jax.run.settings import read
 from tests.network_helpers import (
-    TINY,
     TINY_TRUNK,
+    joined_by_hand,
+    pooled_by_hand,
     run_with_tiny_trunk,
+    tiny_maps,
     write_network,
 )
 from tests.test_detect_command import TEST, write_scenes
-from tests.test_frozen import pooled_by_hand
 
 SCALE = 90
-
-
-@pytest.fixture(scope="module", autouse=True)
-def two_cuts(tiny_trunk):
-    """The tiny trunk with a cut at its end too, to join with the other."""
-    both = TINY._replace(layers=(*TINY.layers, Cut("stride4")))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(trunks.BACKBONES, TINY_TRUNK, both)
-        yield
 
 
 @pytest.fixture(scope="module")
@@ -143,18 +129,6 @@ def test_a_training_goes_on_when_the_weights_are_gone(base, copy, tmp_path, capl
     assert load_detector(copy).network.model.cuts == ("stride2",)
 
 
-def joined_by_hand(fine, coarse):
-    """Each unit of stride 2 beside that of stride 4 whose centre is the closest."""
-    rows, columns = (
-        [
-            min(reversed(range(m)), key=lambda j, i=i: abs(4 * j - 2 * i))
-            for i in range(n)
-        ]
-        for n, m in zip(fine.shape[:2], coarse.shape[:2], strict=True)
-    )
-    return np.concatenate([fine, coarse[np.ix_(rows, columns)]], axis=-1)
-
-
 @pytest.mark.parametrize(
     ("cuts", "levels", "reducer"),
     [
@@ -168,7 +142,8 @@ def test_windows_are_pooled_as_their_part_of_the_map_is_by_hand(
     base, trained, cuts, levels, reducer
 ):
     settings = make(base, cuts=cuts, levels=levels, reducer=reducer)
-    network = detecting_network(settings, load_detector_network(settings))
+    architecture = Architecture(TINY_TRUNK, settings.weights, "all", cuts, levels)
+    network = pretrained_network(architecture._replace(reducer=reducer))
     split = open_split_of(settings, "test", trained)
     boxes = [own[:20] for own in split.proposals]
     features, _ = split_features(settings, network, split, boxes, trained)
@@ -193,35 +168,9 @@ def test_windows_are_pooled_as_their_part_of_the_map_is_by_hand(
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
 
 
-def load_detector_network(settings):
-    return detector_training._published(settings)
-
-
-@functools.cache
-def trunk_program():
-    """The maps at both strides of images, without the code of the trunks."""
-
-    def conv(maps, layer, pads):
-        found = jax.lax.conv_general_dilated(
-            maps,
-            layer["kernel"],
-            (2, 2),
-            [pads, pads],
-            dimension_numbers=("NHWC", "HWIO", "NHWC"),
-        )
-        return found + layer["bias"]
-
-    def maps_of(params, images):
-        fine = jax.nn.relu(conv((images - 127.0) / 128.0, params["conv1"], (0, 1)))
-        return fine[0], jnp.clip(conv(fine, params["conv2"], (1, 1)), 0, 6)[0]
-
-    return jax.jit(maps_of)
-
-
 def convolved(base, image):
     params = pretrained_params(TINY_TRUNK, str(base / "tiny.safetensors"))
-    images = jnp.asarray(image[None], jnp.float32)
-    return tuple(map(np.asarray, trunk_program()(params, images)))
+    return tiny_maps(params, image)
 
 
 def test_other_levels_and_another_reducer_use_the_same_maps(base, copy, no_map):

@@ -253,7 +253,7 @@ def test_weights_of_a_run_that_measured_its_own_mean_are_refused(
         (
             "features",
             [TINY, "--weights=TINY", "--config.data.name=image_folder", "--layer=fc7"],
-            "this network has conv1 to conv2, stride2, pyramid, fc8",
+            "this network has conv1 to conv2, stride2, stride4, pyramid, fc8",
         ),
         ("export", [TINY, "--weights=TINY", "--output=."], "give --output=FILE.safe"),
         ("export", ["--format=pth", "--trunk=vgg16"], "should be one of <safetensors>"),
