@@ -34,10 +34,7 @@ from sppnet_jax.detection.trained_detector import (
     has_fitting_fc,
 )
 from sppnet_jax.network.model import Architecture
-from sppnet_jax.network.pretrained import (
-    pretrained_network,
-    published_architecture,
-)
+from sppnet_jax.network.pretrained import load_pretrained
 from sppnet_jax.network.trained import Network, digest_arrays, load_network
 from sppnet_jax.run import files, parallel, run_folder, stages
 from sppnet_jax.run.checkpoints import Checkpoints
@@ -107,7 +104,14 @@ def _origin(settings: DetectorSettings, workdir: Path) -> Network:
     origin = Path(settings.network)
     if settings.is_published:
         try:
-            return detecting_network(settings, _published(settings))
+            published = load_pretrained(
+                settings.network,
+                settings.weights,
+                cuts=settings.cuts,
+                levels=settings.levels,
+                reducer=settings.reducer,
+            )
+            return detecting_network(settings, published)
         except FileNotFoundError:
             if not _has_copy(settings, workdir):
                 raise
@@ -136,17 +140,6 @@ def _has_copy(settings: DetectorSettings, workdir: Path) -> bool:
     return kept.backbone == settings.network and all(
         getattr(kept, name) == getattr(settings, name) for name in told
     )
-
-
-def _published(settings: DetectorSettings) -> Network:
-    """The published trunk that the settings name, up to their cuts."""
-    whole = published_architecture(settings.network, settings.weights)
-    own = whole._replace(
-        cuts=settings.cuts or whole.cuts,
-        levels=settings.levels or whole.levels,
-        reducer=settings.reducer or whole.reducer,
-    )
-    return pretrained_network(own)
 
 
 def _copy_network(settings: DetectorSettings, network: Network, workdir: Path) -> None:
