@@ -39,6 +39,7 @@ from tests.network_helpers import (
     pooled_by_hand,
     run_with_tiny_trunk,
     tiny_maps,
+    write_tiny_weights,
 )
 
 LEVELS = (2, 1)
@@ -299,6 +300,32 @@ def test_an_interrupted_run_goes_on_to_the_same_head(make, trained, tmp_path):
     ]
 
 
+@pytest.mark.parametrize("trainable", ["head", "conv2"])
+def test_a_run_goes_on_when_the_weights_it_began_with_are_gone(
+    make, tiny_trunk, tmp_path, trainable
+):
+    """Its checkpoint has the trunk, also where the file has another by then."""
+    weights, changes = tmp_path / "own.safetensors", {"model.trainable": trainable}
+    changes |= {"epochs": 2, "model.weights": str(weights)}
+    shutil.copy(tiny_trunk, weights)
+    train_network(make(**changes), tmp_path / "whole")
+    for name, later in (("gone", None), ("other", drawn_weights)):
+        shutil.copy(tiny_trunk, weights)
+        train_network(make(**changes, max_steps=2), tmp_path / name)
+        weights.unlink()
+        if later:
+            later(weights)
+        train_network(make(**changes), tmp_path / name)
+        whole, resumed = (load_network(tmp_path / n).params for n in ("whole", name))
+        assert_equal(resumed, whole)
+
+
+def drawn_weights(path):
+    """Another trunk's."""
+    tensors = read_tensors(write_tiny_weights(path))
+    write_tensors(path, {name: -tensor for name, tensor in tensors.items()})
+
+
 def test_one_device_makes_the_head_that_four_make(
     command_line, make, trained, tmp_path
 ):
@@ -460,7 +487,12 @@ def test_broken_images_are_left_out_and_counted(make, root, by_hand, tmp_path, c
         ({"model.weights": ""}, "freezes layers that were never trained"),
         ({"model.head": "none"}, "has nothing to train: use 'fc' or 'linear'"),
         ({"sizes": (32, 28)}, "sees each image once"),
-        ({"model.levels": ()}, "is pooled by a pyramid|no twin without a pyramid"),
+        ({"model.levels": ()}, "no twin without a pyramid: give levels"),
+        (
+            {"model.backbone": "vgg16", "model.levels": (), "data.resize_side": 224}
+            | {"data.image_size": 224},
+            r"is pooled by a pyramid: give config.model.levels such as \(1,\)",
+        ),
         ({"batch_size": 20}, "20"),
         ({"model.trainable": "conv9"}, "unknown layer to train from, 'conv9'"),
         ({"model.trainable": "stride8"}, "conv1 to conv2, stride2, stride4"),
