@@ -489,11 +489,11 @@ def test_broken_images_are_left_out_and_counted(make, root, by_hand, tmp_path, c
         ({"sizes": (32, 28)}, "sees each image once"),
         ({"model.levels": ()}, "no twin without a pyramid: give levels"),
         (
-            {"model.backbone": "vgg16", "model.levels": (), "data.resize_side": 224}
+            {"model.backbone": "zf5", "model.levels": (), "data.resize_side": 224}
             | {"data.image_size": 224},
             r"is pooled by a pyramid: give config.model.levels such as \(1,\)",
         ),
-        ({"batch_size": 20}, "20"),
+        ({"batch_size": 20}, "has 16 records, less than one batch of 20; lower"),
         ({"model.trainable": "conv9"}, "unknown layer to train from, 'conv9'"),
         ({"model.trainable": "stride8"}, "conv1 to conv2, stride2, stride4"),
         ({"model.width": 0.5}, r"don't fit conv1: .*config.model.width=1"),
