@@ -105,6 +105,10 @@ RUN: dict[str, list[str]] = {
         "--config.data.test_split=test[:4]",
     ],
     "detect train --config=configs/detect_folder.py": DETECTOR,
+    "detect train --config=configs/detect_pretrained.py": [
+        *(given for given in DETECTOR if "finetune" not in given),
+        "--config.scales=(64,)",
+    ],
     "detect test --workdir": [],
     "detect image --workdir": [],
     "benchmarks.allreduce": [],
@@ -208,6 +212,12 @@ NOT_RUN: dict[str, NotRun] = {
     "python -m sppnet_jax.predict --trunk=resnet": NotRun(
         "needs a file of others", has_valid_settings
     ),
+    "python -m sppnet_jax.train --config=configs/folder_finetuned.py": NotRun(
+        "trains convolutions for minutes", has_valid_settings
+    ),
+    "python -m sppnet_jax.evaluate --workdir=runs/photos_finetuned": NotRun(
+        "needs a training of minutes", has_valid_settings
+    ),
     "python -m sppnet_jax.features --workdir=runs/zf5_spp": NotRun(
         "needs VOC", has_valid_settings
     ),
@@ -223,8 +233,10 @@ OURS = "python -m sppnet_jax."
 
 # What stands for a reader's own folder; commands that differ in it alone run once.
 SAME = {
-    "runs/folder": "runs/flowers",
-    "runs/detect_folder": "runs/detect",
+    "runs/folder": "runs/scratch",
+    "runs/photos": "runs/flowers",
+    "runs/detect_folder": "runs/detect_scratch",
+    "runs/detect_photos": "runs/detect",
     "root=FOLDER": "root=flowers",
 }
 
