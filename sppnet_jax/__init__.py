@@ -16,6 +16,7 @@ from sppnet_jax.pyramid.windows import window_pyramid_pool
 if TYPE_CHECKING:
     from sppnet_jax.classification.scores import score_images
     from sppnet_jax.data.photographs import read_image
+    from sppnet_jax.network.pretrained import load_pretrained
     from sppnet_jax.network.trained import load_network
 
 __all__ = [
@@ -23,6 +24,7 @@ __all__ = [
     "boxes_to_windows",
     "create_model",
     "load_network",
+    "load_pretrained",
     "num_bins",
     "pyramid_bins",
     "read_image",
@@ -33,6 +35,7 @@ __all__ = [
 # Loaded when asked for: the layer has no need of checkpoints and images.
 _LATER = {
     "load_network": "sppnet_jax.network.trained",
+    "load_pretrained": "sppnet_jax.network.pretrained",
     "read_image": "sppnet_jax.data.photographs",
     "score_images": "sppnet_jax.classification.scores",
 }

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from sppnet_jax.data.sources import Source
 
 Levels = tuple[int, ...] | None
+PYRAMIDS = ((6, 3, 2, 1), (4, 3, 2, 1), (1,), None)
 FEATURES = "features"  # the folder of what a frozen trunk gives
 
 _NOT_HERE = {
@@ -65,7 +66,7 @@ class AblationRow(NamedTuple):
 
 
 def ablate(
-    levels: Sequence[Sequence[int] | None] = ((6, 3, 2, 1), (4, 3, 2, 1), (1,), None),
+    levels: Sequence[Sequence[int] | None] = PYRAMIDS,
     seeds: Sequence[int] = (0, 1),
     *,
     config: ConfigDict | None = None,
@@ -77,7 +78,8 @@ def ablate(
 ) -> list[AblationRow]:
     """Trains and tests a network for each pyramid and seed, unless that is done.
 
-    `levels`: the pyramids; None, or (), is the twin without SPP.
+    `levels`: the pyramids; None, or (), is the twin without SPP, of which a frozen
+    trunk has none.
     `seeds`: of the networks that each pyramid gets; whole numbers from 0 on.
     `config`: all other settings, from the `get_config` of any config file; the
     default, `small_config`, trains on the embedded digit scenes.
@@ -99,13 +101,15 @@ def ablate(
     Raises: ValueError for pyramids, seeds or settings that can't work, before any
     training; KeyboardInterrupt after one was interrupted and saved.
     """
-    pyramids, seeds = _check_pyramids(levels), _check_seeds(seeds)
     if config is None:
         config = trunk_config(trunk, root) if trunk else small_config()
     elif trunk or root:
         raise ValueError("give a config, or a trunk and its root: not both")
     shared = _changed(config, settings)
     frozen = shared.model.trainable == HEAD_ONLY
+    if frozen and levels is PYRAMIDS:
+        levels = [one for one in PYRAMIDS if one]
+    pyramids, seeds = _check_pyramids(levels), _check_seeds(seeds)
     if frozen and protocol:
         raise ValueError(
             "networks with a frozen trunk are tested as they are trained, by "
@@ -136,13 +140,13 @@ def ablate(
 
         union = tuple(sorted({n for p in pyramids for n in p or ()}, reverse=True))
         everything = _one_network(shared, union, seeds[0])
-        pool_all(everything, [train, test], below.parent / FEATURES)
+        sources = [train, open_split(shared.data, "validation"), test]
+        pool_all(everything, sources, below.parent / FEATURES)
     rows = {}
     for number, ((pyramid, seed), one) in enumerate(wanted.items(), start=1):
         name = f"{'-'.join(map(str, pyramid or ())) or 'no_spp'}_seed{seed}"
         title = f"network {number} of {len(wanted)}: {label(pyramid)}, seed {seed}"
-        sources = train, test
-        row = _network(one, pyramid, below / name, sources, protocol, title)
+        row = _network(one, pyramid, below / name, (train, test), protocol, title)
         rows[pyramid, seed] = row
     return [rows[pyramid, seed] for pyramid in pyramids for seed in seeds]
 

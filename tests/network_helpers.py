@@ -1,5 +1,7 @@
 """Networks of few layers, and with drawn weights: little to train or to compile."""
 
+import functools
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +26,14 @@ from tests.processes import run_command
 # compiled in half the time. For what does not depend on the network.
 SHALLOW = ZF5._replace(layers=(*ZF5.layers[:4], ZF5.layers[5]))
 
-# In place of a published network, with a cut and a classifier of its own.
+# In place of a published network, with cuts and a classifier of its own.
 TINY_TRUNK = "resnet18"
 TINY = Backbone(
     layers=(
         Conv(6, kernel=3, stride=2, padding=(0, 1)),
         Cut("stride2"),
         Conv(8, kernel=3, stride=2, padding=1, activation="relu6"),
+        Cut("stride4"),
     ),
     published=Published((127.0,) * 3, (128.0,) * 3, image_size=32, resize_side=40),
 )
@@ -43,6 +46,61 @@ def write_tiny_weights(path: Path, classes: int = 1000) -> Path:
     )
     write_tensors(path, named_params(drawn_params(model)))
     return path
+
+
+@functools.cache
+def _tiny_program() -> Any:
+    def conv(maps: Any, layer: Any, pads: tuple[int, int]) -> Any:
+        order = ("NHWC", "HWIO", "NHWC")
+        found = jax.lax.conv_general_dilated(
+            maps, layer["kernel"], (2, 2), [pads, pads], dimension_numbers=order
+        )
+        return found + layer["bias"]
+
+    def maps(params: Any, images: Any) -> Any:
+        fine = jax.nn.relu(conv((images - 127.0) / 128.0, params["conv1"], (0, 1)))
+        return fine[0], jnp.clip(conv(fine, params["conv2"], (1, 1)), 0, 6)[0]
+
+    return jax.jit(maps)
+
+
+def tiny_maps(params: Any, image: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The tiny trunk's maps of an image at strides 2 and 4, without the package."""
+    fine, coarse = _tiny_program()(params, jnp.asarray(image[None], jnp.float32))
+    return np.asarray(fine), np.asarray(coarse)
+
+
+def joined_by_hand(fine: np.ndarray, coarse: np.ndarray) -> np.ndarray:
+    """Each unit of stride 2 beside that of stride 4 whose centre is the closest."""
+    rows, columns = (
+        [
+            min(reversed(range(m)), key=lambda j, i=i: abs(4 * j - 2 * i))
+            for i in range(n)
+        ]
+        for n, m in zip(fine.shape[:2], coarse.shape[:2], strict=True)
+    )
+    return np.concatenate([fine, coarse[np.ix_(rows, columns)]], axis=-1)
+
+
+def pooled_by_hand(
+    maps: np.ndarray, levels: Sequence[int], reduce: Callable[..., np.ndarray]
+) -> np.ndarray:
+    """Bin i of n over a side a is [floor(i·a/n), ceil((i+1)·a/n)); one vector."""
+
+    def bins(size: int, level: int) -> list[slice]:
+        return [
+            slice(i * size // level, -(-(i + 1) * size // level)) for i in range(level)
+        ]
+
+    rows, columns = maps.shape[:2]
+    return np.concatenate(
+        [
+            reduce(maps[down, right], axis=(0, 1))
+            for n in levels
+            for down in bins(rows, n)
+            for right in bins(columns, n)
+        ]
+    )
 
 
 def run_with_tiny_trunk(module: str, arguments: list[str]) -> None:

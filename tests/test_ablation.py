@@ -11,18 +11,21 @@ import pytest
 
 from configs import digits
 from sppnet_jax.ablation import (
+    PYRAMIDS,
     AblationRow,
     ablate,
     ablation_table,
     plot_ablation,
     small_config,
 )
+from sppnet_jax.classification.evaluation import evaluate_networks
 from sppnet_jax.network.trained import load_network
 from sppnet_jax.run.settings import read
-from sppnet_jax.training import once
+from sppnet_jax.training import frozen, once
 from sppnet_jax.training.network_settings import NetworkSettings, network_settings
 from sppnet_jax.training.step_log import DivergedError
 from tests.data_helpers import write_two_colors
+from tests.network_helpers import TINY_TRUNK
 
 pytestmark = pytest.mark.usefixtures("shallow_zf5")
 
@@ -60,7 +63,7 @@ def trained(monkeypatch):
     """Settings of the trainings that are asked for; each diverges at once."""
     asked = []
 
-    def diverge(settings, workdir):
+    def diverge(settings, workdir, features):
         asked.append(settings)
         raise DivergedError("the loss is nan at step 7")
 
@@ -154,8 +157,8 @@ def test_an_interrupted_network_goes_on_to_the_same_result(
     _, rows = done
     whole = once.train_network
 
-    def interrupted(settings, workdir):
-        whole(settings._replace(max_steps=3), workdir)
+    def interrupted(settings, workdir, features):
+        whole(settings._replace(max_steps=3), workdir, features)
         raise KeyboardInterrupt
 
     monkeypatch.setattr(once, "train_network", interrupted)
@@ -308,6 +311,98 @@ def test_a_plot_shows_every_network_at_its_size_and_names_what_diverged():
     assert "diverged: {9}" in axes.get_xlabel()
     texts = {text.get_text() for text in axes.texts}
     assert texts == {"{2,1}\n5 bins", "no SPP\n1 bin"}
+
+
+@pytest.fixture(scope="module")
+def on_trunk(root, tiny_trunk, tmp_path_factory):
+    """Ablates linear heads on the tiny trunk, by default two pyramids and two seeds."""
+    folder = tmp_path_factory.mktemp("heads")
+
+    def run(levels=((2, 1), (3,)), seeds=(0, 1), *, folder=folder, **changes):
+        given = {"epochs": 2, "batch_size": 8, "data.threads": 2}
+        given |= {"model.weights": str(tiny_trunk), "data.resize_side": 64} | changes
+        return ablate(
+            levels, seeds, trunk=TINY_TRUNK, root=str(root), folder=folder, **given
+        )
+
+    return run
+
+
+@pytest.fixture
+def extracted(monkeypatch):
+    """What went through a trunk: (split, levels) of each pass."""
+    passes, extract = [], frozen.extract_features
+
+    def counted(network, source, **given):
+        passes.append((source.split, network.model.levels))
+        return extract(network, source, **given)
+
+    monkeypatch.setattr(frozen, "extract_features", counted)
+    return passes
+
+
+def test_heads_on_a_frozen_trunk_are_compared_and_its_images_are_pooled_once(
+    on_trunk, extracted, monkeypatch
+):
+    rows = on_trunk()
+    assert extracted == [("train", (3, 2, 1)), ("test", (3, 2, 1))]
+    told = [(row.levels, row.seed, row.bins, row.fc6_inputs) for row in rows]
+    assert told == [
+        ((2, 1), 0, 5, 40),
+        ((2, 1), 1, 5, 40),
+        ((3,), 0, 9, 72),
+        ((3,), 1, 9, 72),
+    ]
+    for row in rows:
+        layers = layers_of(row)
+        assert row.fc6_parameters == sum(part.size for part in layers["fc8"].values())
+    for row in rows[::3]:
+        report = evaluate_networks([Path(row.workdir)], "full_image")
+        assert (row.top1, row.images) == (report["top1"], 8)
+    first, second = (layers_of(row)["fc8"]["kernel"] for row in rows[:2])
+    assert np.abs(first - second).max() > 1e-3
+
+    def refuse(*_, **__):
+        raise AssertionError("a network is trained")
+
+    monkeypatch.setattr(once, "train_network", refuse)
+    assert on_trunk() == rows
+    assert len(extracted) == 2
+
+
+def test_new_pyramids_and_recipes_of_heads_pool_new_levels_only(on_trunk, extracted):
+    on_trunk()
+    extracted.clear()
+    on_trunk([(4, 2)], (0,))
+    assert extracted == [("train", (4,)), ("test", (4,))]
+    on_trunk([(4, 2)], (0,), epochs=1)
+    assert len(extracted) == 2
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"protocol": "single"}, "leave out protocol='single'"),
+        ({"levels": [(1,), None]}, "has no twin|is pooled by a pyramid"),
+        ({"config": small_config()}, "give a config, or a trunk and its root: not bo"),
+        ({"trunk": "resnet19"}, "did you mean 'resnet18'"),
+        ({"trunk": "zf5"}, "zf5 was never published with weights"),
+        ({"root": ""}, "give the folder of images"),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_compared_on_a_trunk_is_refused(
+    root, tiny_trunk, tmp_path, changes, message
+):
+    given = {"trunk": TINY_TRUNK, "root": str(root), "folder": tmp_path} | changes
+    weights = {"model.weights": str(tiny_trunk)}
+    with pytest.raises(ValueError, match=message):
+        ablate(**given, **weights)
+
+
+def test_by_default_a_frozen_trunk_is_compared_without_the_twin(on_trunk, tmp_path):
+    rows = on_trunk(PYRAMIDS, (0,), folder=tmp_path, epochs=1)
+    assert [row.levels for row in rows] == [(6, 3, 2, 1), (4, 3, 2, 1), (1,)]
 
 
 def test_no_rows_are_an_error():

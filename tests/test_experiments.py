@@ -159,7 +159,7 @@ def test_a_preset_that_was_changed_is_not_mixed_with_its_old_networks(given):
 
 
 def test_a_network_that_diverges_is_left_out_and_named(given, monkeypatch, tmp_path):
-    def diverge(settings, workdir):
+    def diverge(settings, workdir, features):
         raise DivergedError("the loss is nan at step 7")
 
     monkeypatch.setattr(once, "train_network", diverge)

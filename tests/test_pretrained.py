@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import sppnet_jax as sn
 from sppnet_jax.network import pretrained, trunks
 from sppnet_jax.network.model import make_model
 from sppnet_jax.network.preprocess import normalize
@@ -375,6 +376,24 @@ def test_other_levels_or_cuts_give_features_without_a_head(tiny, tmp_path):
         assert "fc8" not in network.params
         features, maps = applied(network, random_image((32, 32)))
         np.testing.assert_array_equal(features, maps["pyramid"])
+
+
+def test_a_network_is_loaded_by_its_name(tiny, tmp_path):
+    path = written(tmp_path / "weights", tiny_tensors())
+    network = sn.load_pretrained(tiny, path)
+    whole = pretrained_network(published_architecture(tiny, path))
+    assert (network.model, network.class_names) == (whole.model, whole.class_names)
+    jax.tree.map(np.testing.assert_array_equal, network.params, whole.params)
+    own = trunks.BACKBONES[tiny].published
+    assert network.model.image_size == own.image_size
+    changes = {"cuts": ["middle"], "levels": [3, 1], "reducer": "max"}
+    trunk = sn.load_pretrained(tiny, path, **changes, image_size=40, resize_side=50)
+    model = trunk.model
+    assert (model.cuts, model.levels, model.reducer) == (("middle",), (3, 1), "max")
+    assert (model.head, trunk.class_names) == ("none", ())
+    assert (model.image_size, trunk.resize_side) == (40, 50)
+    with pytest.raises(ValueError, match="zf5 was never published"):
+        sn.load_pretrained("zf5")
 
 
 def test_a_trunk_without_its_classifier_gives_features_only(tiny, tmp_path):

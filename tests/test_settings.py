@@ -7,7 +7,16 @@ from typing import Annotated, NamedTuple, get_args, get_origin
 import numpy as np
 import pytest
 
-from configs import detect_digits, detect_folder, detect_voc, digits, folder, imagenet
+from configs import (
+    detect_digits,
+    detect_folder,
+    detect_pretrained,
+    detect_voc,
+    digits,
+    folder,
+    folder_pretrained,
+    imagenet,
+)
 from sppnet_jax.detection.detector_settings import DetectorSettings, detector_settings
 from sppnet_jax.network.trunks import BACKBONES
 from sppnet_jax.run.settings import (
@@ -117,11 +126,12 @@ def test_values_at_the_edge_of_sense_are_refused(name, value):
 @pytest.mark.parametrize(
     "config",
     [
-        *(digits.get_config(), folder.get_config()),
+        *(digits.get_config(), folder.get_config(), folder_pretrained.get_config()),
         *(
             imagenet.get_config(f"{backbone},{recipe}")
-            for backbone in BACKBONES
+            for backbone, own in BACKBONES.items()
             for recipe in ("spp", "spp30", "spp_multi", "spp_uniform", "no_spp")
+            if own.last_pool or recipe != "no_spp"
         ),
     ],
 )
@@ -136,6 +146,7 @@ def test_every_network_s_config_is_whole_and_valid(config):
     "config",
     [
         *(detect_digits.get_config(), detect_folder.get_config()),
+        detect_pretrained.get_config(),
         *(detect_voc.get_config(scales) for scales in ("1", "5")),
     ],
 )

@@ -11,6 +11,7 @@ import pytest
 import safetensors
 import sklearn.datasets
 
+import sppnet_jax as sn
 from configs import folder
 from sppnet_jax.classification.feature_files import load_features
 from sppnet_jax.data.images import resize_whole
@@ -150,6 +151,9 @@ def test_an_export_holds_the_parameters_by_name_and_says_of_what(tiny, run, tmp_
         np.testing.assert_array_equal(tensor, params[layer][part])
     with safetensors.safe_open(path, "np") as file:
         told = file.metadata()
+    network = sn.load_pretrained(TINY_TRUNK, str(path))
+    assert network.class_names == ("one", "two", "three")
+    assert (network.model.image_size, network.resize_side) == (48, 56)
     assert (told["backbone"], told["levels"]) == (TINY_TRUNK, "2,1")
     assert json.loads(told["classes"]) == ["one", "two", "three"]
     assert told["version"].startswith("sppnet_jax ")
@@ -253,7 +257,7 @@ def test_weights_of_a_run_that_measured_its_own_mean_are_refused(
         (
             "features",
             [TINY, "--weights=TINY", "--config.data.name=image_folder", "--layer=fc7"],
-            "this network has conv1 to conv2, stride2, pyramid, fc8",
+            "this network has conv1 to conv2, stride2, stride4, pyramid, fc8",
         ),
         ("export", [TINY, "--weights=TINY", "--output=."], "give --output=FILE.safe"),
         ("export", ["--format=pth", "--trunk=vgg16"], "should be one of <safetensors>"),

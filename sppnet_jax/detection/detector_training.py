@@ -33,14 +33,12 @@ from sppnet_jax.detection.trained_detector import (
     finetuning_params,
     has_fitting_fc,
 )
-from sppnet_jax.network.pretrained import (
-    pretrained_network,
-    published_architecture,
-)
+from sppnet_jax.network.model import Architecture
+from sppnet_jax.network.pretrained import load_pretrained
 from sppnet_jax.network.trained import Network, digest_arrays, load_network
 from sppnet_jax.run import files, parallel, run_folder, stages
 from sppnet_jax.run.checkpoints import Checkpoints
-from sppnet_jax.run.settings import plain
+from sppnet_jax.run.settings import plain, read
 
 log = logging.getLogger(__name__)
 
@@ -102,32 +100,46 @@ def check_network(settings: DetectorSettings, network: Network) -> None:
 
 
 def _origin(settings: DetectorSettings, workdir: Path) -> Network:
-    """The classifier that the settings name, or the copy of it if it is gone."""
+    """The network that the settings name, or the copy of it if it is gone."""
+    origin = Path(settings.network)
     if settings.is_published:
-        return detecting_network(settings, _published(settings))
-    origin, copy = Path(settings.network), workdir / NETWORK
-    if run_folder.has_checkpoint(origin):
+        try:
+            published = load_pretrained(
+                settings.network,
+                settings.weights,
+                cuts=settings.cuts,
+                levels=settings.levels,
+                reducer=settings.reducer,
+            )
+            return detecting_network(settings, published)
+        except FileNotFoundError:
+            if not _has_copy(settings, workdir):
+                raise
+    elif run_folder.has_checkpoint(origin):
         return detecting_network(settings, load_network(origin))
-    record = copy / stages.STAGE_FILE
-    whole = stages.is_done(workdir, NETWORK)
-    if not whole or run_folder.read_json(record)["inputs"]["workdir"] != str(origin):
+    elif not _has_copy(settings, workdir):
         raise FileNotFoundError(
             f"config.network, {origin}, holds no trained classifier: train one with "
             "python -m sppnet_jax.train, or correct --config.network"
         )
-    log.info("%s is gone; going on with the copy of it", origin)
-    return detecting_network(settings, load_network(copy))
+    gone = settings.weights if settings.is_published else origin
+    log.info("%s is gone; going on with the copy of it", gone)
+    return detecting_network(settings, load_network(workdir / NETWORK))
 
 
-def _published(settings: DetectorSettings) -> Network:
-    """The published trunk that the settings name, up to their cuts."""
-    whole = published_architecture(settings.network, settings.weights)
-    own = whole._replace(
-        cuts=settings.cuts or whole.cuts,
-        levels=settings.levels or whole.levels,
-        reducer=settings.reducer or whole.reducer,
+def _has_copy(settings: DetectorSettings, workdir: Path) -> bool:
+    """Whether the detector's folder holds the network that the settings name."""
+    copy = workdir / NETWORK
+    if not stages.is_done(workdir, NETWORK):
+        return False
+    inputs = run_folder.read_json(copy / stages.STAGE_FILE)["inputs"]
+    if not settings.is_published:
+        return bool(inputs["workdir"] == settings.network)
+    kept = read(Architecture, run_folder.load_config(copy)["model"], "config.model")
+    told = ("weights", "cuts", "levels", "reducer")
+    return kept.backbone == settings.network and all(
+        getattr(kept, name) == getattr(settings, name) for name in told
     )
-    return pretrained_network(own)
 
 
 def _copy_network(settings: DetectorSettings, network: Network, workdir: Path) -> None:

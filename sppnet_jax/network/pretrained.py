@@ -179,6 +179,39 @@ def published_architecture(backbone: str, weights: str = PRETRAINED) -> Architec
     )
 
 
+def load_pretrained(
+    name: str,
+    weights: str = PRETRAINED,
+    *,
+    cuts: Sequence[str] = (),
+    levels: Sequence[int] | None = None,
+    reducer: str | None = None,
+    image_size: int | None = None,
+    resize_side: int | None = None,
+) -> Network:
+    """A published network by its name, as one value.
+
+    As it was published it scores the classes of ImageNet, of images of any size; with
+    other cuts, levels or another reducer it has no head, and gives features only.
+
+    `name`: "efficientnet_lite0" or another of `NAMES`. `weights`: "pretrained" for
+    those of its package, or a file, see `find_weights`.
+    `cuts`: where its trunk ends, such as ("stride16",); several are joined. `levels`:
+    the pyramid. `reducer`: of each bin, "max" or "mean". Its own where not given.
+    `image_size`, `resize_side`: in pixels; those that it was published with by default.
+
+    Raises: ValueError or FileNotFoundError for a name that is not published, and for
+    weights that can't be had or are of another network.
+    """
+    own = published_architecture(name, weights)
+    changed = own._replace(
+        cuts=tuple(cuts) or own.cuts,
+        levels=tuple(levels or own.levels),
+        reducer=reducer or own.reducer,
+    )
+    return pretrained_network(changed, image_size=image_size, resize_side=resize_side)
+
+
 def pretrained_network(
     architecture: Architecture,
     *,
@@ -191,20 +224,22 @@ def pretrained_network(
     see `published_architecture`, it scores the classes of ImageNet, at any image size;
     or those of the run that its weights were exported from. With others it has no head,
     and gives features only.
-    `image_size`, `resize_side`: in pixels; those that it was published with by default.
+    `image_size`, `resize_side`: in pixels; by default those that it was published with,
+    or that the run was tested with.
 
     Raises: ValueError for weights that can't be had or are of another network.
     """
     own = published_of(architecture.backbone)
-    image_size = image_size or own.image_size
-    resize_side = resize_side or max(own.resize_side, image_size)
+    ours = exported(architecture.weights)
+    told = ours or own
+    image_size = image_size or told.image_size
+    resize_side = resize_side or max(told.resize_side, image_size)
     pooled_as = "cuts", "levels", "reducer", "head", "width"
     whole = published_architecture(architecture.backbone, architecture.weights)
     classifies = all(getattr(architecture, n) == getattr(whole, n) for n in pooled_as)
     params = pretrained_params(architecture.backbone, architecture.weights)
     names: tuple[str, ...] = ()
     if classifies:
-        ours = exported(architecture.weights)
         names = ours.class_names if ours else imagenet_names()
         if whole.head != "none" and "fc8" not in params:
             raise ValueError(

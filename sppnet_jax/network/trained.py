@@ -18,7 +18,6 @@ from sppnet_jax.network.model import Architecture, SPPNet, make_model, param_sha
 from sppnet_jax.network.preprocess import Inputs, Preprocessing, make_preprocessing
 from sppnet_jax.pyramid.geometry import Geometry
 from sppnet_jax.run import run_folder
-from sppnet_jax.run.checkpoints import Checkpoints
 from sppnet_jax.run.settings import read
 
 
@@ -84,6 +83,9 @@ def load_network(
     Raises: FileNotFoundError for a folder without a trained network; ValueError where
     the settings describe another network than the checkpoint holds.
     """
+    # Here, not above: settings name networks, and have no need of checkpoints.
+    from sppnet_jax.run.checkpoints import Checkpoints
+
     workdir = Path(workdir).expanduser()
     settings = settings or run_folder.load_config(workdir)
     if "proposals" in settings:

@@ -68,6 +68,11 @@ class NetworkSettings(NamedTuple):
                 f"config.model.trainable={self.model.trainable!r} freezes layers that "
                 "were never trained: give config.model.weights='pretrained', or a file"
             )
+        if self.model.trainable == HEAD_ONLY and not self.model.levels:
+            raise ValueError(
+                "a frozen trunk (config.model.trainable='head') is pooled by a pyramid:"
+                " give config.model.levels such as (1,)"
+            )
         if self.model.trainable == HEAD_ONLY and self.sizes:
             raise ValueError(
                 "config.sizes is of images that are resized in each epoch, but a "

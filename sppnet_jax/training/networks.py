@@ -123,8 +123,8 @@ def _train(
         settings.inputs, statistics, settings.model.published
     )
     frozen = frozen_convs(model, settings.model.trainable)
-    begin = None
-    if settings.model.weights:
+    begin, resumes = None, run_folder.has_checkpoint(workdir)
+    if settings.model.weights and not resumes:  # the checkpoint has them by then
         begin = functools.partial(with_pretrained, architecture=settings.model)
 
     def make_state() -> TrainState:
@@ -133,7 +133,10 @@ def _train(
         )
 
     if settings.model.trainable == HEAD_ONLY:
-        params = parallel.unreplicate(make_state().params)
+        if resumes:
+            params = load_network(workdir, plain(settings)).params
+        else:
+            params = parallel.unreplicate(make_state().params)
         pool = functools.partial(
             pool_split, settings, model, params, preprocessing, folder=features
         )
