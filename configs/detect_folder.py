@@ -1,9 +1,9 @@
 r"""A detector for your own folder in Pascal VOC layout, on a small machine.
 
 python -m sppnet_jax.detect train --config=configs/detect_folder.py \
-    --config.data.root=FOLDER --config.network=runs/folder --workdir=runs/detect_folder
-python -m sppnet_jax.detect test --workdir=runs/detect_folder
-python -m sppnet_jax.detect image --workdir=runs/detect_folder photo.jpg
+    --config.data.root=FOLDER --config.network=runs/scratch --workdir=runs/detect_scratch
+python -m sppnet_jax.detect test --workdir=runs/detect_scratch
+python -m sppnet_jax.detect image --workdir=runs/detect_scratch photo.jpg
 
 The network is a classifier of 96-pixel crops, trained by configs/folder.py.
 
@@ -20,7 +20,7 @@ from sppnet_jax.cli import detector_base_config
 
 def get_config() -> ConfigDict:
     config = detector_base_config()
-    config.network = "runs/folder"
+    config.network = "runs/scratch"
     config.data.name = "voc_folder"
     config.scales = (206, 247, 295, 370, 514)  # the paper's five for 96 pixels
     config.finetune.steps = 1000

@@ -1,9 +1,9 @@
 r"""A detector for your own folder in Pascal VOC layout, on a pretrained trunk.
 
 python -m sppnet_jax.detect train --config=configs/detect_pretrained.py \
-    --config.data.root=FOLDER --workdir=runs/detect_photos
-python -m sppnet_jax.detect test --workdir=runs/detect_photos
-python -m sppnet_jax.detect image --workdir=runs/detect_photos photo.jpg
+    --config.data.root=FOLDER --workdir=runs/detect
+python -m sppnet_jax.detect test --workdir=runs/detect
+python -m sppnet_jax.detect image --workdir=runs/detect photo.jpg
 """
 
 from ml_collections import ConfigDict

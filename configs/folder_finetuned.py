@@ -1,8 +1,8 @@
 r"""Your own folder of class folders, its later layers fine-tuned: longer, and better.
 
 python -m sppnet_jax.train --config=configs/folder_finetuned.py \
-    --config.data.root=FOLDER --workdir=runs/photos_finetuned
-python -m sppnet_jax.evaluate --workdir=runs/photos_finetuned --protocol=full_image
+    --config.data.root=FOLDER --workdir=runs/finetuned
+python -m sppnet_jax.evaluate --workdir=runs/finetuned --protocol=full_image
 """
 
 from ml_collections import ConfigDict

@@ -1,7 +1,7 @@
 r"""Your own folder of class folders, on a pretrained trunk: minutes on a small machine.
 
 python -m sppnet_jax.train --config=configs/folder_pretrained.py \
-    --config.data.root=FOLDER --workdir=runs/photos
+    --config.data.root=FOLDER --workdir=runs/flowers
 """
 
 from ml_collections import ConfigDict

@@ -94,7 +94,7 @@ def main(argv: Sequence[str]) -> None:
         "machine": machine(),
     }
     files.write_json(out / "results.json", {"about": about, "rows": rows})
-    table = make_table(rows)
+    table = make_table(rows) + "\n" + make_answers(rows)
     files.write_text(out / "table.md", table)
     print(table)
 
@@ -218,6 +218,52 @@ def make_table(rows: Sequence[dict[str, Any]]) -> str:
         kind, side = view.split(":")
         values = " | ".join(own[pyramid] for pyramid in PYRAMIDS)
         lines.append(f"| {kind} {side} | {reducer} | {values} |")
+    return "\n".join(lines) + "\n"
+
+
+def make_answers(rows: Sequence[dict[str, Any]]) -> str:
+    """The paper's questions, answered by pairs that differ in one thing, in points."""
+    shares = {
+        (row["view"], row["reducer"], tuple(row["levels"])): 100 * np.array(row["top1"])
+        for row in rows
+    }
+
+    def pairs(change: Callable[[Any], Any]) -> str:
+        """Mean ± sd over splits of what `change` makes of each row's key."""
+        changed = [(key, change(key)) for key in shares]
+        found = [
+            shares[other] - shares[key] for key, other in changed if other in shares
+        ]
+        if not found:
+            return "not run"
+        every = np.concatenate(found)
+        return f"{every.mean():+.1f} ± {every.std(ddof=1):.1f} | {len(every)}"
+
+    def pyramid(levels: tuple[int, ...], reducer: str) -> str:
+        return pairs(
+            lambda k: (k[0], k[1], levels) if k[1:] == (reducer, (1,)) else None
+        )
+
+    def view(before: str, after: str) -> str:
+        return pairs(lambda k: (after, *k[1:]) if k[0] == before else None)
+
+    lines = ["| question | points | pairs |", "|---|--:|--:|"]
+    for levels in PYRAMIDS[1:]:
+        for reducer in REDUCERS:
+            name = "{" + ",".join(map(str, levels)) + "}"
+            found = pyramid(levels, reducer)
+            lines.append(f"| {name} in place of {{1}}, {reducer} | {found} |")
+    mean = pairs(lambda k: (k[0], "mean", k[2]) if k[1] == "max" else None)
+    lines.append(f"| mean in place of max | {mean} |")
+    for before, after in (
+        ("crop:224", "full:224"),
+        ("warp:224", "full:224"),
+        ("full:160", "full:224"),
+        ("full:224", "full:320"),
+    ):
+        names = [one.replace(":", " ") for one in (after, before)]
+        found = view(before, after)
+        lines.append(f"| {names[0]} in place of {names[1]} | {found} |")
     return "\n".join(lines) + "\n"
 
 

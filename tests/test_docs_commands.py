@@ -215,7 +215,7 @@ NOT_RUN: dict[str, NotRun] = {
     "python -m sppnet_jax.train --config=configs/folder_finetuned.py": NotRun(
         "trains convolutions for minutes", has_valid_settings
     ),
-    "python -m sppnet_jax.evaluate --workdir=runs/photos_finetuned": NotRun(
+    "python -m sppnet_jax.evaluate --workdir=runs/finetuned": NotRun(
         "needs a training of minutes", has_valid_settings
     ),
     "python -m sppnet_jax.features --workdir=runs/zf5_spp": NotRun(
@@ -232,13 +232,7 @@ OURS = "python -m sppnet_jax."
 
 
 # What stands for a reader's own folder; commands that differ in it alone run once.
-SAME = {
-    "runs/folder": "runs/scratch",
-    "runs/photos": "runs/flowers",
-    "runs/detect_folder": "runs/detect_scratch",
-    "runs/detect_photos": "runs/detect",
-    "root=FOLDER": "root=flowers",
-}
+SAME = {"root=FOLDER": "root=flowers"}
 
 
 def only_once(commands: Sequence[str]) -> list[str]:
