@@ -1,7 +1,8 @@
 r"""A detector for your own folder in Pascal VOC layout, on a small machine.
 
 python -m sppnet_jax.detect train --config=configs/detect_folder.py \
-    --config.data.root=FOLDER --config.network=runs/scratch --workdir=runs/detect_scratch
+    --config.data.root=FOLDER --config.network=runs/scratch \
+    --workdir=runs/detect_scratch
 python -m sppnet_jax.detect test --workdir=runs/detect_scratch
 python -m sppnet_jax.detect image --workdir=runs/detect_scratch photo.jpg
 

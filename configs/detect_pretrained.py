@@ -4,6 +4,15 @@ python -m sppnet_jax.detect train --config=configs/detect_pretrained.py \
     --config.data.root=FOLDER --workdir=runs/detect
 python -m sppnet_jax.detect test --workdir=runs/detect
 python -m sppnet_jax.detect image --workdir=runs/detect photo.jpg
+
+The trunk is frozen. The windows are pooled from its maps at strides 16 and 32, joined;
+SVMs and box regression learn from the pooled vectors. Small objects want larger images:
+`--config.scales="(688,)"`.
+
+Measured with two CPU cores: on 143 photographs of raccoons 1 min (after proposals), mAP
+79.4 on 53 others; on 292 images of blood cells at `--config.scales="(688,)"` 5 min 26 s
+on a busy machine, proposals included, mAP 83.6 on 72 others. docs/results.md has the
+table.
 """
 
 from ml_collections import ConfigDict
@@ -14,8 +23,8 @@ from sppnet_jax.cli import detector_base_config
 def get_config() -> ConfigDict:
     config = detector_base_config()
     config.network = "efficientnet_lite0"
-    config.cuts = ("stride16",)
-    config.levels = (6, 3, 2, 1)
+    config.cuts = ("stride16", "stride32")
+    config.levels = (3, 2, 1)
     config.reducer = "max"
     config.layer = "pyramid"
     config.data.name = "voc_folder"
