@@ -5,12 +5,12 @@ python -m sppnet_jax.train --config=configs/folder_pretrained.py \
 python -m sppnet_jax.evaluate --workdir=runs/flowers --protocol=full_image
 
 Measured on 3,068 photographs of 10 kinds of clothes, two CPU cores: 2 min 54 s, 91.9 %
-top-1 of 372 test photographs, each seen whole (one seed; docs/results.md has the table).
+top-1 of 372 test photographs, each seen whole (one seed; docs/results.md).
 
 Every photograph goes through EfficientNet-Lite0 once, and a linear layer is trained on
 the pyramid of its last map. `--config.model.head=fc` trains fc6 to fc8 in its place,
-configs/folder_finetuned.py the trunk's later layers as well. For a folder of few images,
-`--config.batch_size=16`.
+configs/folder_finetuned.py the trunk's later layers as well. For a folder of few
+images, `--config.batch_size=16`.
 """
 
 from ml_collections import ConfigDict
