@@ -305,7 +305,7 @@ def _network(
     from sppnet_jax.run import run_folder
     from sppnet_jax.run.files import write_json
     from sppnet_jax.training import once
-    from sppnet_jax.training.networks import test_head
+    from sppnet_jax.training.networks import head_accuracy
     from sppnet_jax.training.step_log import DivergedError
 
     result = workdir / f"ablation_{protocol}.json"
@@ -321,7 +321,7 @@ def _network(
         elif result.exists():
             report = run_folder.read_json(result)
         else:
-            report = test_head(settings, workdir, sources[1], features)
+            report = head_accuracy(settings, workdir, sources[1], features)
             write_json(result, report)
     except DivergedError as error:
         reason = str(error)

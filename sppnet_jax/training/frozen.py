@@ -28,7 +28,7 @@ from sppnet_jax.training.layer_features import (
 )
 from sppnet_jax.training.network_settings import NetworkSettings
 from sppnet_jax.training.steps import Optimizer, make_step, smoothed_losses
-from sppnet_jax.training.validation import make_counts
+from sppnet_jax.training.validation import make_counts, mean_counts
 
 Batch = dict[str, np.ndarray]
 LENGTH = 20.0
@@ -194,7 +194,7 @@ def make_head_test(model: SPPNet, pooled: Pooled, batch_size: int, records: int)
     program = parallel.data_parallel(step)
 
     def test(params: Any) -> dict[str, float]:
-        sums: dict[str, float] = {}
+        sums: dict[str, float] = {"count": 0}
         for start in range(0, len(pooled.labels), size):
             values = pooled.values[start : start + size]
             missing = size - len(values)
@@ -207,10 +207,6 @@ def make_head_test(model: SPPNet, pooled: Pooled, batch_size: int, records: int)
             counts = parallel.unreplicate(program(params, parallel.shard(own)))
             for name, value in counts.items():
                 sums[name] = sums.get(name, 0) + float(value)
-        count = int(sums.pop("count", 0))
-        if not count:
-            raise ValueError("there is no valid example to test: every image is broken")
-        means = {name: value / count for name, value in sums.items()}
-        return {**means, "count": count, "broken": records - count}
+        return mean_counts(sums, records)
 
     return test

@@ -196,7 +196,7 @@ def pool_all(
         pool_split(settings, model, params, seen, source, mirror=mirror, folder=folder)
 
 
-def test_head(
+def head_accuracy(
     settings: NetworkSettings, workdir: Path, source: Source, features: Path
 ) -> dict[str, float]:
     """The accuracy of a trained head on a split, as `count_correct` gives it.

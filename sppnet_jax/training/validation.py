@@ -64,8 +64,16 @@ def count_correct(
             counts = test_step(params, shard_batch(batch))
             for name, value in parallel.unreplicate(counts).items():
                 sums[name] += float(value)
-    count = int(sums.pop("count"))
+    return mean_counts(sums, records)
+
+
+def mean_counts(sums: dict[str, float], records: int) -> dict[str, float]:
+    """The metrics that `count_correct` returns, from the sums over `records` records.
+
+    Raises: ValueError if no example could be tested.
+    """
+    count = int(sums["count"])
     if not count:
         raise ValueError("there is no valid example to test: every image is broken")
-    means = {name: value / count for name, value in sums.items()}
+    means = {name: value / count for name, value in sums.items() if name != "count"}
     return {**means, "count": count, "broken": records - count}
