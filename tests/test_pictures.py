@@ -5,7 +5,8 @@ import pytest
 
 from sppnet_jax.classification import pictures as plots
 from sppnet_jax.run.metrics import MetricsLog
-from sppnet_jax.training.curves import plot_training
+from sppnet_jax.run.run_folder import save_config
+from sppnet_jax.training.curves import _views, plot_training
 from tests.data_helpers import picture
 
 
@@ -25,3 +26,10 @@ def test_predictions_are_drawn_whatever_the_class_names(tmp_path):
     ]
     drawn = cv2.imread(str(plots.plot_predictions(shown, tmp_path / "drawn.png")))
     assert drawn.std() > 10
+
+
+def test_the_curves_of_a_frozen_trunk_say_how_its_images_were_seen(tmp_path):
+    assert _views(tmp_path) == ("augmented", "centre crop")
+    model, data = {"trainable": "head"}, {"view": "full"}
+    save_config(tmp_path, {"seed": 0, "model": model, "data": data})
+    assert _views(tmp_path) == ("whole images", "whole images")

@@ -7,8 +7,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
+from sppnet_jax.network.model import HEAD_ONLY
 from sppnet_jax.run.figures import save_figure, tidy
 from sppnet_jax.run.metrics import read_metrics
+from sppnet_jax.run.run_folder import CONFIG_FILE, load_config
 
 
 def plot_training(workdir: Path) -> Path:
@@ -23,8 +25,9 @@ def plot_training(workdir: Path) -> Path:
     _line(left, epochs, "loss", color="C0", label="training, epoch mean")
     _line(left, tests, "loss", color="C1", label="validation")
     left.set(xlabel="epoch", ylabel="loss (cross entropy)", ylim=(0, None))
-    _line(right, epochs, "accuracy", color="C0", label="training (augmented)")
-    _line(right, tests, "top1", color="C1", label="validation, centre crop")
+    seen, tested = _views(workdir)
+    _line(right, epochs, "accuracy", color="C0", label=f"training, {seen}")
+    _line(right, tests, "top1", color="C1", label=f"validation, {tested}")
     right.set(xlabel="epoch", ylabel="top-1 accuracy", ylim=(0, 1))
     right.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     for axes in (left, right):
@@ -33,6 +36,17 @@ def plot_training(workdir: Path) -> Path:
         if axes.get_legend_handles_labels()[0]:
             axes.legend(frameon=False)
     return save_figure(figure, workdir / "training.png")
+
+
+def _views(workdir: Path) -> tuple[str, str]:
+    """How the images of the training and of the tests were seen, in words."""
+    file = workdir / CONFIG_FILE
+    settings = load_config(workdir) if file.exists() else {}
+    if settings.get("model", {}).get("trainable") != HEAD_ONLY:
+        return "augmented", "centre crop"
+    views = {"full": "whole images", "crop": "centre crop", "warp": "squares"}
+    view = views[settings["data"]["view"]]
+    return view, view
 
 
 def _line(axes: Axes, rows: list[dict], name: str, **style: Any) -> None:
