@@ -30,4 +30,5 @@ def get_config() -> ConfigDict:
     config.data.name = "voc_folder"
     config.scales = (480,)
     config.finetune.steps = 0
+    config.test.vote = 0.5
     return config

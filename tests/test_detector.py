@@ -1,10 +1,12 @@
 """Detections are what a plain loop leaves of the scored boxes of one or more."""
 
+import math
+
 import numpy as np
 import pytest
 from test_boxes import greedy
 
-from sppnet_jax.detection.detector import Scored, Suppression, suppress
+from sppnet_jax.detection.detector import Scored, Suppression, suppress, vote
 from sppnet_jax.detection.hard_negatives import NEVER
 
 CLASSES = 3
@@ -49,6 +51,41 @@ def test_detectors_are_combined_by_suppressing_the_union_of_their_boxes(counts):
         assert as_set(found) == expected
         assert CLASSES < len(found.scores) == len(expected) < CLASSES * len(boxes)
         assert (np.diff(found.scores) <= 0).all()
+
+
+def plain_vote(box, boxes, scores, overlap):
+    """The weighted mean, from its definition."""
+    total, mean = 0.0, np.zeros(4)
+    for other, score in zip(boxes.astype(float), scores.astype(float), strict=True):
+        shared = np.minimum(box[2:], other[2:]) - np.maximum(box[:2], other[:2])
+        inside = shared.clip(0).prod()
+        areas = (box[2:] - box[:2]).prod() + (other[2:] - other[:2]).prod()
+        if inside >= overlap * (areas - inside):
+            total += math.exp(score / 0.3)
+            mean += math.exp(score / 0.3) * other
+    return mean / total
+
+
+def test_boxes_that_stay_move_to_the_mean_of_those_that_overlap_them():
+    part = scored(0, 40)
+    alone = suppress([part], Suppression(0.3, 5))
+    moved = suppress([part], Suppression(0.3, 5, vote=0.4))
+    np.testing.assert_array_equal(moved.labels, alone.labels)
+    np.testing.assert_array_equal(moved.scores, alone.scores)
+    assert np.abs(moved.boxes - alone.boxes).max() > 1
+    for label, box, voted in zip(alone.labels, alone.boxes, moved.boxes, strict=True):
+        of_class = part.boxes[:, label], part.scores[:, label]
+        expected = plain_vote(box.astype(float), *of_class, 0.4)
+        np.testing.assert_allclose(voted, expected, rtol=1e-5)
+
+
+def test_a_vote_counts_any_score_and_leaves_lonely_and_empty_boxes():
+    boxes = np.array([[0, 0, 10, 10], [0, 0, 10, 12], [50, 50, 60, 60], [7, 7, 7, 9]])
+    boxes = boxes.astype(np.float32)
+    for scores in ([-500.0, -500, 3, 4], [500.0, 500, 3, 4]):
+        found = vote(boxes, boxes, np.array(scores, np.float32), 0.5)
+        np.testing.assert_array_equal(found[:2], [[0, 0, 10, 11]] * 2)
+        np.testing.assert_array_equal(found[2:], boxes[2:])
 
 
 def test_a_class_that_was_never_trained_is_never_detected():

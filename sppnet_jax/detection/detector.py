@@ -16,11 +16,15 @@ import numpy as np
 
 from sppnet_jax.classification.svm import LinearSVMs
 from sppnet_jax.detection.box_regression import BoxRegressors, regress_boxes
-from sppnet_jax.detection.boxes import nms_per_class
+from sppnet_jax.detection.boxes import iou, nms_per_class
 from sppnet_jax.detection.hard_negatives import NEVER
 from sppnet_jax.detection.window_features import CHUNK, Head, WindowFeatures, rows_of
 from sppnet_jax.network.model import SPPNet
 from sppnet_jax.run.settings import at_least, share
+
+
+# How much a box counts in a vote: e^(score / this), with margins of SVMs in mind.
+VOTE_SOFTNESS = 0.3
 
 
 class Suppression(NamedTuple):
@@ -28,10 +32,13 @@ class Suppression(NamedTuple):
 
     `nms`: a box that overlaps a better one of its class by more goes (IoU).
     `max_per_class`: the best so many of each class stay.
+    `vote`: a box that stays moves to the mean of all those of its class that overlap it
+    by at least so much (IoU), by their scores; 0 leaves it where it is.
     """
 
     nms: Annotated[float, share()] = 0.3
     max_per_class: Annotated[int, at_least(1)] = 100
+    vote: Annotated[float, share()] = 0.0
 
 
 class Scored(NamedTuple):
@@ -163,7 +170,33 @@ def suppress(
     best = [np.flatnonzero(labels == label)[:most] for label in range(classes)]
     kept_order = np.sort(np.concatenate(best))
     rows, labels = rows[kept_order], labels[kept_order]
-    return Detections(boxes[rows, labels], labels, scores[rows, labels])
+    left = boxes[rows, labels]
+    if settings.vote:
+        for label in np.unique(labels):
+            own = np.flatnonzero(labels == label)
+            left[own] = vote(left[own], boxes[:, label], scores[:, label], settings.vote)
+    return Detections(left, labels, scores[rows, labels])
+
+
+def vote(
+    left: np.ndarray, boxes: np.ndarray, scores: np.ndarray, overlap: float
+) -> np.ndarray:
+    """The mean of the boxes that overlap each one, weighted by e^(score / 0.3).
+
+    Box voting of Gidaris and Komodakis (2015), but with weights above 0 for any score.
+
+    `left`: float [K, 4], each one of `boxes`, float [N, 4]. `scores`: float [N].
+    `overlap`: of those that are counted, at least (IoU).
+
+    Returns: float32 [K, 4].
+    """
+    counted = np.asarray(iou(left, boxes)) >= overlap
+    # A box without an area overlaps nothing, not even itself.
+    counted |= (left[:, None] == boxes).all(axis=2)
+    logits = np.where(counted, scores / VOTE_SOFTNESS, -np.inf)
+    weights = np.exp(logits - logits.max(axis=1, keepdims=True))
+    weights /= weights.sum(axis=1, keepdims=True)
+    return (weights @ boxes.astype(np.float64)).astype(np.float32)
 
 
 def _classify(model: SPPNet, fc: Any, pooled: jax.Array) -> Any:
