@@ -30,5 +30,6 @@ def get_config() -> ConfigDict:
     config.data.name = "voc_folder"
     config.scales = (480,)
     config.finetune.steps = 0
+    config.svm.calibration_parts = 3
     config.test.vote = 0.5
     return config

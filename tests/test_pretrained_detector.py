@@ -17,7 +17,7 @@ from sppnet_jax.detection.detector_evaluation import evaluate_detectors
 from sppnet_jax.detection.detector_settings import DetectorSettings
 from sppnet_jax.detection.detector_training import train_detector
 from sppnet_jax.detection.split_features import split_features
-from sppnet_jax.detection.trained_detector import load_detector
+from sppnet_jax.detection.trained_detector import detect_split, load_detector
 from sppnet_jax.detection.warp import warp_windows
 from sppnet_jax.detection.window_features import (
     make_program,
@@ -28,6 +28,7 @@ from sppnet_jax.network.model import Architecture
 from sppnet_jax.network.pretrained import pretrained_network, pretrained_params
 from sppnet_jax.network.trained import load_network
 from sppnet_jax.pyramid.geometry import boxes_to_windows
+from sppnet_jax.run import run_folder, stages
 from sppnet_jax.run.settings import read
 from tests.network_helpers import (
     TINY_TRUNK,
@@ -92,6 +93,22 @@ def test_a_detector_on_a_published_trunk_finds_what_it_was_trained_on(trained):
     report = evaluate_detectors([trained])
     assert report["map_11_point"] > 0.4
     assert load_network(trained / "network").params.keys() == {"conv1", "conv2"}
+
+
+def test_calibration_moves_scores_so_that_0_shows_objects(base, trained, copy):
+    report = run_folder.read_json(trained / "svm" / stages.STAGE_FILE)["report"]
+    moved = np.array(report["calibration"]["moved by"])
+    assert (np.abs(moved) > 0.01).all()
+    calibrated = load_detector(trained)
+    train_detector(make(base, **{"svm.calibration_parts": 0}), copy)
+    raw = load_detector(copy).weights["svms"]
+    svms = calibrated.weights["svms"]
+    np.testing.assert_array_equal(svms.weights, raw.weights)
+    np.testing.assert_allclose(svms.biases - raw.biases, moved, atol=1e-6)
+    split = open_split_of(calibrated.settings, "train", trained)
+    shown = [found.above(0) for found in detect_split([calibrated], split)]
+    objects = sum(len(found.labels) for found in split.objects)
+    assert 0.5 < sum(len(found.scores) for found in shown) / objects < 2
 
 
 def test_the_trained_folder_is_enough_to_detect(

@@ -22,7 +22,6 @@ from sppnet_jax.detection.window_features import CHUNK, Head, WindowFeatures, ro
 from sppnet_jax.network.model import SPPNet
 from sppnet_jax.run.settings import at_least, share
 
-
 # How much a box counts in a vote: e^(score / this), with margins of SVMs in mind.
 VOTE_SOFTNESS = 0.3
 
@@ -174,7 +173,9 @@ def suppress(
     if settings.vote:
         for label in np.unique(labels):
             own = np.flatnonzero(labels == label)
-            left[own] = vote(left[own], boxes[:, label], scores[:, label], settings.vote)
+            left[own] = vote(
+                left[own], boxes[:, label], scores[:, label], settings.vote
+            )
     return Detections(left, labels, scores[rows, labels])
 
 

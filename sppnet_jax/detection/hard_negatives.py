@@ -48,6 +48,9 @@ class Mining(NamedTuple):
     `max_rows`: windows kept in memory for all classes together, at most; training
     takes a few times the memory of their float32 features.
     `hard_score`: negatives that score more are hard; below −1.
+    `calibration_parts`: of the training images, each scored by SVMs that have not seen
+    it, to move every class's scores so that 0 parts objects from all else the best;
+    0 leaves them as they are.
     """
 
     C: Annotated[float, above(0)] = 1e-3
@@ -62,6 +65,7 @@ class Mining(NamedTuple):
     hard_per_image: Annotated[int, at_least(1)] = 50
     hard_score: float = -1.0001
     tolerance: Annotated[float, above(0)] = 1e-3
+    calibration_parts: Annotated[int, at_least(0)] = 0
 
     def check(self) -> None:
         """Raises ValueError for a score that would miss negatives with a loss."""
@@ -69,6 +73,11 @@ class Mining(NamedTuple):
             raise ValueError(
                 f"hard_score must be below -1, not {self.hard_score}: negatives above "
                 "-1 have a loss, and would be missed"
+            )
+        if self.calibration_parts == 1:
+            raise ValueError(
+                "calibration_parts is 1: SVMs without the only part have no images. "
+                "Give 2 or more, or 0 for no calibration"
             )
 
 
@@ -217,6 +226,15 @@ def mining_report(state: MiningState) -> dict[str, Any]:
     return {"ended": ended, "windows": len(state.features), "rounds": rounds}
 
 
+def signs_of(labels: np.ndarray, members: np.ndarray) -> np.ndarray:
+    """What positives and then negatives are to each class: int8, 1, −1, or 0, neither.
+
+    `labels`: int [P]. `members`: bool [rows, classes], see `MiningState`.
+    """
+    own = labels[:, None] == np.arange(members.shape[1])
+    return np.concatenate([own.astype(np.int8), -members.astype(np.int8)])
+
+
 def _find(
     features_of: Callable[[int, np.ndarray], np.ndarray],
     boxes: Sequence[np.ndarray],
@@ -361,8 +379,7 @@ def _train(
             "classes %s have no negatives: every window may be taken for one of them",
             np.flatnonzero(without).tolist(),
         )
-    own = np.where(labels[:, None] == np.arange(len(trained)), 1, 0)
-    signs = np.concatenate([own, -state.members.astype(int)]).astype(np.int8)
+    signs = signs_of(labels, state.members)
     new = np.zeros((len(signs) - len(state.duals), len(trained)), np.float32)
     log.info("training %d SVMs on %d windows", trained.sum(), len(signs))
     solved = solve_svms(

@@ -10,10 +10,16 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from sppnet_jax.data.sources import Objects
 from sppnet_jax.detection.box_regression import BoxRegression, train_box_regressors
+from sppnet_jax.detection.calibration import (
+    best_thresholds,
+    held_out_detections,
+    train_without_each_part,
+)
 from sppnet_jax.detection.examples import regression_examples
 from sppnet_jax.detection.hard_negatives import (
     Mining,
@@ -59,19 +65,20 @@ def learn_svms(
     Raises: ValueError if there are no objects to train on.
     """
     program, fc = make_program(features, head), jax.device_put(fc)
-    positives: list[np.ndarray] = []
-    labels: list[np.ndarray] = []
+    parts: list[np.ndarray] = []
     for image, found in enumerate(objects):
         rows = np.flatnonzero(~found.difficult)
         if len(rows):
-            positives.append(rows_of(features, program, fc, image, rows))
-            labels.append(found.labels[rows])
-    if not positives:
+            parts.append(rows_of(features, program, fc, image, rows))
+    if not parts:
         raise ValueError(
             f"the {len(objects)} training images have no objects, or difficult ones "
             "only: there is nothing to train SVMs on"
         )
-    scale = feature_scale(np.concatenate(positives), mining.feature_norm)
+    positives = np.concatenate(parts)
+    labels = np.concatenate([found.labels[~found.difficult] for found in objects])
+    scale = feature_scale(positives, mining.feature_norm)
+    positives = positives * scale
 
     def features_of(image: int, chosen: np.ndarray) -> np.ndarray:
         return rows_of(features, program, fc, image, chosen) * scale
@@ -85,17 +92,50 @@ def learn_svms(
         features_of,
         features.boxes,
         objects,
-        np.concatenate(positives) * scale,
-        np.concatenate(labels),
+        positives,
+        labels,
         num_classes,
         mining,
         seed=seed,
         state=state,
         on_round=lambda state: write_arrays(saved, **state._asdict()),
     )
+    report = {"feature_scale": float(scale), **mining_report(state)}
     weights = (svms.weights * scale).astype(np.float32)
-    write_arrays(folder / SVM_FILE, weights=weights, biases=svms.biases)
-    return {"feature_scale": float(scale), **mining_report(state)}
+    biases = svms.biases
+    count = min(mining.calibration_parts, len(objects))
+    if count > 1:
+        images = np.repeat(
+            np.arange(len(objects)), [(~o.difficult).sum() for o in objects]
+        )
+        without = train_without_each_part(
+            positives, labels, images, state, mining, count, seed
+        )
+        scoring = make_program(
+            features, lambda given, pooled: _scores(head, given, pooled)
+        )
+        given = jax.device_put(
+            (fc, without.weights * np.float32(scale), without.biases)
+        )
+        detections = held_out_detections(
+            lambda image, rows: rows_of(features, scoring, given, image, rows),
+            features.boxes,
+            objects,
+            count,
+        )
+        thresholds, f1 = best_thresholds(detections, objects, num_classes)
+        biases = (biases - thresholds).astype(np.float32)
+        report["calibration"] = {"moved by": (-thresholds).tolist(), "F1": f1.tolist()}
+        log.info(
+            "scores moved so that 0 is best on held-out images: F1 %.2f", f1.mean()
+        )
+    write_arrays(folder / SVM_FILE, weights=weights, biases=biases)
+    return report
+
+
+def _scores(head: Head, given: Any, pooled: jax.Array) -> jax.Array:
+    fc, weights, biases = given
+    return head(fc, pooled).astype(jnp.float32) @ weights.T + biases
 
 
 def learn_regression(
