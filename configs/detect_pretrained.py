@@ -9,10 +9,9 @@ The trunk is frozen. The windows are pooled from its maps at strides 16 and 32, 
 SVMs and box regression learn from the pooled vectors. Small objects want larger images:
 `--config.scales="(688,)"`.
 
-Measured with two CPU cores: on 143 photographs of raccoons 1 min (after proposals and
-maps), mAP 79.4 on 53 others; on 292 images of blood cells at `--config.scales="(688,)"`
-5 min 26 s on a busy machine, proposals included, mAP 83.6 on 72 others. docs/results.md
-has the table.
+Measured with two CPU cores, proposals included: 143 photographs of raccoons 3 min 49 s,
+mAP 85.6 on 53 others; 292 images of blood cells at `--config.scales="(688,)"` 8 min
+40 s on a busy machine, mAP 84.5 on 72 others. docs/results.md has the table.
 """
 
 from ml_collections import ConfigDict

@@ -3,6 +3,9 @@ r"""Your own folder of class folders, its later layers fine-tuned: longer, and b
 python -m sppnet_jax.train --config=configs/folder_finetuned.py \
     --config.data.root=FOLDER --workdir=runs/finetuned
 python -m sppnet_jax.evaluate --workdir=runs/finetuned --protocol=full_image
+
+Measured on 3,068 photographs of 10 kinds of clothes, two busy CPU cores: 41 min, 93.0 %
+top-1 of 372 test photographs, each seen whole (one seed; docs/results.md).
 """
 
 from ml_collections import ConfigDict
