@@ -124,12 +124,100 @@ def _backward(
     features, windows, pooled = saved
     # Nothing equals NaN: its gradient would come to no cell, and nobody would notice.
     gradient = jnp.where(jnp.isnan(pooled), jnp.nan, gradient)
+    # Thousands of windows add to a cell: half floats would lose most of the sum.
+    wide = _widened(features), _widened(gradient)
+    # Map by map under vmap too: a loop over several runs until the last one ends.
+    backward = jax.custom_batching.sequential_vmap(
+        functools.partial(_gradient_of_max, levels=levels)
+    )
+    return backward(*wide, windows).astype(features.dtype), None
 
-    def again(features: jax.Array) -> jax.Array:
-        # Thousands of windows add to a cell: half floats would lose most of the sum.
-        return _pool_here(_widened(features), windows, levels).astype(features.dtype)
 
-    return jax.vjp(again, features)[1](gradient)[0], None
+def _gradient_of_max(
+    features: jax.Array,
+    gradient: jax.Array,
+    windows: jax.Array,
+    levels: tuple[int, ...],
+) -> jax.Array:
+    """The gradient of `_pool`, in float32 for half floats.
+
+    As forwards, some channels at a time: bins hand theirs to the blocks of the table
+    that hold their maximum, and these to the halves that they are made of.
+    """
+    counts = block_counts(features.shape, levels)
+    height, width, depth = features.shape
+    size = height * width * counts[0] * counts[1]
+    gathered = _gathered_corners(windows, features.shape, levels)
+    bins = [level * level for level in gathered]
+    corners = jnp.concatenate(list(gathered.values()), axis=2)  # [4, windows, bins]
+    channels = _table_channels(depth, CHANNELS)
+
+    def all_levels(flat: jax.Array) -> jax.Array:
+        parts = jnp.split(flat, np.cumsum(bins)[:-1], axis=1)
+        return _all_levels(dict(zip(gathered, parts, strict=True)), levels)
+
+    def of_channels(number: jax.Array, total: jax.Array) -> jax.Array:
+        first = number * channels
+        some = jax.lax.dynamic_slice_in_dim(features, first, channels, axis=2)
+        own = jax.lax.dynamic_slice_in_dim(gradient, first, channels, axis=2)
+        table = _block_table(some, *counts)
+        blocks = [table.at[c].get(mode="promise_in_bounds") for c in corners]
+        best = functools.reduce(jnp.maximum, blocks)
+        (share,) = jax.vjp(all_levels, best)[1](own)
+        share = _held(share)
+        # Of corners that tie the first, so that those on the same cells count once.
+        rows, left = [], jnp.ones(best.shape, bool)
+        for block in blocks:
+            holds = ~(block < best)  # so does a NaN, which nothing equals
+            rows.append(jnp.where(holds & left, share, 0))
+            left &= ~holds
+        sums = jnp.zeros((size, channels), share.dtype)
+        sums = sums.at[corners].add(jnp.stack(rows), mode="promise_in_bounds")
+        cells = _block_table_gradient(table, sums, *counts, height, width)
+        return jax.lax.dynamic_update_slice(
+            total, cells.reshape(height, width, channels), (0, 0, first)
+        )
+
+    if not len(windows):
+        return jnp.zeros_like(features)
+    empty = jax.lax.empty(features.shape, features.dtype)
+    return jax.lax.fori_loop(0, depth // channels, of_channels, empty)
+
+
+def _block_table_gradient(
+    table: jax.Array,
+    gradient: jax.Array,
+    row_blocks: int,
+    column_blocks: int,
+    height: int,
+    width: int,
+) -> jax.Array:
+    """From gradients of all blocks to those of the cells, [cells, channels]."""
+    cells = height * width
+    sums = [
+        gradient[number * cells : (number + 1) * cells]
+        for number in range(row_blocks * column_blocks)
+    ]
+    for number in reversed(range(1, len(sums))):
+        r, c = divmod(number, column_blocks)
+        half = number - 1 if c else number - column_blocks
+        shift = 1 << (c - 1) if c else width << (r - 1)
+        near = table[half * cells : (half + 1) * cells]
+        far = table[half * cells + shift : (half + 1) * cells + shift]
+        own = sums[number]
+        to_near = jnp.where(near < far, 0, jnp.where(far < near, own, own / 2))
+        # Blocks that would leave the map have no gradient: none is cut off here.
+        to_far = (own - to_near)[: cells - shift]
+        total = sums[half] + to_near
+        total = jnp.concatenate([total[:shift], total[shift:] + to_far])
+        sums[half] = _held(total)
+    return sums[0]
+
+
+def _held(rows: jax.Array) -> jax.Array:
+    """`materialized`, of fewer than four dimensions."""
+    shape = (1,) * (4 - rows.ndim) + rows.shape
+    return materialized(rows.reshape(shape)).reshape(rows.shape)
 
 
 _differentiable.defvjp(_forward, _backward)
@@ -252,8 +340,6 @@ def _pool(
     counts = block_counts(features.shape, levels)
     corners = _gathered_corners(windows, features.shape, levels)
 
-    # Differentiation gathers again: what it would keep is many times the result.
-    @jax.checkpoint
     def pool(table: jax.Array, some: dict[int, jax.Array]) -> jax.Array:
         return _pool_bins(table, some, levels)
 
@@ -428,14 +514,23 @@ def _corners(
 def _pool_bins(
     table: jax.Array, corners: dict[int, jax.Array], levels: tuple[int, ...]
 ) -> jax.Array:
-    """All bins of some windows, [windows, bins, channels], the finest level first."""
+    """All bins of some windows, [windows, bins, channels]."""
+    gathered = {}
+    for level, places in corners.items():
+        blocks = [table.at[own].get(mode="promise_in_bounds") for own in places]
+        bins = functools.reduce(jnp.maximum, blocks)
+        gathered[level] = materialized(bins.reshape(len(bins), level, level, -1))
+    return _all_levels(gathered, levels)
+
+
+def _all_levels(gathered: dict[int, jax.Array], levels: tuple[int, ...]) -> jax.Array:
+    """All bins [windows, bins, channels] from those of the levels that no other has."""
     pooled: dict[int, jax.Array] = {}  # by level: [windows, level, level, channels]
     for level in sorted(set(levels), reverse=True):
         finer = _finer(level, levels)
         if finer is None:
-            blocks = [table.at[c].get(mode="promise_in_bounds") for c in corners[level]]
-            bins = functools.reduce(jnp.maximum, blocks)
-            pooled[level] = materialized(bins.reshape(len(bins), level, level, -1))
+            own = gathered[level]
+            pooled[level] = own.reshape(len(own), level, level, -1)
         else:
             side = finer // level
             rows = _max_of_neighbours(pooled[finer], side, axis=1)
