@@ -268,11 +268,16 @@ def test_the_test_leaves_tables_files_and_pictures(trained, report):
     folder = trained / "test"
     names = {path.name for path in folder.iterdir()}
     assert names == {
-        *("results.json", "table.md", "voc", "coco_results.json"),
+        *("results.json", "table.md", "voc", "yolo", "coco_results.json"),
         *("coco_ground_truth.json", "precision_recall.png", "examples.png"),
     }
     text = (folder / "table.md").read_text()
     assert f"| mean | {100 * report['map_11_point']:.1f} |" in text
+    assert ("COCO's AP" in text) is bool(report["coco"])
+    labels = sorted((folder / "yolo/labels").iterdir())
+    assert [path.name for path in labels] == [f"{key}.txt" for key in TEST]
+    lines = sum(len(path.read_text().splitlines()) for path in labels)
+    assert lines == sum(row["detections"] for row in report["classes"])
     found = json.loads((folder / "coco_results.json").read_text())
     truth = json.loads((folder / "coco_ground_truth.json").read_text())
     assert len(found) == sum(row["detections"] for row in report["classes"])

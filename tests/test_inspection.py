@@ -51,7 +51,7 @@ def test_a_report_counts_objects_by_class_and_split(tmp_path):
     assert rows["images' width"] == ["32"] * 5
     # Boxes of 4 rows, and one of 7.
     assert rows["boxes' height"][0::4] == ["4", "7"]
-    assert "100% small" in text
+    assert "100.0% small" in text
     for note in (
         "- 1 boxes had xmin = xmax",
         "- 1 images could not be opened: left out (such as JPEGImages/f.png)",

@@ -1,7 +1,6 @@
 """What a folder of images holds, classes or boxes: to be looked at before training."""
 
-from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,25 +24,45 @@ from sppnet_jax.run.figures import (
 from sppnet_jax.run.progress import map_in_threads
 
 SHOWN = 24  # images in the contact sheet
-_LONGEST = 500  # pixels of an image there
+_LONGEST, _TITLE = 500, 28  # of an image there, in pixels; of its title, in letters
 _ORDER = ("train", "trainval", "validation", "val", "test")  # of splits
 _LARGE = ("small, below 32²", "medium", "large, 96² or more")
 
 
-class Inspected(NamedTuple):
-    """What the splits of a folder hold.
+class Seen(NamedTuple):
+    """An image: its name, its (height, width), None if it can't be opened, its objects.
 
-    `kind`: "image_folder", "voc_folder", "coco_folder" or "yolo_folder". `sizes`: by
-    split, each image's height and width, int [N, 2], −1 where it can't be opened.
-    `objects`: by split, those of each image; a class folder's have no boxes.
+    In a class folder its class is an object without a box.
+    """
+
+    name: str
+    size: tuple[int, int] | None
+    objects: Objects
+
+
+class Inspected(NamedTuple):
+    """What the splits of a folder hold, train before test.
+
+    `kind`: "image_folder", "voc_folder", "coco_folder" or "yolo_folder". `notes`: what
+    was put right or left out, and why.
     """
 
     root: Path
     kind: str
+    class_names: tuple[str, ...]
     sources: dict[str, Source]
-    sizes: dict[str, np.ndarray]
-    objects: dict[str, list[Objects]]
+    images: dict[str, list[Seen]]
     notes: tuple[str, ...]
+
+    @property
+    def distinct(self) -> list[tuple[str, int, Seen]]:
+        """Every image once, though splits may share it, with a split and its number."""
+        numbered = [
+            (split, number, one)
+            for split, images in self.images.items()
+            for number, one in enumerate(images)
+        ]
+        return list({one.name: (s, n, one) for s, n, one in numbered[::-1]}.values())
 
 
 def inspect_folder(root: str | Path, kind: str = "", threads: int = 8) -> Inspected:
@@ -54,9 +73,8 @@ def inspect_folder(root: str | Path, kind: str = "", threads: int = 8) -> Inspec
     Raises: FileNotFoundError if there is no such folder; ValueError if it is of no
     known kind, or of several, and as its kind's `scan_folder` does.
     """
-    folder = existing_folder(
-        root, "folder", f"Give class folders. {box_folder.LAYOUTS}"
-    )
+    layouts = f"Give class folders, or boxes. {box_folder.LAYOUTS}"
+    folder = existing_folder(root, "folder", layouts)
     if not kind:
         has_boxes = box_folder.find_kinds(folder)
         kind = box_folder.guess_kind(folder) if has_boxes else "image_folder"
@@ -70,80 +88,57 @@ def inspect_folder(root: str | Path, kind: str = "", threads: int = 8) -> Inspec
         notes += read_once(scan, module.read_annotations).notes
         open_any = open_detection_source
     splits.sort(key=lambda name: (*_ORDER, name).index(name))
-    sources = {split: open_any(kind, split, root=str(root)) for split in splits}
-    sizes, objects = {}, {}
-    for split, source in sources.items():
-
-        def read(index: int, source: Source = source) -> tuple[tuple, Objects]:
-            record = source.records[index]
-            label = np.array([record["label"]] if "label" in record else [], np.int32)
-            none = Objects(np.zeros((0, 4)), label, np.zeros(len(label), bool))
-            try:
-                size = image_size(record["image"])
-            except ValueError:
-                size = (-1, -1)
-            return size, record.get("objects", none)
-
-        indices = range(len(source.records))
-        read_all = map_in_threads(read, indices, f"reading {split}", threads)
-        sizes[split] = np.array([size for size, _ in read_all])
-        objects[split] = [found for _, found in read_all]
-    return Inspected(folder, kind, sources, sizes, objects, notes)
+    sources = {split: open_any(kind, split, root=str(folder)) for split in splits}
+    images = {split: _see(source, threads) for split, source in sources.items()}
+    class_names = next(iter(sources.values())).class_names
+    return Inspected(folder, kind, class_names, sources, images, notes)
 
 
 def report(found: Inspected) -> str:
     """A folder's kind, counts by class and split, sizes and notes, as text."""
     boxes = found.kind != "image_folder"
     what = "objects" if boxes else "images"
-    class_names = next(iter(found.sources.values())).class_names
+    count = len(found.class_names)
+    splits = found.images.values()
+    columns = [_counts(images, count) for images in splits]
+    rows = dict(zip(found.class_names, zip(*columns, strict=True), strict=True))
+    rows[f"all {what}"] = tuple(map(sum, columns))
+    if boxes:
+        rows["difficult"] = tuple(
+            sum(int(one.objects.difficult.sum()) for one in images) for images in splits
+        )
+        rows["images"] = tuple(map(len, splits))
+        rows["images without objects"] = tuple(
+            sum(not len(one.objects.labels) for one in images) for images in splits
+        )
+    broken = tuple(sum(one.size is None for one in images) for images in splits)
+    if any(broken):
+        rows["images that can't be opened"] = broken
     lines = [
-        f"{printable(str(found.root))}: {found.kind}, "
-        f"{len(class_names)} {'class' if len(class_names) == 1 else 'classes'}",
+        f"{printable(str(found.root))}: {found.kind}, {count} "
+        f"{'class' if count == 1 else 'classes'}",
         "",
         f"| {what} of each class | {' | '.join(found.sources)} |",
         f"|---|{'---|' * len(found.sources)}",
-    ]
-    columns = [_counts(objects, class_names) for objects in found.objects.values()]
-    rows = {name: [column[name] for column in columns] for name in class_names}
-    rows[f"all {what}"] = [sum(column.values()) for column in columns]
-    if boxes:
-        every = found.objects.values()
-        rows["difficult"] = [sum(int(o.difficult.sum()) for o in one) for one in every]
-        rows["images"] = [len(one) for one in every]
-        rows["images without objects"] = [
-            sum(not len(objects.labels) for objects in one) for one in every
-        ]
-    broken = [int((sizes < 0).any(axis=1).sum()) for sizes in found.sizes.values()]
-    if any(broken):
-        rows["images that can't be opened"] = broken
-    lines += [
-        f"| {name} | {' | '.join(f'{n:,}' for n in row)} |"
-        for name, row in rows.items()
-    ]
-    lines += [
+        *(f"| {k} | {' | '.join(f'{n:,}' for n in row)} |" for k, row in rows.items()),
         "",
         "| pixels | least | 5 % | median | 95 % | most |",
         "|---|---|---|---|---|---|",
     ]
-    sizes = np.concatenate([*found.sizes.values()])
-    sizes = sizes[(sizes > 0).all(axis=1)]
+    seen = [one for *_, one in found.distinct]
+    sizes = np.array([one.size for one in seen if one.size]).reshape(-1, 2)
     lines += _quantiles("images' height", sizes[:, 0])
     lines += _quantiles("images' width", sizes[:, 1])
     if boxes:
-        corners = np.concatenate(
-            [objects.boxes for one in found.objects.values() for objects in one]
-        )
+        corners = np.concatenate([one.objects.boxes for one in seen])
         sides = corners[:, 2:] - corners[:, :2]
         lines += _quantiles("boxes' height", sides[:, 0])
         lines += _quantiles("boxes' width", sides[:, 1])
         areas = np.digitize(sides.prod(axis=1), [32**2, 96**2])
-        shares = [f"{(areas == k).mean():.0%} {name}" for k, name in enumerate(_LARGE)]
+        shares = [f"{(areas == k).mean():.1%} {name}" for k, name in enumerate(_LARGE)]
         lines += ["", f"boxes by their area in pixels: {', '.join(shares)}"]
-    here = f"{found.root}: "
-    notes = [printable(note.replace(here, "")) for note in found.notes]
-    lines += (
-        ["", *(f"- {note}" for note in notes)] if notes else ["", "nothing was odd"]
-    )
+    notes = [printable(text.replace(f"{found.root}: ", "")) for text in found.notes]
+    lines += ["", *(f"- {text}" for text in notes or ["nothing was odd"])]
     return "\n".join(lines)
 
 
@@ -155,34 +150,34 @@ def draw_contact_sheet(found: Inspected, path: Path) -> Path:
     Returns: the path of the picture.
     Raises: ValueError if no image can be decoded.
     """
-    class_names = next(iter(found.sources.values())).class_names
-    shown: list[tuple[np.ndarray, Objects, str]] = []
-    for split, index in _choose(found.objects, len(class_names)):
-        record = found.sources[split].records[index]
+    shown: list[tuple[np.ndarray, Seen]] = []
+    for split, number, one in _choose(found):
         try:
-            image = decode_image(record["image"])
+            image = decode_image(found.sources[split].records[number]["image"])
         except ValueError:
             continue
-        shown.append((image, found.objects[split][index], record["name"]))
+        shown.append((image, one))
         if len(shown) == SHOWN:
             break
     if not shown:
         raise ValueError(f"none of the images in {str(found.root)!r} can be decoded")
     columns = min(6, len(shown))
-    ratio = float(np.median([image.shape[0] / image.shape[1] for image, *_ in shown]))
+    ratio = float(np.median([np.divide(*image.shape[:2]) for image, _ in shown]))
     figure, grid = panels(len(shown), columns, ratio, width=2.0 * columns, title=0.25)
-    for axes, (image, objects, name) in zip(grid, shown, strict=True):
+    for axes, (image, one) in zip(grid, shown, strict=True):
         height, width = image.shape[:2]
         times = min(1.0, _LONGEST / max(height, width))
         size = max(1, round(width * times)), max(1, round(height * times))
         small = cv2.resize(image, size, interpolation=cv2.INTER_AREA)
-        boxes = len(objects.boxes) or found.kind != "image_folder"
-        title = Path(name).name if boxes else class_names[objects.labels[0]]
-        show_image(axes, small, _short(title), extent=(0, width, height, 0))
+        title = Path(one.name).name
+        if found.kind == "image_folder":
+            title = found.class_names[one.objects.labels[0]]
+        title = title if len(title) <= _TITLE else f"{title[: _TITLE - 1]}…"
+        show_image(axes, small, title, extent=(0, width, height, 0))
         axes.axis("off")
     figure.draw_without_rendering()
-    for axes, (_, objects, _) in zip(grid, shown, strict=True):
-        _draw_objects(axes, objects, class_names)
+    for axes, (_, one) in zip(grid, shown, strict=True):
+        _draw_objects(axes, one.objects, found.class_names)
     return save_figure(figure, path)
 
 
@@ -196,11 +191,28 @@ def _scan_classes(folder: Path) -> tuple[list[str], tuple[str, ...]]:
     return list(scan.splits), scan.notes
 
 
-def _counts(objects: Sequence[Objects], class_names: Sequence[str]) -> Counter[str]:
+def _see(source: Source, threads: int) -> list[Seen]:
+    """Every image of a source, its size read from its file."""
+
+    def read(number: int) -> Seen:
+        record = source.records[number]
+        label = np.array([record["label"]] if "label" in record else [], np.int32)
+        nowhere = Objects(np.zeros((0, 4)), label, np.zeros(len(label), bool))
+        try:
+            size = image_size(record["image"])
+        except ValueError:
+            size = None
+        return Seen(record["name"], size, record.get("objects", nowhere))
+
+    numbers = range(len(source.records))
+    return map_in_threads(read, numbers, f"reading {source.split}", threads)
+
+
+def _counts(images: Sequence[Seen], classes: int) -> list[int]:
     """How many objects of each class there are."""
-    labels = np.concatenate([np.zeros(0, int), *(one.labels for one in objects)])
-    counts = np.bincount(labels.astype(int), minlength=len(class_names))
-    return Counter(dict(zip(class_names, counts.tolist(), strict=True)))
+    labels = [one.objects.labels for one in images]
+    every = np.concatenate([np.zeros(0, int), *labels]).astype(int)
+    return np.bincount(every, minlength=classes).tolist()
 
 
 def _quantiles(name: str, values: np.ndarray) -> list[str]:
@@ -210,22 +222,18 @@ def _quantiles(name: str, values: np.ndarray) -> list[str]:
     return [f"| {name} | {' | '.join(f'{value:.0f}' for value in found)} |"]
 
 
-def _choose(
-    objects: Mapping[str, Sequence[Objects]], classes: int
-) -> list[tuple[str, int]]:
-    """Images by split and number, such that all classes come up, by turns."""
-    images = [(split, i) for split, one in objects.items() for i in range(len(one))]
-    labels = [set(objects[split][i].labels.tolist()) for split, i in images]
-    # Spread over the splits: neighbours come late.
-    order = sorted(range(len(images)), key=lambda n: n * 0.618034 % 1)
-    queues = [[n for n in order if label in labels[n]] for label in range(classes)]
-    queues.append([n for n in order if not labels[n]])
-    turns = [
-        (turn, label, n)
-        for label, queue in enumerate(queues)
-        for turn, n in enumerate(queue)
-    ]
-    return [images[n] for n in dict.fromkeys(n for *_, n in sorted(turns))]
+def _choose(found: Inspected) -> list[tuple[str, int, Seen]]:
+    """Every image once, such that all classes come up by turns, and background."""
+    images = found.distinct
+    # Spread over the splits: neighbours, often of one scene, come late.
+    order = sorted(range(len(images)), key=lambda k: k * 0.618034 % 1)
+    labels = [set(one.objects.labels.tolist()) or {-1} for *_, one in images]
+    turns = []
+    for label in (*range(len(found.class_names)), -1):
+        own = [k for k in order if label in labels[k]]
+        turns += [(turn, number) for turn, number in enumerate(own)]
+    turns.sort(key=lambda turn: turn[0])
+    return [images[k] for k in dict.fromkeys(number for _, number in turns)]
 
 
 def _draw_objects(axes: Axes, objects: Objects, class_names: Sequence[str]) -> None:
@@ -243,7 +251,3 @@ def _draw_objects(axes: Axes, objects: Objects, class_names: Sequence[str]) -> N
             named.add(label)
             box, name = objects.boxes[k], class_names[label]
             draw_label(axes, box, name, color_of(label), taken, size=6)
-
-
-def _short(name: str, most: int = 28) -> str:
-    return name if len(name) <= most else f"{name[: most - 1]}…"
