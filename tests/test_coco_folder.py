@@ -10,6 +10,7 @@ import pytest
 from data_helpers import encode, picture, write_images
 
 from sppnet_jax.data.coco_folder import EVENTS, read_annotations, scan_folder
+from sppnet_jax.data.folders import printable
 from sppnet_jax.data.images import decode_image
 from sppnet_jax.data.sources import available_splits, open_detection_source, open_source
 
@@ -246,6 +247,15 @@ def test_categories_of_one_name_are_one_class(tmp_path):
     found = read_folder(write(tmp_path, coco(["a.png", "b.png"], things, categories)))
     assert found.class_names == ("cat",)
     assert any("4 categories have no id, no name, or the id" in n for n in found.notes)
+
+
+def test_half_a_character_can_be_shown(tmp_path):
+    write_images(tmp_path, "a.png", "b.png")
+    categories = [{"id": 7, "name": "b\ud800r"}]
+    value = coco(["a.png", "b.png", "\ud800.png"], [thing(1), thing(2)], categories)
+    found = read_folder(write(tmp_path, value))
+    assert found.class_names == ("b\\ud800r",)
+    assert any("(such as \\ud800.png)" in note for note in map(printable, found.notes))
 
 
 def test_an_image_without_objects_is_kept_as_background(tmp_path):

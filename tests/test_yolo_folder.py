@@ -184,6 +184,13 @@ def test_classes_are_named_in_many_places(tmp_path, texts, names):
     assert told is not bool(texts)
 
 
+def test_names_in_bytes_that_are_no_text_can_be_shown(tmp_path):
+    write_texts(tmp_path, {"classes.txt": "B\xe4r\n".encode("latin-1")})
+    write_images(tmp_path, "images/a.png", "images/b.png")
+    write_texts(tmp_path, {"labels/a.txt": GOOD})
+    assert read_folder(tmp_path).class_names == ("B\\xe4r",)
+
+
 def test_classes_without_objects_are_left_out_and_told(tmp_path):
     found = read_folder(write(tmp_path, a=GOOD))
     assert found.class_names == ("cat",)
@@ -282,6 +289,13 @@ def test_lists_may_be_there_without_a_data_yaml(tmp_path):
     write_texts(tmp_path, {"test.txt": "c.png\nx.png\ny.png"})
     with pytest.raises(ValueError, match=r"only 1 of the 3 images of test.txt"):
         scan_folder(tmp_path)
+
+
+def test_folders_may_have_years(tmp_path):
+    write_images(tmp_path, "images/train2017/a.png", "images/val2017/b.png")
+    write_texts(tmp_path, {"labels/train2017/a.txt": GOOD, "data.yaml": NAMES})
+    expected = {"train": ["train2017/a.png"], "validation": ["val2017/b.png"]}
+    assert splits_of(tmp_path) == expected
 
 
 def test_one_folder_to_train_and_to_validate_on_is_no_split(tmp_path):

@@ -12,7 +12,6 @@ import functools
 import json
 import math
 import os
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -207,7 +206,7 @@ def _read_file(path: Path, size: int, mtime: int) -> CocoFile:
         key, given = _key(category.get("id")), category.get("name")
         name = " ".join(str(given).split()) if isinstance(given, str | int) else ""
         if key is not None and name:
-            names.setdefault(key, name)
+            names.setdefault(key, folders.printable(name))
     told(
         len(categories) - len(names),
         "categories have no id, no name, or the id of another: ignored",
@@ -361,13 +360,9 @@ def _name_splits(paths: Sequence[str]) -> dict[str, str]:
 
 
 def _split_of(path: str) -> str:
-    """train, validation or test, where a path says so, such as val2017; else ""."""
-    for part in reversed(os.path.splitext(path)[0].split(os.sep)):
-        words = re.split(r"[^a-z]+", part.lower())
-        splits = {folders.SPLIT_OF[word] for word in words if word in folders.SPLIT_OF}
-        if len(splits) == 1:
-            return splits.pop()
-    return ""
+    """train, validation or test, as the last part of a path that says so; else ""."""
+    parts = os.path.splitext(path)[0].split(os.sep)
+    return next(filter(None, map(folders.split_of, reversed(parts))), "")
 
 
 def _find_images(

@@ -8,6 +8,7 @@ import functools
 import hashlib
 import logging
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -119,6 +120,16 @@ def inform_once(note: str) -> None:
     log.info("%s", printable(note))
 
 
+def split_of(name: str) -> str:
+    """train, validation or test, if a name has just one of these words; else "".
+
+    Such as "train2017", "valid", "instances_val" and "my-test".
+    """
+    words = re.split(r"[^a-z]+", name.lower())
+    splits = {SPLIT_OF[word] for word in words if word in SPLIT_OF}
+    return splits.pop() if len(splits) == 1 else ""
+
+
 def hold_out(paths: Iterable[str]) -> set[str]:
     """Every fifth of the paths, in the order of a hash of each."""
     # By a hash, because neighbouring names are often shots of one scene.
@@ -161,4 +172,8 @@ def read_text(path: Path) -> str:
 
 def printable(path: str) -> str:
     """A path as text: file names are bytes, and names are text."""
-    return os.fsencode(path).decode("utf-8", "backslashreplace")
+    try:
+        encoded = os.fsencode(path)
+    except UnicodeEncodeError:  # half a character, as JSON may hold
+        encoded = path.encode("utf-8", "backslashreplace")
+    return encoded.decode("utf-8", "backslashreplace")

@@ -91,7 +91,7 @@ def scan_folder(root: str | os.PathLike[str]) -> AnnotatedFolder:
     """Finds the splits and images of a folder in YOLO's layout, opening no image.
 
     Splits are what data.yaml names, folders or lists; else the lists train.txt, val.txt
-    and test.txt; else the folders train, val (valid, validation) and test at any depth.
+    and test.txt; else folders such as train, val2017, valid and test at any depth.
     Without, every fifth image, in the order of a hash of its name, is "test", and the
     others "trainval". A path in data.yaml or in a list may begin elsewhere: the file of
     this folder is meant that ends so.
@@ -299,7 +299,8 @@ def _names(
         lines = folders.read_text(folder / listing).splitlines()
         while lines and not lines[-1].strip():
             lines.pop()
-        names = {n: " ".join(line.split()) for n, line in enumerate(lines)}
+        lines = [folders.printable(" ".join(line.split())) for line in lines]
+        names = dict(enumerate(lines))
     if not names:
         notes.append(
             f"{folder} has no names of classes, in data.yaml or classes.txt: their "
@@ -334,8 +335,8 @@ def _find_splits(
     if splits:
         return splits
     for image in index.images:
-        words = [p for p in image.lower().split(os.sep)[:-1] if p in folders.SPLIT_OF]
-        splits.setdefault(folders.SPLIT_OF[words[0]] if words else "", []).append(image)
+        said = filter(None, map(folders.split_of, image.split(os.sep)[:-1]))
+        splits.setdefault(next(said, ""), []).append(image)
     if set(splits) != {""}:
         splits.pop("", None)
     return splits
