@@ -149,7 +149,7 @@ def test_a_folder_of_two_formats_must_be_told(three, tmp_path):
     with pytest.raises(
         ValueError,
         match=r"boxes in 2 formats, Pascal VOC's .*YOLO's .*"
-        "data.name=voc_folder or yolo_folder",
+        "voc_folder or yolo_folder: --config.data.name=KIND",
     ):
         guess_kind(tmp_path)
     assert len(open_detection_source("voc_folder", "test", root=str(tmp_path))[0]) == 4

@@ -1,9 +1,13 @@
 """Any folder in YOLO's layout becomes a data set, and nothing is lost silently."""
 
+import io
+
 import numpy as np
+import PIL.Image
 import pytest
 from data_helpers import write_images
 
+from sppnet_jax.data.images import decode_image
 from sppnet_jax.data.sources import available_splits, open_detection_source
 from sppnet_jax.data.yolo_folder import EVENTS, read_annotations, scan_folder
 
@@ -130,6 +134,24 @@ def test_text_may_be_written_in_many_ways(tmp_path, text):
     image, notes = read_one(tmp_path, text)
     assert [one.box for one in image.objects] == [BOX]
     assert not notes
+
+
+@pytest.mark.parametrize("orientation", [1, 3, 6])
+def test_shares_are_of_the_image_as_it_is_shown(tmp_path, orientation):
+    pixels = np.zeros((48, 64, 3), np.uint8)
+    pixels[8:24, 8:24] = 255
+    exif = PIL.Image.Exif()
+    exif[0x0112] = orientation
+    buffer = io.BytesIO()
+    PIL.Image.fromarray(pixels).save(buffer, "jpeg", exif=exif, quality=100)
+    shown = decode_image(buffer.getvalue())
+    rows, columns = np.nonzero(shown.mean(axis=2) > 127)
+    box = rows.min(), columns.min(), rows.max() + 1, columns.max() + 1
+    y, x = (np.array(box[:2]) + box[2:]) / 2 / shown.shape[:2]
+    high, wide = np.subtract(box[2:], box[:2]) / shown.shape[:2]
+    write(tmp_path, odd=f"0 {x:.6f} {y:.6f} {wide:.6f} {high:.6f}", good=GOOD)
+    (tmp_path / "images/odd.png").write_bytes(buffer.getvalue())
+    assert read_folder(tmp_path).images["images/odd.png"].objects[0].box == box
 
 
 def test_an_image_with_an_empty_label_file_or_none_is_background(tmp_path):

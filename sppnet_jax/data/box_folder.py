@@ -65,7 +65,8 @@ def guess_kind(root: str | os.PathLike[str]) -> str:
     if len(found) > 1:
         raise ValueError(
             f"{str(folder)!r} has boxes in {len(found)} formats, {' and '.join(told)}: "
-            f"say which to take, --config.data.name={' or '.join(found)}"
+            f"say which to take, {' or '.join(found)}: --config.data.name=KIND, or of "
+            "inspect --kind=KIND"
         )
     (kind,) = found
     inform_once(f"{folder} has {told[0]}: it is read as a {kind}")

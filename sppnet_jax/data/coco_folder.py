@@ -174,6 +174,45 @@ def read_file(path: Path) -> CocoFile:
 
 @functools.lru_cache(maxsize=8)
 def _read_file(path: Path, size: int, mtime: int) -> CocoFile:
+    lists = _load(path)
+    images, objects, categories = (
+        [one for one in given if isinstance(one, dict)] for given in lists
+    )
+    names: dict[str, str] = {}
+    for category in categories:
+        key, given = _key(category.get("id")), category.get("name")
+        name = " ".join(str(given).split()) if isinstance(given, str | int) else ""
+        if key is not None and name:
+            names.setdefault(key, folders.printable(name))
+    listed: dict[str, tuple[str, float | None, float | None]] = {}
+    for image in images:
+        key, file_name = _key(image.get("id")), image.get("file_name")
+        if key is not None and isinstance(file_name, str) and file_name.strip():
+            sides = number(image.get("height")), number(image.get("width"))
+            listed.setdefault(key, (file_name, *sides))
+    found: dict[str, list[Told]] = {key: [] for key in listed}
+    for one in objects:
+        if (key := _key(one.get("image_id"))) in found:
+            found[key].append(_read_object(one, names))
+    total = sum(map(len, found.values()))
+    counts = {
+        "entries are no objects of JSON: ignored": (
+            sum(map(len, lists)) - len(images) - len(objects) - len(categories)
+        ),
+        "categories have no id, no name, or the id of another: ignored": (
+            len(categories) - len(names)
+        ),
+        "entries of images have no id, no file_name, or the id of another: left out": (
+            len(images) - len(listed)
+        ),
+        "annotations are of images that are not listed: left out": len(objects) - total,
+    }
+    notes = tuple(f"{count} {what}" for what, count in counts.items() if count)
+    return CocoFile(listed, found, tuple(dict.fromkeys(names.values())), notes)
+
+
+def _load(path: Path) -> list[list[Any]]:
+    """The lists images, annotations and categories of a file."""
     try:
         # Thousands of digits would be an error of the whole file.
         value = json.loads(
@@ -183,54 +222,11 @@ def _read_file(path: Path, size: int, mtime: int) -> CocoFile:
         raise ValueError(f"no JSON: {error}") from error
     if not isinstance(value, dict):
         raise ValueError(f"no JSON of COCO's, but a {type(value).__name__}")
-    lists = {key: value.get(key) for key in ("images", "annotations", "categories")}
-    lacks = [key for key, one in lists.items() if not isinstance(one, list)]
+    names = ("images", "annotations", "categories")
+    lacks = [name for name in names if not isinstance(value.get(name), list)]
     if lacks:
         raise ValueError(f"no JSON of COCO's, it has no list {', '.join(lacks)}")
-    images, objects, categories = (
-        [one for one in lists[key] or [] if isinstance(one, dict)] for key in lists
-    )
-    notes: list[str] = []
-
-    def told(count: int, what: str) -> None:
-        if count:
-            notes.append(f"{count} {what}")
-
-    entries = sum(len(one or []) for one in lists.values())
-    told(
-        entries - len(images) - len(objects) - len(categories),
-        "entries are no objects of JSON: ignored",
-    )
-    names: dict[str, str] = {}
-    for category in categories:
-        key, given = _key(category.get("id")), category.get("name")
-        name = " ".join(str(given).split()) if isinstance(given, str | int) else ""
-        if key is not None and name:
-            names.setdefault(key, folders.printable(name))
-    told(
-        len(categories) - len(names),
-        "categories have no id, no name, or the id of another: ignored",
-    )
-    listed: dict[str, tuple[str, float | None, float | None]] = {}
-    for image in images:
-        key, file_name = _key(image.get("id")), image.get("file_name")
-        if key is not None and isinstance(file_name, str) and file_name.strip():
-            sides = number(image.get("height")), number(image.get("width"))
-            listed.setdefault(key, (file_name, *sides))
-    told(
-        len(images) - len(listed),
-        "entries of images have no id, no file_name, or the id of another: left out",
-    )
-    found: dict[str, list[Told]] = {}
-    unlisted = 0
-    for one in objects:
-        key = _key(one.get("image_id"))
-        if key is None or key not in listed:
-            unlisted += 1
-            continue
-        found.setdefault(key, []).append(_read_object(one, names))
-    told(unlisted, "annotations are of images that are not listed: left out")
-    return CocoFile(listed, found, tuple(dict.fromkeys(names.values())), tuple(notes))
+    return [value[name] for name in names]
 
 
 def _key(value: Any) -> str | None:
@@ -403,7 +399,7 @@ def _read_image(
     for file, key in entries:
         _, height, width = file.images[key]
         change, size_event = change_of_size((height, width), size, encoded)
-        fitted = [_fit(one, size, change, events) for one in file.objects.get(key, ())]
+        fitted = [_fit(one, size, change, events) for one in file.objects[key]]
         events += [size_event] if size_event and any(fitted) else []
         # An object that another entry has, too, is the same.
         objects += [one for one in fitted if one and one not in objects]
