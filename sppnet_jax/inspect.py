@@ -25,7 +25,7 @@ def main() -> None:
     parser.add_argument(
         "--picture",
         default="",
-        help="the contact sheet; by default NAME_contact_sheet.png in this folder",
+        help="the contact sheet; by default NAME_contact_sheet.png, here",
     )
     kinds = ("image_folder", *KINDS)
     parser.add_argument(

@@ -334,6 +334,17 @@ def test_one_folder_to_train_and_to_validate_on_is_no_split(tmp_path):
     assert len(part.records) == 6
 
 
+def test_a_folder_in_a_folder_is_found(tmp_path):
+    """As an archive is unpacked; paths in data.yaml are as in the inner folder."""
+    inner = tmp_path / "animals/animals"
+    write_images(inner, "train/images/a.png", "valid/images/a.png")
+    told = "train: ../train/images\nval: ../valid/images\n"
+    write_texts(inner, {"train/labels/a.txt": GOOD, "data.yaml": NAMES + told})
+    assert scan_folder(tmp_path) == scan_folder(inner)
+    assert set(splits_of(tmp_path)) == {"train", "validation"}
+    assert not any("not there" in note for note in scan_folder(tmp_path).notes)
+
+
 def test_images_in_no_split_are_told(tmp_path):
     names = ("train/images/a", "test/images/b", "rest/c")
     write_images(tmp_path, *(f"{name}.png" for name in names))

@@ -94,7 +94,8 @@ def scan_folder(root: str | os.PathLike[str]) -> AnnotatedFolder:
     and test.txt; else folders such as train, val2017, valid and test at any depth.
     Without, every fifth image, in the order of a hash of its name, is "test", and the
     others "trainval". A path in data.yaml or in a list may begin elsewhere: the file of
-    this folder is meant that ends so.
+    this folder is meant that ends so. A folder that holds one folder and nothing else
+    is taken for that.
 
     An image without a label file is without objects.
 
@@ -103,6 +104,9 @@ def scan_folder(root: str | os.PathLike[str]) -> AnnotatedFolder:
     not all, are absent.
     """
     folder = folders.existing_folder(root, "YOLO folder", _LAYOUT)
+    # Archives are often unpacked into a folder of their own.
+    while len((listing := folders.list_folder(folder))[0]) == 1 and not listing[1]:
+        folder = folder / listing[0][0]
     index = index_paths(folder)
     notes: list[str] = []
     told, names, lists = _names(folder, index, notes)
