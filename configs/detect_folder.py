@@ -1,4 +1,4 @@
-r"""A detector for your own folder in Pascal VOC layout, on a small machine.
+r"""A detector for your own folder of images and boxes, on a small machine.
 
 python -m sppnet_jax.detect train --config=configs/detect_folder.py \
     --config.data.root=FOLDER --config.network=runs/scratch \
@@ -22,7 +22,7 @@ from sppnet_jax.cli import detector_base_config
 def get_config() -> ConfigDict:
     config = detector_base_config()
     config.network = "runs/scratch"
-    config.data.name = "voc_folder"
+    config.data.name = "box_folder"
     config.scales = (206, 247, 295, 370, 514)  # the paper's five for 96 pixels
     config.finetune.steps = 1000
     config.finetune.learning_rate = 0.01

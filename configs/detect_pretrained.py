@@ -1,4 +1,4 @@
-r"""A detector for your own folder in Pascal VOC layout, on a pretrained trunk.
+r"""A detector for your own folder of images and boxes, on a pretrained trunk.
 
 python -m sppnet_jax.detect train --config=configs/detect_pretrained.py \
     --config.data.root=FOLDER --workdir=runs/detect
@@ -26,7 +26,7 @@ def get_config() -> ConfigDict:
     config.levels = (3, 2, 1)
     config.reducer = "max"
     config.layer = "pyramid"
-    config.data.name = "voc_folder"
+    config.data.name = "box_folder"
     config.scales = (480,)
     config.finetune.steps = 0
     config.svm.calibration_parts = 3

@@ -27,6 +27,7 @@ from sppnet_jax.detection import (
 )
 from sppnet_jax.detection.average_precision import evaluate_detections
 from sppnet_jax.detection.box_split import open_split_of
+from sppnet_jax.detection.coco_precision import HOW_TO_GET
 from sppnet_jax.detection.detection_table import DetectionTable
 from sppnet_jax.detection.detector import Scored, score_boxes, suppress
 from sppnet_jax.detection.detector_evaluation import (
@@ -211,10 +212,12 @@ def test_no_image_is_in_both_of_the_default_splits(
 
 @pytest.mark.parametrize(("split", "seen", "count"), [("mixed", 2, 5), ("test", 0, 6)])
 def test_tested_images_that_were_trained_on_are_counted(
-    split, seen, count, base, copy, log
+    split, seen, count, base, copy, log, capsys
 ):
     config = small_config(base, **{"data.test_split": split})
-    assert evaluate_detectors([copy], settings=config)["trained_on"] == seen
+    report = evaluate_detectors([copy], settings=config)
+    assert report["trained_on"] == seen
+    assert (HOW_TO_GET in capsys.readouterr().out) is (report["coco"] is None)
     stored = json.loads((copy / "test/results.json").read_text())
     assert (stored["trained_on"], stored["images"]) == (seen, count)
     told = f"{seen} of the {count} images to test on were trained on"
@@ -268,11 +271,16 @@ def test_the_test_leaves_tables_files_and_pictures(trained, report):
     folder = trained / "test"
     names = {path.name for path in folder.iterdir()}
     assert names == {
-        *("results.json", "table.md", "voc", "coco_results.json"),
+        *("results.json", "table.md", "voc", "yolo", "coco_results.json"),
         *("coco_ground_truth.json", "precision_recall.png", "examples.png"),
     }
     text = (folder / "table.md").read_text()
     assert f"| mean | {100 * report['map_11_point']:.1f} |" in text
+    assert ("COCO's AP" in text) is bool(report["coco"])
+    labels = sorted((folder / "yolo/labels").iterdir())
+    assert [path.name for path in labels] == [f"{key}.txt" for key in TEST]
+    lines = sum(len(path.read_text().splitlines()) for path in labels)
+    assert lines == sum(row["detections"] for row in report["classes"])
     found = json.loads((folder / "coco_results.json").read_text())
     truth = json.loads((folder / "coco_ground_truth.json").read_text())
     assert len(found) == sum(row["detections"] for row in report["classes"])

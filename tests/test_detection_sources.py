@@ -155,7 +155,7 @@ def test_objects_of_a_source_without_boxes_are_an_error():
     ("dataset", "message"),
     [
         ("digit_scenes/classification", "has no boxes; 'digit_scenes/detection' has"),
-        ("image_folder", "has no boxes; a folder with boxes.* is a 'voc_folder'"),
+        ("image_folder", "has no boxes; a folder with boxes is a 'box_folder'"),
         ("imagenet2012", r"'imagenet2012/5.1.0' has no boxes: it has features"),
         ("voc_folder", "'voc_folder' needs its folder: set root"),
         ("vocc", r"unknown data set 'vocc'.*Did you mean voc.*with boxes"),

@@ -111,6 +111,7 @@ RUN: dict[str, list[str]] = {
     ],
     "detect test --workdir": [],
     "detect image --workdir": [],
+    "inspect ": [],
     "benchmarks.allreduce": [],
 }
 # Stages in which commands are run, so that what they need is there.

@@ -1,6 +1,7 @@
 """Detections are written so that other programs read what was found."""
 
 import json
+import sys
 from urllib.parse import unquote
 
 import numpy as np
@@ -8,11 +9,13 @@ import pytest
 
 from sppnet_jax.data.sources import Objects
 from sppnet_jax.detection.average_precision import evaluate_detections
+from sppnet_jax.detection.coco_precision import coco_precision
 from sppnet_jax.detection.detection_table import DetectionTable
 from sppnet_jax.detection.result_files import (
     write_coco_ground_truth,
     write_coco_results,
     write_voc_results,
+    write_yolo_results,
 )
 
 IDS = ["000005", "000007", "photo 3"]
@@ -200,10 +203,126 @@ def test_cocos_ground_truth_holds_every_object(tmp_path):
     assert [a["id"] for a in annotations] == list(range(1, 11))
     assert [a["image_id"] for a in annotations] == [1] * 4 + [3] * 6
     assert [a["ignore"] for a in annotations[:2]] == [1, 0]
-    assert {a["iscrowd"] for a in annotations} == {0}
+    assert [a["iscrowd"] for a in annotations] == [a["ignore"] for a in annotations]
     every = np.concatenate([t.boxes for t in truth])
     for annotation, (top, left, bottom, right) in zip(annotations, every, strict=True):
         assert annotation["bbox"] == [left, top, right - left, bottom - top]
         assert annotation["area"] == (right - left) * (bottom - top)
     with pytest.raises(ValueError, match=r"for 3 images .* got \(2, 2\) and 3"):
         write_coco_ground_truth(path, IDS, sizes[:2], truth, NAMES)
+
+
+def test_yolos_results_are_lines_of_shares_that_give_the_same_boxes(tmp_path):
+    rng = np.random.default_rng(3)
+    table = many(rng)
+    sizes = np.array([[80, 90], [75, 77], [71, 113]])
+    ids = ["a b", "train/7", "völlig 50%"]
+    paths = write_yolo_results(tmp_path, table, ids, sizes, NAMES)
+    assert [str(path.relative_to(tmp_path / "labels")) for path in paths] == [
+        f"{name}.txt" for name in ids
+    ]
+    assert (tmp_path / "classes.txt").read_text() == "aeroplane\ncat\n"
+    for image, (path, (height, width)) in enumerate(zip(paths, sizes, strict=True)):
+        rows = [line.split() for line in path.read_text().splitlines()]
+        mine = table.images == image
+        assert [int(row[0]) for row in rows] == table.labels[mine].tolist()
+        scores = np.array([row[5] for row in rows], np.float32)
+        np.testing.assert_array_equal(scores, table.scores[mine])
+        x, y, wide, high = np.array([row[1:5] for row in rows], float).T
+        again = [y - high / 2, x - wide / 2, y + high / 2, x + wide / 2]
+        again = np.stack(again, axis=1) * [height, width, height, width]
+        np.testing.assert_allclose(again, table.boxes[mine], rtol=1e-6, atol=1e-6)
+
+
+def test_an_image_without_detections_has_an_empty_label_file(tmp_path):
+    nothing = DetectionTable(*(column[:0] for column in few()))
+    sizes = np.array([[0, 0]] * 3)
+    paths = write_yolo_results(tmp_path, nothing, IDS, sizes, NAMES)
+    assert [path.read_text() for path in paths] == ["", "", ""]
+
+
+@pytest.mark.parametrize(
+    ("ids", "message"),
+    [
+        (["a", "../b", "c"], "must be paths in a folder, got '../b'"),
+        (["a", "/b", "c"], "must be paths in a folder, got '/b'"),
+        (["a", "a", "c"], "must be different"),
+    ],
+)
+def test_no_label_file_leads_out_of_its_folder(tmp_path, ids, message):
+    with pytest.raises(ValueError, match=message):
+        write_yolo_results(tmp_path, few(), ids, np.ones((3, 2)), NAMES)
+    assert not list(tmp_path.iterdir())
+
+
+def found_and_true(shift=0.0):
+    """Detections of every object, each moved down by a share of its height; truth."""
+    truth = objects(np.random.default_rng(5))
+    counts = [len(one.labels) for one in truth]
+    boxes = np.concatenate([one.boxes for one in truth])
+    boxes[:, ::2] += shift * (boxes[:, 2:3] - boxes[:, :1])
+    table = DetectionTable(
+        np.repeat(np.arange(3), counts),
+        np.concatenate([one.labels for one in truth]),
+        np.linspace(1, 0.5, len(boxes)),
+        boxes,
+    )
+    return table, [one._replace(difficult=one.difficult & False) for one in truth]
+
+
+def test_cocos_precision_averages_over_ious_and_tells_sizes_apart():
+    pytest.importorskip("pycocotools")
+    perfect = coco_precision(*found_and_true(), NAMES)
+    areas = [np.prod(b[:, 2:] - b[:, :2], axis=1) for b, *_ in found_and_true()[1]]
+    small = np.concatenate(areas) < 32**2
+    assert perfect["ap"] == perfect["ap_50"] == perfect["ar_100"] == 1
+    assert perfect["ap_small"] == (1 if small.any() else None)
+    assert perfect["ap_medium"] == (None if small.all() else 1)
+    assert perfect["ap_large"] is None
+    # Moved by a fifth, boxes overlap by 0.8/1.2: enough for 0.50, 0.55, 0.60 and 0.65.
+    moved = coco_precision(*found_and_true(0.2), NAMES)
+    assert moved["ap"] == pytest.approx(0.4)
+    assert (moved["ap_50"], moved["ap_75"]) == (1, 0)
+
+
+def test_cocos_precision_counts_difficult_objects_neither_way():
+    pytest.importorskip("pycocotools")
+    table, truth = found_and_true()
+    truth[0].difficult[:2] = True
+    assert coco_precision(table, truth, NAMES)["ap"] == 1
+    kept = np.arange(len(table.scores)) >= 2
+    without = DetectionTable(*(column[kept] for column in table))
+    assert coco_precision(without, truth, NAMES)["ap"] == 1
+    nothing = DetectionTable(*(column[:0] for column in table))
+    assert coco_precision(nothing, truth, NAMES)["ap"] == 0
+
+
+def test_cocos_precision_is_that_of_the_files(tmp_path):
+    """What pycocotools makes of the JSON that is written is what is reported."""
+    pytest.importorskip("pycocotools")
+    from pycocotools.coco import COCO
+    from pycocotools.cocoeval import COCOeval
+
+    table, truth = found_and_true()
+    rng = np.random.default_rng(6)
+    table.boxes[:] += rng.normal(0, 3, table.boxes.shape)
+    truth[2].difficult[::2] = True
+    sizes = np.full((3, 2), 100)
+    write_coco_ground_truth(tmp_path / "truth.json", IDS, sizes, truth, NAMES)
+    write_coco_results(tmp_path / "found.json", table)
+    of_truth = COCO(str(tmp_path / "truth.json"))
+    evaluation = COCOeval(of_truth, of_truth.loadRes(str(tmp_path / "found.json")))
+    evaluation.params.iouType = "bbox"
+    for step in (evaluation.evaluate, evaluation.accumulate, evaluation.summarize):
+        step()
+    told = list(coco_precision(table, truth, NAMES).values())
+    assert [
+        -1 if value is None else value for value in told
+    ] == evaluation.stats.tolist()
+    assert 0 < told[0] < 1
+
+
+def test_without_pycocotools_there_is_no_coco_precision(monkeypatch):
+    monkeypatch.setitem(sys.modules, "pycocotools", None)
+    monkeypatch.setitem(sys.modules, "pycocotools.coco", None)
+    assert coco_precision(*found_and_true(), NAMES) is None

@@ -40,7 +40,7 @@ def test_every_dependency_is_pinned_within_its_range(file):
     assert not outside
 
 
-@pytest.mark.parametrize("extra", ["bench", "dev", "weights"])
+@pytest.mark.parametrize("extra", ["bench", "coco", "dev", "weights"])
 def test_an_extra_and_its_file_name_the_same_packages(extra):
     assert set(pins(f"requirements-{extra}.txt")) == set(named(EXTRAS[extra]))
 

@@ -88,8 +88,9 @@ class ImageData(NamedTuple):
 class BoxData(NamedTuple):
     """A data set of images and boxes.
 
-    `name`: "voc/2007", "voc/2012", "digit_scenes/detection", or "voc_folder", whose
-    folder is `root`. `data_dir`: where TFDS keeps data; "" is its own default.
+    `name`: "voc/2007", "voc/2012", "digit_scenes/detection", or the kind of the folder
+    `root`: "voc_folder", "coco_folder", "yolo_folder", or "box_folder", which finds out
+    which of these it is. `data_dir`: where TFDS keeps data; "" is its own default.
     `train_split`: "" for trainval, train+validation, or train. `test_split`: "" for
     test, or validation. `threads`: that read.
     """
@@ -104,7 +105,7 @@ class BoxData(NamedTuple):
     def check(self) -> None:
         """Raises ValueError for settings that don't fit together."""
         if self.name in FOLDERS and not self.root:
-            raise ValueError("give the folder in VOC layout: --config.data.root=FOLDER")
+            raise ValueError("give the folder of images: --config.data.root=FOLDER")
 
     def with_absolute_paths(self) -> "BoxData":
         """The same, found again from any folder."""

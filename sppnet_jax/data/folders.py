@@ -3,10 +3,12 @@
 Their files are read where they lie: nothing is copied, and nothing is kept.
 """
 
+import codecs
 import functools
 import hashlib
 import logging
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -16,6 +18,12 @@ from sppnet_jax.data.sources import Record, split_spans
 log = logging.getLogger(__name__)
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff")
+# Splits by the folders, lists or files that they are in.
+SPLIT_OF = {
+    **dict.fromkeys(("train", "training"), "train"),
+    **dict.fromkeys(("val", "valid", "validation"), "validation"),
+    **dict.fromkeys(("test", "testing"), "test"),
+}
 # Every fifth image of a class is held out where the folder has no test images.
 HOLD_OUT_EVERY = 5
 
@@ -106,6 +114,22 @@ def warn_once(note: str) -> None:
     log.warning("%s", printable(note))
 
 
+@functools.cache
+def inform_once(note: str) -> None:
+    """As `warn_once`, of what is as it should be."""
+    log.info("%s", printable(note))
+
+
+def split_of(name: str) -> str:
+    """train, validation or test, if a name has just one of these words; else "".
+
+    Such as "train2017", "valid", "instances_val" and "my-test".
+    """
+    words = re.split(r"[^a-z]+", name.lower())
+    splits = {SPLIT_OF[word] for word in words if word in SPLIT_OF}
+    return splits.pop() if len(splits) == 1 else ""
+
+
 def hold_out(paths: Iterable[str]) -> set[str]:
     """Every fifth of the paths, in the order of a hash of each."""
     # By a hash, because neighbouring names are often shots of one scene.
@@ -138,6 +162,18 @@ def is_image(path: Path) -> bool:
     return path.name.lower().endswith(IMAGE_SUFFIXES) and path.is_file()
 
 
+def read_text(path: Path) -> str:
+    """A list's text, in UTF-8 or UTF-16; other bytes as in the names of files."""
+    data = path.read_bytes()
+    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        return data.decode("utf-16", "replace")
+    return os.fsdecode(data.removeprefix(codecs.BOM_UTF8))
+
+
 def printable(path: str) -> str:
     """A path as text: file names are bytes, and names are text."""
-    return os.fsencode(path).decode("utf-8", "backslashreplace")
+    try:
+        encoded = os.fsencode(path)
+    except UnicodeEncodeError:  # half a character, as JSON may hold
+        encoded = path.encode("utf-8", "backslashreplace")
+    return encoded.decode("utf-8", "backslashreplace")

@@ -11,11 +11,6 @@ from typing import NamedTuple
 from sppnet_jax.data import folders
 from sppnet_jax.data.sources import Source
 
-_SPLIT_OF_FOLDER = {
-    **dict.fromkeys(("train", "training"), "train"),
-    **dict.fromkeys(("val", "valid", "validation"), "validation"),
-    **dict.fromkeys(("test", "testing"), "test"),
-}
 _LAYOUT = (
     "Expected class folders, ROOT/cat/1.jpg and ROOT/dog/2.jpg, or the same within "
     "split folders, ROOT/train/cat/1.jpg and ROOT/test/cat/2.jpg."
@@ -106,7 +101,7 @@ def _split_folders(folder: Path) -> dict[str, Path]:
         if images:
             found = f"{images} images that are in no class folder"
         raise ValueError(f"no class folders in {str(folder)!r}, but {found}. {_LAYOUT}")
-    named = [name for name in subfolders if name.lower() in _SPLIT_OF_FOLDER]
+    named = [name for name in subfolders if name.lower() in folders.SPLIT_OF]
     # A folder "train" with nothing but images is a class, say in {bus, car, train}.
     splits = [name for name in named if not _holds_only_images(folder / name)]
     if not splits:
@@ -118,7 +113,7 @@ def _split_folders(folder: Path) -> dict[str, Path]:
         return {"train": folder}
     found_splits: dict[str, Path] = {}
     for name in sorted(splits):
-        split = _SPLIT_OF_FOLDER[name.lower()]
+        split = folders.SPLIT_OF[name.lower()]
         if split in found_splits:
             raise ValueError(
                 f"{str(folder)!r} has two folders for the {split} split, "
@@ -138,7 +133,7 @@ def _split_folders(folder: Path) -> dict[str, Path]:
                 f"{name!r} holds images that are in no class folder of a split; move "
                 f"it elsewhere. {_LAYOUT}"
             )
-    order = dict.fromkeys(_SPLIT_OF_FOLDER.values())
+    order = dict.fromkeys(folders.SPLIT_OF.values())
     return {split: found_splits[split] for split in order if split in found_splits}
 
 

@@ -4,7 +4,7 @@
     open_source("image_folder", "test", root="~/flowers")
     open_source("imagenet2012", "validation", data_dir="/data/tfds")
     open_source("voc/2007", "test", multi_label=True)
-    open_detection_source("voc_folder", "trainval", root="~/VOCdevkit")
+    open_detection_source("box_folder", "trainval", root="~/VOCdevkit")
 
 The images stay encoded, and are read when they are asked for: from the files of a
 folder where they lie, or from ArrayRecord files that TFDS prepared. TFDS is imported
@@ -22,10 +22,10 @@ import numpy as np
 from sppnet_jax.run.progress import map_in_threads
 
 # Data sets that are folders, read by the module of the same name.
-FOLDERS = ("image_folder", "voc_folder")
+FOLDERS = ("image_folder", "box_folder", "voc_folder", "coco_folder", "yolo_folder")
 _INSTEAD = {
     "digit_scenes/classification": "'digit_scenes/detection' has",
-    "image_folder": "a folder with boxes, in Pascal VOC layout, is a 'voc_folder'",
+    "image_folder": "a folder with boxes is a 'box_folder'",
 }
 HOW_TO_OPEN_SEVERAL = (
     ". Its images have several classes each, and a network is trained on one class an "
@@ -114,11 +114,11 @@ def open_source(
     use; or the name of a TFDS data set ("name", "name/config", "name:1.2.3") already
     prepared as ArrayRecord.
     `split`: "train", "test", …, or a TFDS slice such as "train[:80%]".
-    `root`: the folder of an "image_folder" or a "voc_folder".
+    `root`: the folder of an "image_folder" or a "box_folder".
     `data_dir`: where TFDS data sets lie; if empty, TFDS's default (environment variable
     TFDS_DATA_DIR, else ~/tensorflow_datasets).
     `multi_label`: opens a data set of images with several classes each, laid out as
-    TFDS's voc is: "voc/2007", "digit_scenes/detection" or "voc_folder".
+    TFDS's voc is: "voc/2007", "digit_scenes/detection" or "box_folder".
 
     Returns: the source; `check_labels` has passed for data sets of others' making.
     Raises: ValueError for an unknown data set or split, an empty split, a data set that
@@ -138,7 +138,8 @@ def open_detection_source(
     multi-label source. Objects of difficult instances are among them; empty boxes are
     not, and a warning names their record.
 
-    `dataset`: "voc_folder", "digit_scenes/detection", or a TFDS data set with the
+    `dataset`: "voc_folder", "coco_folder", "yolo_folder", or "box_folder", which finds
+    out which of these it is; "digit_scenes/detection", or a TFDS data set with the
     features of its voc ("voc/2007", "voc/2007:5.0.0").
 
     Raises: as `open_source`, and ValueError for a data set without boxes. Reading a

@@ -23,6 +23,7 @@ import tensorflow_datasets as tfds
 from tensorflow_datasets.core.features.bounding_boxes_utils import BBoxFormat
 
 from sppnet_jax.data import digit_scenes
+from sppnet_jax.data.annotations import clamp_boxes
 from sppnet_jax.data.images import image_size
 from sppnet_jax.data.sources import (
     FOLDERS,
@@ -34,7 +35,6 @@ from sppnet_jax.data.sources import (
     class_labels,
     split_spans,
 )
-from sppnet_jax.data.voc_annotations import clamp_boxes
 
 log = logging.getLogger(__name__)
 
@@ -273,7 +273,7 @@ def _check_known(dataset: str) -> None:
             "'digit_scenes/classification', 'image_folder' (for your own images), and "
             "the classification data sets of tensorflow_datasets, such as "
             "'imagenet2012', 'imagenette', 'caltech101'; with boxes, "
-            "'digit_scenes/detection', 'voc_folder' (for your own) and 'voc/2007'"
+            "'digit_scenes/detection', 'box_folder' (for your own) and 'voc/2007'"
         )
 
 

@@ -1,4 +1,4 @@
-"""Detections in the files of PASCAL VOC and of COCO, for evaluation by other tools.
+"""Detections in the files of PASCAL VOC, COCO and YOLO, for evaluation by other tools.
 
 VOC has a text file for each class, comp4_det_SPLIT_CLASS.txt, and in it a line for each
 detection: `image_id score xmin ymin xmax ymax`, the pixels 1-based, the last ones
@@ -9,6 +9,10 @@ and so is % itself. Other names stay as they are.
 
 COCO has JSON: boxes [x, y, width, height] are 0-based, and images and classes are
 numbers, here 1 for the first.
+
+YOLO has a text file for each image, and in it a line for each detection:
+`class cx cy width height score`, the class a number from 0, the centre and the sides as
+shares of the image's.
 """
 
 import json
@@ -68,13 +72,18 @@ def write_coco_results(path: Path, detections: DetectionTable) -> None:
 
     Raises: ValueError for detections that make no sense.
     """
+    _write_lines(path, _json_list(coco_records(detections)))
+
+
+def coco_records(detections: DetectionTable) -> Iterator[dict[str, Any]]:
+    """Each detection as COCO's results have it; see `write_coco_results`."""
     # How many images and classes there are, the file doesn't say.
     limits = (1 + int(np.max(c, initial=0)) for c in detections[:2])
     table = check_detections(detections, *limits)
 
     boxes = _coco_boxes(table.boxes)
     columns = (table.images.tolist(), table.labels.tolist(), table.scores.tolist())
-    records = (
+    return (
         {
             "image_id": image + 1,
             "category_id": label + 1,
@@ -83,7 +92,6 @@ def write_coco_results(path: Path, detections: DetectionTable) -> None:
         }
         for image, label, score, box in zip(*columns, boxes, strict=True)
     )
-    _write_lines(path, _json_list(records))
 
 
 def write_coco_ground_truth(
@@ -95,10 +103,24 @@ def write_coco_ground_truth(
 ) -> None:
     """Writes the objects of all images as a COCO annotation file.
 
-    A difficult object has "ignore" 1 and "iscrowd" 0, as is the custom for VOC in this
-    format. pycocotools looks at "iscrowd" only, and so counts it as any other object.
-
     `path`: of the JSON file; its folder is made if it is not there.
+    The others as for `coco_ground_truth`, with its errors.
+    """
+    value = coco_ground_truth(file_names, sizes, ground_truth, class_names)
+    write_text(path, json.dumps(value))
+
+
+def coco_ground_truth(
+    file_names: Sequence[str],
+    sizes: np.ndarray,
+    ground_truth: Sequence[Objects],
+    class_names: Sequence[str],
+) -> dict[str, Any]:
+    """The objects of all images as COCO's annotations have them.
+
+    A difficult object is a crowd, "iscrowd" 1, so that pycocotools counts it neither
+    way, and has "ignore" 1, too, as is the custom for VOC in this format.
+
     `file_names`, `sizes`: of each image; int [images, 2], height and width in pixels.
     `ground_truth`: for each image its objects.
     `class_names`: in the order of the labels.
@@ -123,7 +145,7 @@ def write_coco_ground_truth(
             "category_id": int(label) + 1,
             "bbox": box,
             "area": box[2] * box[3],
-            "iscrowd": 0,
+            "iscrowd": int(hard),
             "ignore": int(hard),
         }
         for image, truth in enumerate(ground_truth, start=1)
@@ -131,18 +153,68 @@ def write_coco_ground_truth(
             truth.labels, _coco_boxes(truth.boxes), truth.difficult, strict=True
         )
     ]
-    value = {
+    return {
         "info": {"description": "written by sppnet_jax"},
         "licenses": [],
         "images": images,
         "annotations": [{"id": n, **one} for n, one in enumerate(objects, start=1)],
         "categories": [{"id": n, "name": c} for n, c in enumerate(class_names, 1)],
     }
-    write_text(path, json.dumps(value))
+
+
+def write_yolo_results(
+    folder: Path,
+    detections: DetectionTable,
+    image_ids: Sequence[str],
+    sizes: np.ndarray,
+    class_names: Sequence[str],
+) -> list[Path]:
+    """Writes a label file for each image, with scores, and the classes' names.
+
+    `folder`: gets labels/ID.txt, empty where nothing was found, and classes.txt.
+    `detections`: of all images and classes.
+    `image_ids`: of each image, its file's name without its suffix; those with slashes
+    lie in folders.
+    `sizes`: of each image; int [images, 2], height and width in pixels.
+    `class_names`: in the order of the labels.
+
+    Returns: the label files, in the order of the images.
+    Raises: ValueError for ids that lead out of the folder or are there twice, and for
+    detections that make no sense.
+    """
+    table = check_detections(detections, len(image_ids), len(class_names))
+    _check_names(image_ids, "image ids")
+    for name in image_ids:
+        if Path(name).is_absolute() or ".." in Path(name).parts:
+            raise ValueError(f"image ids must be paths in a folder, got {name!r}")
+    lines = (" ".join(name.split()) for name in class_names)
+    write_text(folder / "classes.txt", "".join(f"{name}\n" for name in lines))
+    boxes = np.asarray(table.boxes, np.float64)
+    sides = np.asarray(sizes, float)[table.images][:, ::-1]
+    centres = (boxes[:, 1::-1] + boxes[:, :1:-1]) / 2 / sides
+    extents = (boxes[:, :1:-1] - boxes[:, 1::-1]) / sides
+    shares = np.concatenate([centres, extents], axis=1).tolist()
+    scores = table.scores.astype(str)
+    order = np.argsort(table.images, kind="stable")
+    ends = np.searchsorted(table.images[order], np.arange(len(image_ids) + 1))
+    paths = [folder / "labels" / f"{name}.txt" for name in image_ids]
+    for path, first, end in zip(paths, ends[:-1], ends[1:], strict=True):
+        lines = (
+            f"{table.labels[k]} {' '.join(map(repr, shares[k]))} {scores[k]}\n"
+            for k in order[first:end]
+        )
+        _write_lines(path, lines)
+    return paths
 
 
 def _encode_names(names: Sequence[str], what: str) -> list[str]:
     """The names as they can stand in a line or in a file's name."""
+    _check_names(names, what)
+    unsafe = re.compile(r"[\s\x00-\x1f\x7f%/\\]")
+    return [unsafe.sub(lambda found: quote(found[0], safe=""), name) for name in names]
+
+
+def _check_names(names: Sequence[str], what: str) -> None:
     names = list(names)
     bad = next((name for name in names if not isinstance(name, str) or not name), None)
     if bad is not None:
@@ -150,8 +222,6 @@ def _encode_names(names: Sequence[str], what: str) -> list[str]:
     if len(set(names)) < len(names):
         twice = next(name for name in names if names.count(name) > 1)
         raise ValueError(f"{what} must be different, {twice!r} is there twice")
-    unsafe = re.compile(r"[\s\x00-\x1f\x7f%/\\]")
-    return [unsafe.sub(lambda found: quote(found[0], safe=""), name) for name in names]
 
 
 def _voc_lines(

@@ -2,6 +2,7 @@
 
 results.json  table.md  precision_recall.png  examples.png
 voc/comp4_det_SPLIT_CLASS.txt  coco_results.json  coco_ground_truth.json
+yolo/labels/IMAGE.txt  yolo/classes.txt
 """
 
 from collections import Counter
@@ -16,6 +17,7 @@ from sppnet_jax.data.sources import Objects, Source
 from sppnet_jax.detection import pictures as detection_plots
 from sppnet_jax.detection import result_files
 from sppnet_jax.detection.average_precision import evaluate_detections
+from sppnet_jax.detection.coco_precision import HOW_TO_GET, coco_precision
 from sppnet_jax.detection.detection_table import join_detections
 from sppnet_jax.detection.detector import Detections
 from sppnet_jax.detection.proposals import proposal_recall
@@ -60,15 +62,18 @@ def write_results(
             for name, one in zip(class_names, result.classes, strict=True)
         ],
         "left_out": result.left_out,
+        "coco": coco_precision(table, objects, class_names),
         "proposals": proposal_recall(proposals, objects, len(class_names)),
         **about,
     }
     write_json(folder / "results.json", report)
     text = markdown_table(report)
     write_text(folder / "table.md", text)
+    ids = image_ids(source)
     result_files.write_voc_results(
-        folder / "voc", table, image_ids(source), class_names, split=source.split
+        folder / "voc", table, ids, class_names, split=source.split
     )
+    result_files.write_yolo_results(folder / "yolo", table, ids, sizes, class_names)
     result_files.write_coco_results(folder / "coco_results.json", table)
     result_files.write_coco_ground_truth(
         folder / "coco_ground_truth.json", _names(source), sizes, objects, class_names
@@ -79,6 +84,8 @@ def write_results(
         if one.ap_11_point is not None
     ]
     print(text)
+    if report["coco"] is None:
+        print(HOW_TO_GET)
     picture = folder / "precision_recall.png"
     print(f"curves: {detection_plots.plot_precision_recall(curves, picture)}")
     picture = folder / "examples.png"
@@ -121,6 +128,15 @@ def markdown_table(report: dict[str, Any]) -> str:
         f"| mean | {100 * report['map_11_point']:.1f} | {100 * report['map_area']:.1f} "
         "| | | |"
     )
+    if coco := report.get("coco"):
+        names = ("ap", "ap_50", "ap_75", "ap_small", "ap_medium", "ap_large")
+        cells = ["–" if coco[n] is None else f"{100 * coco[n]:.1f}" for n in names]
+        lines += [
+            "",
+            "| COCO's AP | IoU 0.50 | IoU 0.75 | small | medium | large |",
+            "|---|---|---|---|---|---|",
+            f"| {' | '.join(cells)} |",
+        ]
     proposals = report["proposals"]
     lines += [
         "",
