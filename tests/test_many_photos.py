@@ -124,15 +124,15 @@ def test_results_are_written_to_known_formats_or_nowhere():
 @pytest.mark.parametrize("side", [224, 480])
 def test_photographs_of_any_size_fit_one_of_a_few_buckets(side):
     buckets = photo_buckets(side)
-    assert len(set(buckets)) <= 16
+    assert len(set(buckets)) <= 8
     padding = []
     for long in range(30, 200):
         for size in ((30, long), (long, 30)):
             height, width = whole_size(*size, side, 4.0)
             bucket = smallest_bucket((height, width), buckets)
             padding.append(bucket[0] * bucket[1] / (height * width))
-    assert max(padding) < 1.4
+    assert max(padding) < 1.6
     # Cameras' sizes, and those that others shrink them to.
-    for height, width in [(3024, 4032), (333, 500), (375, 500), (720, 1280)]:
+    for height, width in [(3024, 4032), (374, 500), (375, 500), (720, 1280)]:
         bucket = smallest_bucket(whole_size(height, width, side, 4.0), buckets)
         assert bucket[0] * bucket[1] < 1.03 * side**2 * width / height

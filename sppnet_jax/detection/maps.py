@@ -40,9 +40,10 @@ from sppnet_jax.pyramid.geometry import Geometry
 from sppnet_jax.run.files import write_array
 from sppnet_jax.run.progress import progress_bar
 
-# The aspects of photographs' buckets: those of cameras, and what lies between.
-_ASPECTS = (1, 6 / 5, 4 / 3, 3 / 2, 16 / 9, 2.2, 3, MAX_ASPECT)
-_ROUNDING = 1.01  # a photograph of 3:2 has 500×333 pixels
+# The aspects of photographs' buckets. They are few: to trace a program of one more
+# takes as long as several photographs.
+_ASPECTS = (4 / 3, 16 / 9, 2.6, MAX_ASPECT)
+_ROUNDING = 1.01  # a photograph of 4:3 has 500×374 pixels
 
 log = logging.getLogger(__name__)
 
