@@ -1,6 +1,9 @@
 """What the command lines share: flags, settings, and errors a person can read."""
 
+import glob
+import io
 import logging
+import os
 import re
 import sys
 import traceback
@@ -14,6 +17,7 @@ from ml_collections import ConfigDict, config_flags
 from tqdm import tqdm
 
 from sppnet_jax.run import caches, parallel
+from sppnet_jax.run.photo_results import check_suffix
 from sppnet_jax.run.settings import MOVED, plain, read, unknown_field
 from sppnet_jax.training.network_settings import NetworkSettings
 
@@ -43,6 +47,11 @@ WEIGHTS = flags.DEFINE_string(
     "pretrained",
     "Of the --trunk: those of its package; or a file .safetensors, .npz, .h5 or .pth, "
     "package:NAME, hub:OWNER/NAME or hub:OWNER/NAME/FILE.",
+)
+OUT = flags.DEFINE_string(
+    "out",
+    "",
+    "Also writes what is found into this file, .json or .csv, after each photograph.",
 )
 _CONFIG_HELP = "The settings of a run, a file such as configs/digits.py."
 _WHERE_CONFIGS_ARE = "the project's own are in configs/ of its repository"
@@ -81,6 +90,8 @@ def run(
 
     def guarded(argv: Sequence[str]) -> None:
         show_own_log()
+        if isinstance(sys.stdout, io.TextIOWrapper):  # names of files may be no text
+            sys.stdout.reconfigure(errors="backslashreplace")
         caches.use_compilation_cache()
         try:
             main(argv[1:])
@@ -204,6 +215,51 @@ def given_workdirs() -> list[Path]:
     """The folders of several runs, written with commas between them."""
     names = [name.strip() for name in str(given_workdir()).split(",")]
     return [Path(name).expanduser() for name in names if name]
+
+
+def given_photos(arguments: Sequence[str]) -> list[str]:
+    """The photographs that a command line names by files, folders and patterns.
+
+    Of a folder those are its image files, by name, and not those of the folders in it;
+    a pattern is one of `glob`, such as "photos/**/*.jpg". A file is taken as it is,
+    also one that is not there: whoever reads it says so. Each comes once.
+
+    Raises: ValueError for a folder without image files, and a pattern without a match.
+    """
+    from sppnet_jax.data import folders
+
+    photos: list[str] = []
+    for given in arguments:
+        path = os.path.expanduser(given)
+        if os.path.isdir(path):
+            names = folders.list_folder(Path(path))[1]
+            found = [os.path.join(path, name) for name in names]
+            found = [file for file in found if folders.is_image(Path(file))]
+            why = f"holds no image files ({', '.join(folders.IMAGE_SUFFIXES)})"
+        elif glob.has_magic(path) and not os.path.exists(path):
+            found = sorted(filter(os.path.isfile, glob.glob(path, recursive=True)))
+            why = "matches no file"
+        else:
+            found = [given]
+        if not found:
+            raise ValueError(
+                f"{given!r} {why}: give photographs, a folder of them, or a pattern "
+                "such as 'photos/**/*.jpg'"
+            )
+        photos += found
+    return list(dict.fromkeys(photos))
+
+
+def given_out() -> Path | None:
+    """The file that --out names; None where none is given.
+
+    Raises: ValueError for a suffix other than .json and .csv.
+    """
+    if not OUT.value:
+        return None
+    out = Path(OUT.value).expanduser()
+    check_suffix(out)
+    return out
 
 
 class _LogAboveProgressBar(logging.Handler):

@@ -3,7 +3,7 @@ r"""Trains a detector, tests it, or finds objects in images.
 python -m sppnet_jax.detect train --config=configs/detect_digits.py \
     --workdir=runs/detect
 python -m sppnet_jax.detect test --workdir=runs/detect
-python -m sppnet_jax.detect image --workdir=runs/detect photo.jpg …
+python -m sppnet_jax.detect image --workdir=runs/detect photo.jpg FOLDER …
 
 Training goes in stages, each done once: the same command goes on where it was
 interrupted, and redoes only what a changed setting makes different.
@@ -11,28 +11,38 @@ interrupted, and redoes only what a changed setting makes different.
 """
 
 import logging
+import sys
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from absl import flags
 
 from sppnet_jax import cli
 from sppnet_jax.detection.detector_settings import DetectorSettings, detector_settings
 
+if TYPE_CHECKING:
+    import numpy as np
+
+    from sppnet_jax.detection.detector import Detections
+
 log = logging.getLogger(__name__)
 
 COMMANDS = ("train", "test", "image")
-GROUP = 32  # photographs in memory at a time
+# Of what is written of a box.
+COLUMNS = ("label", "score", "ymin", "xmin", "ymax", "xmax")
 
 _SCORE = flags.DEFINE_float(
     "score",
     None,
-    "The least score of a box that is drawn and printed; by default 0 of an SVM, 0.5 "
-    "of a softmax.",
+    "The least score of a box that is drawn, printed and written; by default 0 of an "
+    "SVM, 0.5 of a softmax.",
 )
 _PICTURES = flags.DEFINE_string(
     "pictures", "", "The folder for annotated images; by default WORKDIR/images."
 )
+flags.declare_key_flag(cli.OUT.name)
 
 
 def main(argv: Sequence[str]) -> None:
@@ -50,12 +60,17 @@ def main(argv: Sequence[str]) -> None:
             raise ValueError(
                 "give images: python -m sppnet_jax.detect image --workdir=… photo.jpg"
             )
-        pictures = Path(_PICTURES.value).expanduser() if _PICTURES.value else None
+        photos = cli.given_photos(files)
         failed = detect_in_files(
-            settings, cli.given_workdirs(), files, score=_SCORE.value, pictures=pictures
+            settings,
+            cli.given_workdirs(),
+            photos,
+            score=_SCORE.value,
+            pictures=Path(_PICTURES.value).expanduser() if _PICTURES.value else None,
+            out=cli.given_out(),
         )
         if failed:
-            raise ValueError(f"{failed} of {len(files)} files could not be read")
+            raise ValueError(f"{failed} of {len(photos)} files could not be read")
         return
     cli.refuse_arguments(files)
     if command == "train":
@@ -76,69 +91,87 @@ def detect_in_files(
     *,
     score: float | None = None,
     pictures: Path | None = None,
+    out: Path | None = None,
 ) -> int:
-    """Prints and draws what is found in each image; returns how many are unreadable."""
-    import numpy as np
+    """Prints and draws what is found in each image; returns how many are unreadable.
 
-    from sppnet_jax.data.photographs import read_images
-    from sppnet_jax.detection.detector import Detections
-    from sppnet_jax.detection.detector_evaluation import least_score, settings_together
-    from sppnet_jax.detection.pictures import draw_detections, save_image
-    from sppnet_jax.detection.trained_detector import detect_images, load_detectors
+    `out`: a file that it is written to besides, see `photo_results`.
+    """
+    from sppnet_jax.run.photo_results import photo_results
+    from sppnet_jax.training.ahead import StepsAhead
 
-    detectors = load_detectors(workdirs, settings_together(workdirs, settings))
-    class_names, least = detectors[0].class_names, least_score(settings, score)
-    folder, failed = pictures or workdirs[0] / "images", 0
+    with StepsAhead(lambda n: _look(paths[n], settings), len(paths)) as ahead:
+        # The first image is searched while the detector is loaded.
+        ahead.start_prefetch()
+        from sppnet_jax.detection.detector_evaluation import (
+            least_score,
+            settings_together,
+        )
+        from sppnet_jax.detection.trained_detector import image_detector, load_detectors
 
-    def show(path: str, name: str, image: np.ndarray, found: Detections) -> None:
-        kept = found.above(least)
-        print(f"{path} ({image.shape[1]}×{image.shape[0]} pixels)")
-        for box, label, value in zip(*kept, strict=True):
-            ymin, xmin, ymax, xmax = box
-            print(
-                f"  {value:7.3f}  {class_names[label]}  x {xmin:.0f} to {xmax:.0f}, "
-                f"y {ymin:.0f} to {ymax:.0f}"
-            )
-        if not len(kept.scores):
-            best = f"{found.scores[0]:.3f}" if len(found.scores) else "none"
-            print(f"  nothing of a score of {least:g} or more; the best: {best}")
-        drawn = draw_detections(image, *kept, class_names)
-        print(f"  picture: {save_image(drawn, folder / name)}")
+        detectors = load_detectors(workdirs, settings_together(workdirs, settings))
+        class_names, least = detectors[0].class_names, least_score(settings, score)
+        detect, folder = image_detector(detectors), pictures or workdirs[0] / "images"
+        failed, stems = 0, Counter[str]()
+        with photo_results(out, COLUMNS) as write:
+            for path in paths:
+                looked = next(ahead)
+                if isinstance(looked, Exception):
+                    print(f"{path}: can't be read: {looked}", flush=True)
+                    write({"path": path, "error": str(looked)})
+                    failed += 1
+                    continue
+                image, boxes = looked
+                found = detect(image, boxes)
+                write(_tell(path, image, found, least, class_names))
+                from sppnet_jax.detection.pictures import draw_detections, save_image
 
-    names = _picture_names(paths)
-    for start in range(0, len(paths), GROUP):
-        read, images = [], []
-        some = paths[start : start + GROUP]
-        for (path, image), name in zip(
-            read_images(some, settings.data.threads),
-            names[start : start + GROUP],
-            strict=True,
-        ):
-            if isinstance(image, Exception):
-                print(f"{path}: can't be read: {image}")
-                failed += 1
-            else:
-                read.append((path, name))
-                images.append(image)
-        if not images:
-            continue
-        found = detect_images(detectors, images)
-        for (path, name), image, own in zip(read, images, found, strict=True):
-            show(path, name, image, own)
+                drawn = draw_detections(image, *found.above(least), class_names)
+                stem = f"{Path(path).stem}_detections"
+                stems[stem] += 1
+                name = f"{stem}_{stems[stem]}" if stems[stem] > 1 else stem
+                print(f"  picture: {save_image(drawn, folder / f'{name}.jpg')}")
     return failed
 
 
-def _picture_names(paths: Sequence[str]) -> list[str]:
-    """A file's name for each image, also where two folders have one of the same."""
-    names: list[str] = []
-    for path in paths:
-        stem, number = f"{Path(path).stem}_detections", 1
-        name = f"{stem}.jpg"
-        while name in names:
-            number += 1
-            name = f"{stem}_{number}.jpg"
-        names.append(name)
-    return names
+def _look(
+    path: str, settings: DetectorSettings
+) -> "tuple[np.ndarray, np.ndarray] | Exception":
+    """An image and its proposals, or why it can't be read."""
+    from sppnet_jax.data.photographs import read_image
+    from sppnet_jax.detection.proposals import find_boxes
+
+    try:
+        image = read_image(path)
+    except (OSError, ValueError) as error:
+        return error
+    return image, find_boxes(image, settings.proposals)
+
+
+def _tell(
+    path: str,
+    image: "np.ndarray",
+    found: "Detections",
+    least: float,
+    class_names: Sequence[str],
+) -> dict[str, Any]:
+    """Prints what was found in an image, and gives it as `photo_results` writes it."""
+    height, width = image.shape[:2]
+    print(f"{path} ({width}×{height} pixels)")
+    rows = []
+    for box, label, value in zip(*found.above(least), strict=True):
+        ymin, xmin, ymax, xmax = (round(float(edge), 2) for edge in box)
+        print(
+            f"  {value:7.3f}  {class_names[label]}  x {xmin:.0f} to {xmax:.0f}, "
+            f"y {ymin:.0f} to {ymax:.0f}"
+        )
+        row = class_names[label], round(float(value), 6), ymin, xmin, ymax, xmax
+        rows.append(dict(zip(COLUMNS, row, strict=True)))
+    if not rows:
+        best = f"{found.scores[0]:.3f}" if len(found.scores) else "none"
+        print(f"  nothing of a score of {least:g} or more; the best: {best}")
+    sys.stdout.flush()
+    return {"path": path, "width": width, "height": height, "found": rows}
 
 
 if __name__ == "__main__":

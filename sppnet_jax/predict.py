@@ -1,6 +1,6 @@
 r"""Names what is in images of any size, with a trained or a pretrained network.
 
-python -m sppnet_jax.predict --workdir=runs/digits a.jpg b.png
+python -m sppnet_jax.predict --workdir=runs/digits a.jpg FOLDER
 python -m sppnet_jax.predict --trunk=efficientnet_lite0 photo.jpg
 python -m sppnet_jax.predict --trunk=efficientnet_lite0 --windows \
     --picture=found.png photo.jpg
@@ -10,9 +10,10 @@ names parts of each image besides: the windows of selective search are pooled fr
 map of it.
 """
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from absl import flags
 
@@ -24,10 +25,18 @@ from sppnet_jax.training.network_settings import (
 )
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from sppnet_jax.network.trained import Network
 
+log = logging.getLogger(__name__)
+
 BEST = 5  # classes, and windows, that are printed for each image
+# Of what is written of a class, and of a window.
+COLUMNS = ("label", "score")
+SIDES = ("ymin", "xmin", "ymax", "xmax")
 _THUMBNAIL = 256  # shorter side of images in the picture, in pixels
+_MOST_DRAWN = 64  # images in the picture: they are in memory together
 
 _PICTURE = flags.DEFINE_string(
     "picture", "", "Also draws the images with their classes into this PNG file."
@@ -35,6 +44,7 @@ _PICTURE = flags.DEFINE_string(
 _WINDOWS = flags.DEFINE_bool(
     "windows", False, "Also names the windows of each image that are told best."
 )
+flags.declare_key_flag(cli.OUT.name)
 
 
 def main(argv: Sequence[str]) -> None:
@@ -43,6 +53,7 @@ def main(argv: Sequence[str]) -> None:
             "give images: python -m sppnet_jax.predict --workdir=… a.jpg …"
         )
     settings = cli.given_settings(NetworkSettings)
+    photos, out = cli.given_photos(argv), cli.given_out()
     network = cli.given_network(settings)
     if not network.class_names:
         raise ValueError(
@@ -52,9 +63,9 @@ def main(argv: Sequence[str]) -> None:
         )
     picture = Path(_PICTURE.value).expanduser() if _PICTURE.value else None
     show = show_windows if _WINDOWS.value else show_images
-    failed = show(settings, network, argv, picture)
+    failed = show(settings, network, photos, picture, out)
     if failed:
-        raise ValueError(f"{failed} of {len(argv)} files could not be read")
+        raise ValueError(f"{failed} of {len(photos)} files could not be read")
 
 
 def show_images(
@@ -62,52 +73,41 @@ def show_images(
     network: "Network",
     paths: Sequence[str],
     picture: Path | None = None,
+    out: Path | None = None,
 ) -> int:
     """Prints the best classes of each image; returns how many were unreadable.
 
     Each image keeps its aspect ratio and is scored whole, its shorter side at the
     network's `resize_side`. A network without SPP sees the centre crop, the only size
-    that it takes.
+    that it takes. `picture`: of the first 64. `out`: see `photo_results`.
     """
     from sppnet_jax.buckets.whole_images import MAX_ASPECT
-    from sppnet_jax.classification.pictures import Prediction, plot_predictions
-    from sppnet_jax.classification.scores import score_images
     from sppnet_jax.data.images import resize_whole
     from sppnet_jax.data.photographs import read_images
+    from sppnet_jax.run.photo_results import photo_results
 
-    names, side = network.class_names, network.resize_side
-    sizes, resized, thumbnails, errors = {}, {}, {}, {}
-    for path, image in read_images(paths, settings.data.threads):
-        try:
+    names, score, failed = network.class_names, _scorer(network), 0
+    shown: list[Any] = []
+    with photo_results(out, COLUMNS) as write:
+        for path, image in read_images(paths, settings.data.threads):
             if isinstance(image, Exception):
-                raise image
-            resized[path] = resize_whole(image, side, MAX_ASPECT)
-            sizes[path] = image.shape[:2]
-            if picture:
-                thumbnails[path] = resize_whole(image, _THUMBNAIL, MAX_ASPECT)
-        except (OSError, ValueError) as error:
-            errors[path] = error
-    scores = score_images(
-        network, list(resized.values()), batch_size=settings.batch_size
-    )
-    found = dict(zip(resized, scores, strict=True))
-    for path in paths:
-        if path in errors:
-            print(f"{path}: can't be read: {errors[path]}")
-            continue
-        height, width = sizes[path]
-        print(f"{path} ({width}×{height} pixels)")
-        for label in (-found[path]).argsort(kind="stable")[:BEST]:
-            print(f"  {found[path][label]:6.1%}  {names[label]}")
-    if picture and thumbnails:
-        shown = [
-            Prediction(
-                image, names[found[path].argmax()], float(found[path].max()), label=None
-            )
-            for path, image in thumbnails.items()
-        ]
-        print(f"picture: {plot_predictions(shown, picture)}")
-    return len([path for path in paths if path in errors])
+                failed += 1
+                write(_unread(path, image))
+                continue
+            scores = score(image)
+            write(_tell(path, image, names, scores))
+            if picture and len(shown) < _MOST_DRAWN:
+                best = int(scores.argmax())
+                small = resize_whole(image, _THUMBNAIL, MAX_ASPECT)
+                shown.append((small, names[best], float(scores[best])))
+    if picture and shown:
+        from sppnet_jax.classification.pictures import Prediction, plot_predictions
+
+        drawn = [Prediction(*one, None) for one in shown]
+        print(f"picture: {plot_predictions(drawn, picture)}")
+        if len(paths) - failed > len(shown):
+            log.info("the picture shows the first %d", len(shown))
+    return failed
 
 
 def show_windows(
@@ -115,39 +115,108 @@ def show_windows(
     network: "Network",
     paths: Sequence[str],
     picture: Path | None = None,
+    out: Path | None = None,
 ) -> int:
-    """Prints each image's classes and its best windows; returns how many failed."""
-    from sppnet_jax.classification.scores import score_images
+    """Prints each image's classes and its best windows; returns how many failed.
+
+    `picture`: of each, with its number where there are several. `out`: see
+    `photo_results`.
+    """
     from sppnet_jax.data.photographs import read_images
     from sppnet_jax.detection.pictures import draw_detections, save_image
     from sppnet_jax.detection.window_classes import classify_windows
+    from sppnet_jax.run.photo_results import photo_results
 
-    failed = 0
-    for path, image in read_images(paths, settings.data.threads):
-        if isinstance(image, Exception):
-            print(f"{path}: can't be read: {image}")
-            failed += 1
-            continue
-        (scores,) = score_images(network, [image])
-        best = int(scores.argmax())
-        names = network.class_names
-        print(f"{path} ({image.shape[1]}×{image.shape[0]} pixels)")
-        print(f"  {scores[best]:6.1%}  {names[best]}, the whole image")
-        found = classify_windows(network, image, most=BEST)
-        for box, label, score in zip(*found, strict=True):
-            ymin, xmin, ymax, xmax = box
-            print(
-                f"  {score:6.1%}  {names[label]}, x {xmin:.0f} to {xmax:.0f}, "
-                f"y {ymin:.0f} to {ymax:.0f}"
-            )
-        if picture:
-            drawn = draw_detections(image, *found, names)
-            file = picture
-            if len(paths) > 1:
-                number = list(paths).index(path) + 1
-                file = picture.with_stem(f"{picture.stem}_{number}")
-            print(f"  picture: {save_image(drawn, file)}")
+    names, score, failed = network.class_names, _scorer(network), 0
+    with photo_results(out, (*COLUMNS, *SIDES)) as write:
+        images = read_images(paths, settings.data.threads)
+        for number, (path, image) in enumerate(images, start=1):
+            if isinstance(image, Exception):
+                failed += 1
+                write(_unread(path, image))
+                continue
+            told = _tell(path, image, names, score(image), best=1)
+            found = classify_windows(network, image, most=BEST)
+            for box, label, value in zip(*found, strict=True):
+                sides = ymin, xmin, ymax, xmax = [round(float(edge), 2) for edge in box]
+                print(
+                    f"  {value:6.1%}  {names[label]}, x {xmin:.0f} to {xmax:.0f}, "
+                    f"y {ymin:.0f} to {ymax:.0f}"
+                )
+                window = dict(zip(SIDES, sides, strict=True))
+                told["found"].append({**_row(names[label], value), **window})
+            write(told)
+            if picture:
+                drawn = draw_detections(image, *found, names)
+                file = picture
+                if len(paths) > 1:
+                    file = picture.with_stem(f"{picture.stem}_{number}")
+                print(f"  picture: {save_image(drawn, file)}")
     return failed
+
+
+def _scorer(network: "Network") -> Callable[["np.ndarray"], "np.ndarray"]:
+    """From an image, uint8 [height, width, 3], to its scores, float32 [classes].
+
+    As `score_images`, but in buckets that are the same for all images.
+    """
+    import jax
+    import numpy as np
+
+    from sppnet_jax.buckets.table import pad_to_bucket, smallest_bucket
+    from sppnet_jax.buckets.whole_images import MAX_ASPECT
+    from sppnet_jax.data.images import crop, resize_whole
+    from sppnet_jax.detection.maps import photo_buckets
+    from sppnet_jax.network.preprocess import normalize
+
+    model, side = network.model, network.resize_side
+    params = jax.device_put(network.params)
+
+    @jax.jit
+    def program(params: Any, images: jax.Array, sizes: jax.Array) -> jax.Array:
+        valid = None if model.levels is None else sizes
+        inputs = normalize(images, network.preprocessing, valid)
+        return jax.nn.softmax(model.apply({"params": params}, inputs, valid)[0])
+
+    def score(image: np.ndarray) -> np.ndarray:
+        resized = resize_whole(image, side, MAX_ASPECT)
+        if model.levels is None:
+            resized = crop(resized, model.image_size, "center")
+        size = resized.shape[0], resized.shape[1]
+        if model.levels is not None:
+            resized = pad_to_bucket(resized, smallest_bucket(size, photo_buckets(side)))
+        sizes = np.array([size], np.int32)
+        return np.asarray(program(params, resized[None], sizes))[0]
+
+    return score
+
+
+def _tell(
+    path: str,
+    image: "np.ndarray",
+    names: Sequence[str],
+    scores: "np.ndarray",
+    best: int = BEST,
+) -> dict[str, Any]:
+    """Prints an image's best classes, and gives them as `photo_results` writes them."""
+    height, width = image.shape[:2]
+    print(f"{path} ({width}×{height} pixels)")
+    ranked = (-scores).argsort(kind="stable")[:best]
+    for label in ranked:
+        whole = ", the whole image" if best == 1 else ""
+        print(f"  {scores[label]:6.1%}  {names[label]}{whole}")
+    found = [_row(names[label], scores[label]) for label in ranked]
+    return {"path": path, "width": width, "height": height, "found": found}
+
+
+def _row(name: str, score: Any) -> dict[str, Any]:
+    return dict(zip(COLUMNS, (name, round(float(score), 6)), strict=True))
+
+
+def _unread(path: str, error: Exception) -> dict[str, Any]:
+    """Prints that an image can't be read, and gives it as `photo_results` writes it."""
+    print(f"{path}: can't be read: {error}")
+    return {"path": path, "error": str(error)}
 
 
 if __name__ == "__main__":

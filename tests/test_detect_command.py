@@ -1,5 +1,6 @@
 """A detector is trained on a folder in VOC layout, tested, and looks at photographs."""
 
+import csv
 import json
 import logging
 import re
@@ -13,10 +14,11 @@ import numpy as np
 import pytest
 
 from configs import folder as classifier_config
-from sppnet_jax import detect
+from sppnet_jax import cli, detect
 from sppnet_jax.cli import detector_base_config
 from sppnet_jax.data import datasets, photographs
 from sppnet_jax.data.datasets import BoxData
+from sppnet_jax.data.images import decode_image
 from sppnet_jax.data.sources import open_detection_source, read_objects
 from sppnet_jax.detection import (
     detector_evaluation,
@@ -37,9 +39,11 @@ from sppnet_jax.detection.detector_evaluation import (
 from sppnet_jax.detection.detector_settings import DetectorSettings, detector_settings
 from sppnet_jax.detection.detector_training import check_network, train_detector
 from sppnet_jax.detection.examples import with_objects
-from sppnet_jax.detection.proposals import save_proposals
+from sppnet_jax.detection.proposals import find_boxes, save_proposals
 from sppnet_jax.detection.trained_detector import (
+    detect_images,
     detect_split,
+    image_detector,
     load_detector,
     load_detectors,
 )
@@ -808,6 +812,74 @@ def test_photographs_are_looked_at_and_unreadable_ones_named(
     detect.detect_in_files(*given[:2], paths[:1], score=1e6, pictures=pictures)
     assert "nothing of a score of 1e+06 or more; the best: " in capsys.readouterr().out
     assert not list(base.glob("cache/*photo*"))
+
+
+def test_a_folder_is_looked_at_and_what_is_found_is_written(
+    base, trained, tmp_path, capsys
+):
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    for number in range(2):
+        photo = photos / f"{number}.png"
+        photo.write_bytes(encode(draw_scene(100 + number)[0]))
+    (photos / "0_torn.png").write_bytes(b"torn")
+    paths = cli.given_photos([str(photos)])
+    given = small_config(base), [trained], paths
+    outs = tmp_path / "found.json", tmp_path / "found.csv"
+    for out in outs:
+        detect.detect_in_files(*given, score=-1.0, pictures=tmp_path, out=out)
+    first, torn, second = json.loads(outs[0].read_text())
+    assert [Path(one["path"]).name for one in (first, second)] == ["0.png", "1.png"]
+    assert torn.keys() == {"path", "error"}
+    detectors = load_detectors([trained], [given[0]])
+    images = [photographs.read_image(paths[number]) for number in (0, 2)]
+    for told, found in zip(
+        (first, second), detect_images(detectors, images), strict=True
+    ):
+        assert (told["width"], told["height"]) == (120, 90)
+        boxes, labels, scores = found.above(-1.0)
+        assert [row["label"] for row in told["found"]] == [CLASSES[k] for k in labels]
+        sides = [[row[side] for side in detect.COLUMNS[2:]] for row in told["found"]]
+        np.testing.assert_allclose(sides, boxes, atol=0.006)
+        np.testing.assert_allclose(
+            [row["score"] for row in told["found"]], scores, atol=1e-6
+        )
+    lines = list(csv.DictReader(outs[1].open()))
+    assert len(lines) == len(first["found"]) + 1 + len(second["found"])
+    assert {name: str(value) for name, value in first["found"][0].items()}.items() <= (
+        lines[0].items()
+    )
+
+
+def test_photographs_get_what_the_images_of_a_split_do(base, trained):
+    """Although these are padded to sizes that fit any photographs."""
+    config = small_config(base)
+    detectors = load_detectors([trained], [config])
+    split = open_split_of(config, "test", trained)
+    of_split = detect_split(detectors, split)
+    kept = [k for k, record in enumerate(split.images) if len(split.proposals[k])]
+    images = [decode_image(split.source.records[k]["image"]) for k in kept]
+    for k, found in zip(kept, detect_images(detectors, images), strict=True):
+        np.testing.assert_array_equal(found.labels, of_split[k].labels)
+        np.testing.assert_allclose(found.scores, of_split[k].scores, atol=1e-4)
+        np.testing.assert_allclose(found.boxes, of_split[k].boxes, atol=1e-2)
+
+
+def test_a_new_photograph_compiles_nothing(base, trained, log):
+    config = small_config(base)
+    detect_one = image_detector(load_detectors([trained], [config]))
+
+    def look(seed, *size):
+        image = cv2.resize(draw_scene(seed)[0], size[::-1])
+        return detect_one(image, find_boxes(image, config.proposals))
+
+    look(100, 90, 120)
+    with jax.log_compiles():
+        for seed, size in enumerate([(90, 120), (360, 480), (99, 132), (300, 400)]):
+            look(seed, *size)
+        assert not [line for line in log.messages if line.startswith("Compiling")]
+        look(5, 120, 90)
+        assert [line for line in log.messages if line.startswith("Compiling")]
 
 
 def test_the_command_line_trains_tests_and_looks(base, trained, command_line):

@@ -97,6 +97,35 @@ def test_windows_are_the_same_again_and_in_several_threads():
             np.testing.assert_array_equal(boxes, expected)
 
 
+@pytest.mark.parametrize("threads", [0, 1, 2])
+def test_an_image_is_searched_in_parts_with_the_windows_of_the_whole(threads):
+    """The oracle gives OpenCV all colour spaces and all k at once."""
+    image = cv2.resize(blocks(), (250, 190), interpolation=cv2.INTER_CUBIC)
+    lib = cv2.ximgproc.segmentation
+    search = lib.createSelectiveSearchSegmentation()
+    for colours in (cv2.COLOR_RGB2HSV_FULL, cv2.COLOR_RGB2Lab):
+        search.addImage(cv2.cvtColor(image, colours))
+    for k in (50, 100):
+        search.addGraphSegmentation(lib.createGraphSegmentation(0.8, k, k))
+    colour = lib.createSelectiveSearchSegmentationStrategyColor()
+    others = [
+        lib.createSelectiveSearchSegmentationStrategyFill(),
+        lib.createSelectiveSearchSegmentationStrategyTexture(),
+        lib.createSelectiveSearchSegmentationStrategySize(),
+    ]
+    combine = lib.createSelectiveSearchSegmentationStrategyMultiple
+    search.addStrategy(combine(colour, *others))
+    search.addStrategy(combine(*others))
+    found = {(y, x, y + h, x + w) for x, y, w, h in search.process() if min(w, h) >= 9}
+    boxes = selective_search(
+        image, width=0, min_side=9, max_windows=10**6, threads=threads
+    )
+    assert len(boxes) == len(found) > 200
+    assert set(map(tuple, boxes.tolist())) == found
+    alone = selective_search(image, width=0, min_side=9, max_windows=10**6, threads=1)
+    np.testing.assert_array_equal(boxes, alone)
+
+
 @pytest.mark.parametrize("width", [0, 50])
 @pytest.mark.parametrize("size", [(1, 1), (2, 90), (90, 2), (40, 40), (1, 3000)])
 def test_an_image_without_windows_is_one(size, width):

@@ -1,5 +1,6 @@
 """Published networks from the command line: predict, features, export."""
 
+import csv
 import json
 import re
 from pathlib import Path
@@ -14,6 +15,7 @@ import sklearn.datasets
 import sppnet_jax as sn
 from configs import folder
 from sppnet_jax.classification.feature_files import load_features
+from sppnet_jax.classification.scores import score_images
 from sppnet_jax.data.images import resize_whole
 from sppnet_jax.data.photographs import read_image
 from sppnet_jax.network.exported import describe
@@ -45,7 +47,8 @@ def named(command_line, tmp_path_factory):
     folder = tmp_path_factory.mktemp("photos")
     torn, drawn = folder / "torn.jpg", folder / "drawn.png"
     torn.write_bytes(FLOWER.read_bytes()[:2000])
-    given = LITE, "--windows", f"--picture={drawn}", torn, FLOWER
+    out = f"--out={folder / 'found.json'}"
+    given = LITE, "--windows", f"--picture={drawn}", out, torn, FLOWER
     return command_line("predict", *given, check=False, devices=1), drawn
 
 
@@ -66,6 +69,22 @@ def test_a_photograph_that_cannot_be_read_is_named_and_the_others_are_scored(nam
     assert "1 of 2 files could not be read" in result.stderr
     assert result.returncode == 1
     assert not drawn.with_name("drawn_1.png").exists()
+
+
+def test_what_was_named_is_in_the_file_too(named):
+    result, drawn = named
+    torn, flower = json.loads(drawn.with_name("found.json").read_text())
+    assert torn.keys() == {"path", "error"}
+    height, width = read_image(FLOWER).shape[:2]
+    assert flower.items() >= {"path": str(FLOWER), "width": width}.items()
+    whole, *windows = flower["found"]
+    assert whole.keys() == {"label", "score"}
+    printed = re.findall(r"^ +([\d.]+)%  ", result.stdout, re.MULTILINE)
+    for row, percent in zip(flower["found"], printed, strict=True):
+        assert f"{row['score']:.1%}" == f"{percent}%"
+    for row in windows:
+        assert 0 <= row["ymin"] < row["ymax"] <= height
+        assert 0 <= row["xmin"] < row["xmax"] <= width
 
 
 @pytest.fixture(scope="module")
@@ -138,6 +157,25 @@ def test_an_export_answers_as_the_run_it_is_from(tiny, run, tmp_path):
     weights = f"--weights={run / 'model.safetensors'}"
     assert tiny("predict", TINY, weights, photo).stdout == own
     assert len(re.findall("%  (one|two|three)$", own, re.MULTILINE)) == 3
+
+
+def test_a_pattern_of_photographs_is_scored_each_as_by_itself(tiny, run, tmp_path):
+    sizes = [(60, 90), (90, 60), (40, 45), (300, 20)]
+    for number, size in enumerate(sizes):
+        image = picture(*size, seed=number)
+        (tmp_path / f"{number}.png").write_bytes(encode(image))
+    out = tmp_path / "named.csv"
+    tiny("predict", f"--workdir={run}", f"--out={out}", "[0-3].png")
+    lines = list(csv.DictReader(out.open()))
+    network = load_network(run)
+    for number, size in enumerate(sizes):
+        (expected,) = score_images(network, [picture(*size, seed=number)])
+        own = [line for line in lines if line["path"] == f"{number}.png"]
+        assert (int(own[0]["height"]), int(own[0]["width"])) == size
+        assert len(own) == 3
+        for line in own:
+            score = expected[network.class_names.index(line["label"])]
+            assert abs(float(line["score"]) - score) < 1e-4
 
 
 def test_an_export_holds_the_parameters_by_name_and_says_of_what(tiny, run, tmp_path):

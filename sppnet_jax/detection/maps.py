@@ -8,6 +8,7 @@ A file a scale and image, FOLDER/SIDE/INDEX.npy, float [rows, columns, channels]
 written whole or not at all, so an interrupted run goes on where it stopped.
 """
 
+import functools
 import logging
 import math
 from collections.abc import Sequence
@@ -20,6 +21,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from sppnet_jax.buckets import BucketTable, choose_buckets
+from sppnet_jax.buckets.choice import Bucket
+from sppnet_jax.buckets.table import pad_to_bucket, smallest_bucket
 from sppnet_jax.buckets.whole_images import (
     MAX_ASPECT,
     fit_table,
@@ -36,6 +39,11 @@ from sppnet_jax.network.trained import Network
 from sppnet_jax.pyramid.geometry import Geometry
 from sppnet_jax.run.files import write_array
 from sppnet_jax.run.progress import progress_bar
+
+# The aspects of photographs' buckets. They are few: to trace a program of one more
+# takes as long as several photographs.
+_ASPECTS = (4 / 3, 16 / 9, 2.6, MAX_ASPECT)
+_ROUNDING = 1.01  # a photograph of 4:3 has 500×374 pixels
 
 log = logging.getLogger(__name__)
 
@@ -125,6 +133,55 @@ def map_function(model: SPPNet, preprocessing: Preprocessing) -> Any:
         return found.astype(jnp.float32)
 
     return maps
+
+
+def convolve_image(
+    network: Network, image: np.ndarray, *, sides: Sequence[int]
+) -> list[np.ndarray]:
+    """The maps of an image that is at hand, one at each scale.
+
+    It is padded into one of `photo_buckets`: their programs serve all images that any
+    network of this model sees in this process.
+
+    `image`: uint8 [height, width, 3]. `sides`: as for `convolve_split`.
+
+    Returns: float32 [rows, columns, channels] each.
+    """
+    maps = []
+    for side in sides:
+        resized = resize_whole(image, side, MAX_ASPECT)
+        size = resized.shape[0], resized.shape[1]
+        padded = pad_to_bucket(resized, smallest_bucket(size, photo_buckets(side)))
+        found = _last_maps(
+            network.model,
+            network.preprocessing,
+            network.params,
+            padded[None],
+            np.array([size], np.int32),
+        )
+        rows, columns = map_size_of(size, network.geometry)
+        maps.append(np.asarray(found)[0, :rows, :columns])
+    return maps
+
+
+def photo_buckets(side: int) -> tuple[Bucket, ...]:
+    """The few sizes that any photographs are padded to, landscape first.
+
+    `side`: the photographs' shorter side in pixels; they are at most as long as 4:1.
+    """
+    longer = [math.ceil(side * aspect * _ROUNDING) for aspect in _ASPECTS]
+    return tuple([(side, long) for long in longer] + [(long, side) for long in longer])
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _last_maps(
+    model: SPPNet,
+    preprocessing: Preprocessing,
+    params: Any,
+    images: jax.Array,
+    sizes: jax.Array,
+) -> jax.Array:
+    return map_function(model, preprocessing)(params, images, sizes)
 
 
 def convolve_images(

@@ -21,8 +21,6 @@ from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
 import numpy as np
-import scipy.io
-from scipy.io.matlab import MatReadError
 
 from sppnet_jax.data.broken import BrokenImages
 from sppnet_jax.data.images import decode_image, image_size
@@ -52,7 +50,8 @@ class ProposalSettings(NamedTuple):
     `method`: "selective_search", which reads `width` (0: images' own), `min_side` and
     `seed`; "edge_boxes", which reads `model`, the path of its model; or "file", which
     takes them from `file`, and `test_file` for the test split ("": the same).
-    `max_windows`: of an image. `workers`: threads that search; 0 is one for each core.
+    `max_windows`: of an image. `workers`: threads that search, several in one image
+    where images are fewer; 0 is one for each core.
     """
 
     method: Annotated[str, one_of(METHODS)] = "selective_search"
@@ -107,8 +106,13 @@ def propose(
     return [np.load(file) if file.exists() else none for file in files]
 
 
-def find_boxes(image: np.ndarray, settings: ProposalSettings) -> np.ndarray:
+def find_boxes(
+    image: np.ndarray, settings: ProposalSettings, *, threads: int | None = None
+) -> np.ndarray:
     """The proposals of one image, uint8 [height, width, 3]: float32 [N, 4].
+
+    `threads`: that search it; 0 is one for each core. By default the settings'
+    `workers`.
 
     Raises: ValueError where they are from a file.
     """
@@ -125,6 +129,7 @@ def find_boxes(image: np.ndarray, settings: ProposalSettings) -> np.ndarray:
         min_side=settings.min_side,
         max_windows=settings.max_windows,
         seed=settings.seed,
+        threads=settings.workers if threads is None else threads,
     )
 
 
@@ -288,6 +293,7 @@ def _find_missing(
     missing: Mapping[Path, int],
 ) -> None:
     """Finds the proposals of some records, and writes each to its file at once."""
+    workers = settings.workers or os.cpu_count() or 1
 
     def find(path: Path, index: int) -> None:
         record = source.records[index]
@@ -296,7 +302,7 @@ def _find_missing(
         except ValueError:
             return  # `propose` names it
         try:
-            boxes = find_boxes(image, settings)
+            boxes = find_boxes(image, settings, threads=-(-workers // len(missing)))
         except Exception as error:
             raise RuntimeError(
                 f"no proposals could be found in {record['name']!r}, record {index} of "
@@ -308,7 +314,7 @@ def _find_missing(
     known = len(source.records) - len(missing)
     with (
         progress_bar("proposals", len(source.records), done=known) as bar,
-        ThreadPoolExecutor(settings.workers or os.cpu_count()) as pool,
+        ThreadPoolExecutor(workers) as pool,
     ):
         try:
             found = [pool.submit(find, *one) for one in missing.items()]
@@ -348,6 +354,10 @@ def _read_npz(path: Path) -> tuple[list[str], list[np.ndarray]]:
 
 
 def _read_mat(path: Path) -> tuple[list[str], list[np.ndarray]]:
+    # Here, not above: a start of a detector has no need of it, and it takes a while.
+    import scipy.io
+    from scipy.io.matlab import MatReadError
+
     try:
         content = scipy.io.loadmat(path, variable_names=("images", "boxes"))
     except NotImplementedError as error:

@@ -9,8 +9,11 @@ xmin, ymax, xmax) in pixels of the image as it was given, the most promising fir
 """
 
 import functools
+import itertools
 import logging
 import math
+import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import cv2
@@ -20,8 +23,10 @@ from sppnet_jax.data.images import check_image
 
 log = logging.getLogger(__name__)
 
-# The release's fast mode: graph segmentations with these k, merged no smaller than k.
+# The release's fast mode: graph segmentations with these k, merged no smaller than k,
+# in these colour spaces.
 _KS = (50, 100)
+_COLOURS = (cv2.COLOR_RGB2HSV_FULL, cv2.COLOR_RGB2Lab)
 _SIGMA = 0.8
 # The time can grow with the square of the pixels, and OpenCV turns images by 45°.
 _MAX_PIXELS = 500_000
@@ -37,6 +42,7 @@ def selective_search(
     min_side: int = 20,
     max_windows: int = 2000,
     seed: int = 0,
+    threads: int = 0,
 ) -> np.ndarray:
     """Windows around the regions that grow when similar neighbours are merged.
 
@@ -53,6 +59,8 @@ def selective_search(
     searched.
     `max_windows`: how many windows to keep, the first of the ranking.
     `seed`: of the ranking.
+    `threads`: that search this image, of which each takes a colour space and a k; 0 is
+    one for each core. The windows don't depend on them.
 
     Returns: float32 [N, 4] with 1 ≤ N ≤ max_windows, no two alike; the whole image
     where there is no window (section 4.1 of the paper).
@@ -67,7 +75,7 @@ def selective_search(
     rows, columns = _searched_size(image, width)
     if min(rows, columns) < min_side:
         return _whole_image(image)
-    rectangles = _merged_regions(_resize(image, rows, columns))
+    rectangles = _merged_regions(_resize(image, rows, columns), threads)
     rectangles = rectangles[(rectangles[:, 2:] >= min_side).all(axis=1)]
     if not len(rectangles):
         return _whole_image(image)
@@ -169,15 +177,24 @@ def _resize(image: np.ndarray, rows: int, columns: int) -> np.ndarray:
     return cv2.resize(image, (columns, rows), interpolation=interpolation)
 
 
-def _merged_regions(image: np.ndarray) -> np.ndarray:
+def _merged_regions(image: np.ndarray, threads: int) -> np.ndarray:
     """Rectangles (x, y, width, height) of all regions, int [N, 4], in a fixed order."""
+    # The smaller k takes longer: it goes first.
+    parts = list(itertools.product(_KS, _COLOURS))
+    # Segmentations know nothing of each other, and OpenCV releases Python's lock.
+    with ThreadPoolExecutor(min(threads or os.cpu_count() or 1, len(parts))) as pool:
+        found = pool.map(lambda part: _grown_regions(image, *part), parts)
+        # The set of rectangles is always the same, their order is not.
+        return np.unique(np.concatenate(list(found)), axis=0)
+
+
+def _grown_regions(image: np.ndarray, k: int, colours: int) -> np.ndarray:
+    """Rectangles of all that grows from one segmentation in one colour space."""
     lib = cv2.ximgproc.segmentation
     # New objects for every image: strategies remember the last one's histograms.
     search = lib.createSelectiveSearchSegmentation()
-    for colours in (cv2.COLOR_RGB2HSV_FULL, cv2.COLOR_RGB2Lab):
-        search.addImage(cv2.cvtColor(image, colours))
-    for k in _KS:
-        search.addGraphSegmentation(lib.createGraphSegmentation(_SIGMA, k, k))
+    search.addImage(cv2.cvtColor(image, colours))
+    search.addGraphSegmentation(lib.createGraphSegmentation(_SIGMA, k, k))
     colour = lib.createSelectiveSearchSegmentationStrategyColor()
     others = (
         lib.createSelectiveSearchSegmentationStrategyFill(),
@@ -187,8 +204,7 @@ def _merged_regions(image: np.ndarray) -> np.ndarray:
     combine = lib.createSelectiveSearchSegmentationStrategyMultiple
     search.addStrategy(combine(colour, *others))
     search.addStrategy(combine(*others))
-    # The set of rectangles is always the same, their order is not.
-    return np.unique(np.asarray(search.process(), np.int64).reshape(-1, 4), axis=0)
+    return np.asarray(search.process(), np.int64).reshape(-1, 4)
 
 
 def _rank(rectangles: np.ndarray, seed: int) -> np.ndarray:

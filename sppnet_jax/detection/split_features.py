@@ -16,11 +16,13 @@ from sppnet_jax.detection import rcnn
 from sppnet_jax.detection.box_split import BoxSplit
 from sppnet_jax.detection.detector_settings import DetectorSettings
 from sppnet_jax.detection.maps import (
-    convolve_images,
+    convolve_image,
     convolve_split,
     load_maps,
     mean_cells,
+    photo_buckets,
 )
+from sppnet_jax.detection.scales import atlas_size, map_size_of
 from sppnet_jax.detection.warp import warp_windows
 from sppnet_jax.detection.window_features import (
     WindowFeatures,
@@ -104,6 +106,8 @@ def image_features(
 ) -> WindowFeatures:
     """The pooled features of boxes in images that are at hand; nothing is kept.
 
+    Maps and windows are padded to few shapes, the same for all images.
+
     `images`: uint8 [height, width, 3] each. `boxes`: float [N, 4] for each.
     """
     model = network.model
@@ -117,15 +121,18 @@ def image_features(
         ]
         levels = rcnn.levels_to_pool(model)
         return from_warped(stored.__getitem__, boxes, levels, model.reducer)
-    maps = convolve_images(
-        network,
-        images,
-        sides=settings.scales,
-        batch_size=settings.batch_size,
-        max_buckets=settings.buckets,
-    )
+    maps = [convolve_image(network, one, sides=settings.scales) for one in images]
     sizes = np.array([image.shape[:2] for image in images])
-    return _pooled_from(settings, network, maps.__getitem__, boxes, sizes)
+    at_scales = zip(*map(photo_buckets, settings.scales), strict=True)
+    buckets = [
+        atlas_size([map_size_of(size, network.geometry) for size in own])
+        for own in at_scales
+    ]
+    padding = {
+        "buckets": buckets,
+        "least_windows": settings.proposals.max_windows,
+    }
+    return _pooled_from(settings, network, maps.__getitem__, boxes, sizes, **padding)
 
 
 def feature_settings(settings: DetectorSettings, network: Network) -> dict[str, Any]:
@@ -157,6 +164,7 @@ def _pooled_from(
     maps_of: Any,
     boxes: list[np.ndarray],
     sizes: np.ndarray,
+    **padding: Any,
 ) -> WindowFeatures:
     return from_maps(
         maps_of,
@@ -169,4 +177,5 @@ def _pooled_from(
         area=feature_settings(settings, network)["area"],
         rule=settings.rule,
         max_buckets=settings.buckets,
+        **padding,
     )

@@ -2,7 +2,7 @@
 
 import dataclasses
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,17 +14,23 @@ from sppnet_jax.detection.box_regression import BoxRegressors
 from sppnet_jax.detection.box_split import BoxSplit
 from sppnet_jax.detection.detector import (
     Detections,
+    Scored,
     score_boxes,
     scoring_head,
     suppress,
 )
 from sppnet_jax.detection.detector_settings import DetectorSettings, detector_settings
 from sppnet_jax.detection.finetune import drawn_fc, load_finetuned
+from sppnet_jax.detection.hard_negatives import NEVER
 from sppnet_jax.detection.learn import REGRESSION_FILE, SVM_FILE
 from sppnet_jax.detection.low_rank import FC_LAYERS, truncate_fc
 from sppnet_jax.detection.proposals import find_boxes
 from sppnet_jax.detection.split_features import image_features, split_features
-from sppnet_jax.detection.window_features import WindowFeatures, make_program
+from sppnet_jax.detection.window_features import (
+    WindowFeatures,
+    make_program,
+    padded_count,
+)
 from sppnet_jax.network.model import SPPNet
 from sppnet_jax.network.trained import Network, load_network
 from sppnet_jax.run import files, run_folder, stages
@@ -156,12 +162,46 @@ def detect_images(
 
     Raises: ValueError for a detector whose proposals are from a file.
     """
-    boxes = [find_boxes(image, detectors[0].settings.proposals) for image in images]
-    features = [
-        image_features(own.settings, own.network, images, boxes) for own in detectors
+    detect, proposals = image_detector(detectors), detectors[0].settings.proposals
+    return [detect(image, find_boxes(image, proposals)) for image in images]
+
+
+def image_detector(
+    detectors: Sequence[Detector],
+) -> Callable[[np.ndarray, np.ndarray], Detections]:
+    """One detector, or several together, as a function of one image after the other.
+
+    Images, maps and boxes are padded to few shapes: the first image of a shape compiles
+    its programs, or loads them, and all others find them there.
+
+    Returns: a function of an image, uint8 [height, width, 3], RGB, and of its
+    proposals, float [N, 4], see `find_boxes`.
+    """
+    detectors = [
+        own._replace(
+            network=dataclasses.replace(
+                own.network, params=jax.device_put(own.network.params)
+            )
+        )
+        for own in detectors
     ]
-    sizes = np.array([image.shape[:2] for image in images]).reshape(-1, 2)
-    return _detect(detectors, features, sizes)
+    programs: list[Callable[..., Any]] = []
+
+    def detect(image: np.ndarray, boxes: np.ndarray) -> Detections:
+        features = [
+            image_features(own.settings, own.network, [image], [boxes])
+            for own in detectors
+        ]
+        if not programs:
+            programs.extend(_programs(detectors, features))
+        size = image.shape[0], image.shape[1]
+        scored = _score(detectors, features, programs, 0, size)
+        most = detectors[0].settings.proposals.max_windows
+        count = padded_count(max(len(boxes), most))
+        padded = [_padded(own, count) for own in scored]
+        return suppress(padded, detectors[0].settings.test)
+
+    return detect
 
 
 def _detect(
@@ -169,29 +209,46 @@ def _detect(
     features: Sequence[WindowFeatures],
     sizes: np.ndarray,
 ) -> list[Detections]:
-    programs = [
-        make_program(own, detector.head)
-        for own, detector in zip(features, detectors, strict=True)
-    ]
-    found = []
+    programs, found = _programs(detectors, features), []
     with progress_bar("detecting", len(sizes)) as bar:
         for image, (height, width) in enumerate(sizes.tolist()):
-            scored = [
-                score_boxes(
-                    own,
-                    program,
-                    detector.weights,
-                    image,
-                    (height, width),
-                    len(detector.class_names),
-                )
-                for own, program, detector in zip(
-                    features, programs, detectors, strict=True
-                )
-            ]
+            scored = _score(detectors, features, programs, image, (height, width))
             found.append(suppress(scored, detectors[0].settings.test))
             bar.update()
     return found
+
+
+def _programs(
+    detectors: Sequence[Detector], features: Sequence[WindowFeatures]
+) -> list[Callable[..., Any]]:
+    return [
+        make_program(own, detector.head)
+        for own, detector in zip(features, detectors, strict=True)
+    ]
+
+
+def _score(
+    detectors: Sequence[Detector],
+    features: Sequence[WindowFeatures],
+    programs: Sequence[Callable[..., Any]],
+    image: int,
+    size: tuple[int, int],
+) -> list[Scored]:
+    """What each detector says of an image's boxes."""
+    return [
+        score_boxes(
+            own, program, detector.weights, image, size, len(detector.class_names)
+        )
+        for own, program, detector in zip(features, programs, detectors, strict=True)
+    ]
+
+
+def _padded(scored: Scored, count: int) -> Scored:
+    """So many boxes, those that are added of no class."""
+    more = (0, count - len(scored.scores))
+    boxes = np.pad(scored.boxes, (more, (0, 0), (0, 0)))
+    scores = np.pad(scored.scores, (more, (0, 0)), constant_values=NEVER)
+    return Scored(boxes, scores)
 
 
 def finetuned_model(

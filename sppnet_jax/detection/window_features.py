@@ -22,6 +22,7 @@ from sppnet_jax.buckets.choice import choose_buckets
 from sppnet_jax.buckets.table import smallest_bucket
 from sppnet_jax.detection.maps import scaled_sizes
 from sppnet_jax.detection.scales import (
+    Size,
     atlas_size,
     boxes_to_atlas,
     map_size_of,
@@ -67,21 +68,25 @@ def from_maps(
     rule: str = "paper",
     reducer: str = "max",
     max_buckets: int = 4,
+    buckets: Sequence[Size] = (),
+    least_windows: int = 0,
 ) -> WindowFeatures:
     """Boxes pooled from the maps of their images: SPP-net.
 
     `maps_of`: an image's maps at all scales, `maps.load_maps` for instance.
     `boxes`: float [N, 4] for each image, in its pixels. `sizes`: of the images, int
     [images, 2]; (0, 0) for a broken one, which must have no boxes.
-    `sides`, `area`, `rule`: see scales.py. `reducer`: of each bin. `max_buckets`:
-    shapes of stacked maps.
+    `sides`, `area`, `rule`: see scales.py. `reducer`: of each bin.
+    `buckets`: shapes of stacked maps; by default the best `max_buckets` for these
+    images. `least_windows`: distinct windows are padded to so many at least.
     """
     per_side = [scaled_sizes(sizes, side) for side in sides]
     shapes = [
         atlas_size([map_size_of(scaled[image], geometry) for scaled in per_side])
         for image in range(len(sizes))
     ]
-    buckets = choose_buckets(np.array(shapes), max_buckets) if shapes else ()
+    if shapes and not buckets:
+        buckets = choose_buckets(np.array(shapes), max_buckets)
 
     def inputs(image: int, chosen: Rows) -> tuple[Any, int, np.ndarray]:
         atlas = stack_maps(maps_of(image), smallest_bucket(shapes[image], buckets))
@@ -93,7 +98,7 @@ def from_maps(
             area=area,
             rule=rule,
         )
-        return atlas_inputs(atlas, windows)
+        return atlas_inputs(atlas, windows, least_windows)
 
     def pool(arrays: tuple[jax.Array, jax.Array]) -> jax.Array:
         return pool_atlas(*arrays, levels, reducer)
@@ -102,11 +107,11 @@ def from_maps(
 
 
 def atlas_inputs(
-    atlas: np.ndarray, windows: np.ndarray
+    atlas: np.ndarray, windows: np.ndarray, least: int = 0
 ) -> tuple[tuple[np.ndarray, np.ndarray], int, np.ndarray]:
     """An atlas and its distinct windows, padded; see `WindowFeatures.inputs`."""
     distinct, which = share_windows(windows)
-    padded = np.zeros((padded_count(len(distinct)), 4), np.int32)
+    padded = np.zeros((padded_count(max(len(distinct), least)), 4), np.int32)
     padded[:, 2:] = 1
     padded[: len(distinct)] = distinct
     return (atlas, padded), len(distinct), which

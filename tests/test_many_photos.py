@@ -1,0 +1,138 @@
+"""Folders and patterns of photographs, and the files that results are written to."""
+
+import csv
+import json
+from pathlib import Path
+
+import pytest
+
+from sppnet_jax import cli
+from sppnet_jax.buckets.table import smallest_bucket
+from sppnet_jax.data.images import whole_size
+from sppnet_jax.detection.maps import photo_buckets
+from sppnet_jax.run.photo_results import photo_results
+
+COLUMNS = ("label", "score")
+FOUND = {"path": "a.jpg", "width": 9, "height": 7, "found": []}
+
+
+@pytest.fixture
+def photos(tmp_path, monkeypatch):
+    names = ["b.JPG", "a.png", ".hidden.jpg", "notes.txt", "sub/c.jpg", "sub/d[1].jpg"]
+    for name in names:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("given", "found"),
+    [
+        (["."], ["./a.png", "./b.JPG"]),
+        (["sub/"], ["sub/c.jpg", "sub/d[1].jpg"]),
+        (["*.*g"], ["a.png"]),
+        (["**/*.jpg"], ["sub/c.jpg", "sub/d[1].jpg"]),
+        (["sub/d[1].jpg"], ["sub/d[1].jpg"]),
+        (["b.JPG", "*.JPG", "a.png", "b.JPG"], ["b.JPG", "a.png"]),
+        (["absent.jpg", "notes.txt"], ["absent.jpg", "notes.txt"]),
+    ],
+)
+def test_folders_and_patterns_are_the_photographs_in_them(given, found, photos):
+    assert cli.given_photos(given) == found
+
+
+def test_a_folder_and_a_pattern_may_be_in_the_home_folder(photos, monkeypatch):
+    monkeypatch.setenv("HOME", str(photos))
+    assert cli.given_photos(["~/sub"])[0] == str(photos / "sub/c.jpg")
+    assert cli.given_photos(["~/*.png"]) == [str(photos / "a.png")]
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("*.webp", r"'\*\.webp' matches no file: give photographs, a folder"),
+        ("empty", "'empty' holds no image files .*jpeg"),
+    ],
+)
+def test_where_there_are_no_photographs_it_is_said_so(given, message, photos):
+    (photos / "empty/folder").mkdir(parents=True)
+    with pytest.raises(ValueError, match=message):
+        cli.given_photos(["a.png", given])
+
+
+def test_the_json_file_is_whole_after_each_photograph(tmp_path):
+    path = tmp_path / "new" / "found.json"
+    told = [
+        {**FOUND, "found": [{"label": 'a "big" cat, Čeština', "score": 0.5}] * 2},
+        {"path": "b\udcff.jpg", "error": "not an image"},
+        FOUND,
+    ]
+    with photo_results(path, COLUMNS) as write:
+        assert json.loads(path.read_text()) == []
+        for count, photo in enumerate(told, start=1):
+            write(photo)
+            assert json.loads(path.read_text()) == told[:count]
+
+
+def test_the_csv_file_has_a_line_for_each_thing_that_is_found(tmp_path):
+    path = tmp_path / "found.CSV"
+    with photo_results(path, COLUMNS) as write:
+        write({**FOUND, "found": [{"label": "a, b", "score": 0.5}, {"label": "c"}]})
+        write({"path": "b\udcff.jpg", "error": "line\nbreak"})
+        write(FOUND)
+        with path.open(newline="") as file:  # before it is closed
+            lines = list(csv.reader(file))
+    assert lines == [
+        ["path", "width", "height", "label", "score", "error"],
+        ["a.jpg", "9", "7", "a, b", "0.5", ""],
+        ["a.jpg", "9", "7", "c", "", ""],
+        ["b\\udcff.jpg", "", "", "", "", "line\nbreak"],
+        ["a.jpg", "9", "7", "", "", ""],
+    ]
+
+
+@pytest.mark.parametrize("suffix", [".json", ".csv"])
+def test_what_was_found_before_an_interruption_is_kept(suffix, tmp_path):
+    path = tmp_path / f"found{suffix}"
+    path.write_text("x" * 10_000)  # of another run
+
+    def interrupted():
+        with photo_results(path, COLUMNS) as write:
+            write(FOUND)
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt, match=f"done: 1, kept in .*found{suffix}"):
+        interrupted()
+    kept = path.read_text()
+    if suffix == ".json":
+        assert json.loads(kept) == [FOUND]
+    else:
+        assert kept.splitlines()[1:] == ["a.jpg,9,7,,,"]
+
+
+def test_results_are_written_to_known_formats_or_nowhere():
+    with photo_results(None, COLUMNS) as write:
+        write(FOUND)
+    with (
+        pytest.raises(ValueError, match=r"\.json or \.csv, not to 'found\.txt'"),
+        photo_results(Path("found.txt"), COLUMNS),
+    ):
+        pass
+
+
+@pytest.mark.parametrize("side", [224, 480])
+def test_photographs_of_any_size_fit_one_of_a_few_buckets(side):
+    buckets = photo_buckets(side)
+    assert len(set(buckets)) <= 8
+    padding = []
+    for long in range(30, 200):
+        for size in ((30, long), (long, 30)):
+            height, width = whole_size(*size, side, 4.0)
+            bucket = smallest_bucket((height, width), buckets)
+            padding.append(bucket[0] * bucket[1] / (height * width))
+    assert max(padding) < 1.6
+    # Cameras' sizes, and those that others shrink them to.
+    for height, width in [(3024, 4032), (374, 500), (375, 500), (720, 1280)]:
+        bucket = smallest_bucket(whole_size(height, width, side, 4.0), buckets)
+        assert bucket[0] * bucket[1] < 1.03 * side**2 * width / height
