@@ -99,11 +99,11 @@ def show_images(
             if picture and len(shown) < _MOST_DRAWN:
                 best = int(scores.argmax())
                 small = resize_whole(image, _THUMBNAIL, MAX_ASPECT)
-                shown.append((small, names[best], float(scores[best])))
+                shown.append((small, names[best], float(scores[best]), None))
     if picture and shown:
         from sppnet_jax.classification.pictures import Prediction, plot_predictions
 
-        drawn = [Prediction(*one, None) for one in shown]
+        drawn = [Prediction(*one) for one in shown]
         print(f"picture: {plot_predictions(drawn, picture)}")
         if len(paths) - failed > len(shown):
             log.info("the picture shows the first %d", len(shown))

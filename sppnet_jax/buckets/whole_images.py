@@ -3,15 +3,17 @@
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import closing
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
 
 from sppnet_jax.buckets import BucketTable, choose_buckets, padding_waste
-from sppnet_jax.data.batches import Example, whole_images, whole_sizes
 from sppnet_jax.data.sources import Source
 from sppnet_jax.network.trained import Network
+
+if TYPE_CHECKING:
+    from sppnet_jax.data.batches import Example
 
 MAX_ASPECT = 4.0
 
@@ -37,6 +39,9 @@ def fit_table(
 
     Raises: ValueError for a side that is too small for the network.
     """
+    # Here, not above: a start has no need of it, and it takes a while.
+    from sppnet_jax.data.batches import whole_sizes
+
     smallest = network.geometry.min_image_size
     if side < smallest:
         raise ValueError(
@@ -72,7 +77,7 @@ def map_whole_images(
     *,
     threads: int,
     strict: bool,
-    on_example: Callable[[Example], None],
+    on_example: "Callable[[Example], None]",
 ) -> Iterator[tuple[int, Any]]:
     """Yields (index, result) for each image that can be decoded, as batches finish.
 
@@ -80,6 +85,8 @@ def map_whole_images(
     example of `whole_images` before its result is there. `strict`: a broken image is an
     error.
     """
+    from sppnet_jax.data.batches import whole_images
+
     examples = whole_images(
         source,
         sides=(side,),

@@ -14,8 +14,6 @@ import warnings
 from typing import Any, NamedTuple
 
 import numpy as np
-from sklearn.exceptions import ConvergenceWarning
-from sklearn.svm import LinearSVC
 from tqdm import tqdm
 
 from sppnet_jax.classification.ranking import (
@@ -253,6 +251,10 @@ def _fit_one(
 def _fit(
     features: np.ndarray, labels: np.ndarray, C: float, seed: int, what: str
 ) -> tuple[np.ndarray, np.ndarray]:
+    # Here, not above: a start has no need of it, and it takes a while.
+    from sklearn.exceptions import ConvergenceWarning
+    from sklearn.svm import LinearSVC
+
     # As a rule the dual solver is faster and more exact; where it crawls (few features,
     # a large C), the primal one does not.
     for dual in (True, False):

@@ -4,7 +4,6 @@ import logging
 
 import numpy as np
 
-from sppnet_jax.data.batches import describe_broken
 from sppnet_jax.data.sources import Source
 
 log = logging.getLogger(__name__)
@@ -34,6 +33,9 @@ class BrokenImages:
             return
         self._seen.add(index)
         if len(self._seen) <= MAX_NAMED:
+            # Here, not above: a start has no need of it, and it takes a while.
+            from sppnet_jax.data.batches import describe_broken
+
             told = describe_broken(self._source, index)
             log.warning("skipping a broken image: %s", told)
         elif len(self._seen) == MAX_NAMED + 1:

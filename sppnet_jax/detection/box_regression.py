@@ -17,7 +17,6 @@ import math
 from typing import Annotated, NamedTuple
 
 import numpy as np
-from sklearn.linear_model import Ridge
 from tqdm import tqdm
 
 from sppnet_jax.classification.ranking import check_finite
@@ -80,6 +79,9 @@ def train_box_regressors(
     _check(features, boxes, targets, labels, num_classes)
     deltas = np.asarray(encode_boxes(boxes, targets), features.dtype)
     weights = np.zeros((num_classes, features.shape[1], 4), np.float32)
+    # Here, not above: a start has no need of it, and it takes a while.
+    from sklearn.linear_model import Ridge
+
     biases = np.zeros((num_classes, 4), np.float32)
     for number in tqdm(
         np.unique(labels),

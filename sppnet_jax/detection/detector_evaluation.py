@@ -8,7 +8,6 @@ from typing import Any
 
 from sppnet_jax.detection.box_split import open_split_of
 from sppnet_jax.detection.detector_settings import DetectorSettings, detector_settings
-from sppnet_jax.detection.results import image_ids, write_results
 from sppnet_jax.detection.trained_detector import (
     check_is_detector,
     detect_split,
@@ -38,6 +37,9 @@ def evaluate_detectors(
     Returns: what results.json holds.
     Raises: ValueError or FileNotFoundError for detectors that can't be tested so.
     """
+    # Here, not above: a start has no need of it, and it takes a while.
+    from sppnet_jax.detection.results import image_ids, write_results
+
     all_settings = settings_together(workdirs, settings)
     first, workdir = all_settings[0], workdirs[0]
     detectors = load_detectors(workdirs, all_settings)

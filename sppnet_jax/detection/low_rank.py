@@ -18,7 +18,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-import scipy.linalg
 
 log = logging.getLogger(__name__)
 
@@ -99,6 +98,9 @@ def _best_factors(kernel: np.ndarray, rank: int) -> tuple[np.ndarray, np.ndarray
     scale = np.abs(kernel).max() or np.float32(1)
     scaled = kernel / scale
     size = kernel.shape[1]
+    # Here, not above: a start has no need of it, and it takes a while.
+    import scipy.linalg
+
     _, vectors = scipy.linalg.eigh(
         scaled.T @ scaled, subset_by_index=[size - rank, size - 1]
     )

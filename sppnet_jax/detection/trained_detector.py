@@ -96,7 +96,9 @@ def load_detector(workdir: Path, settings: DetectorSettings | None = None) -> De
                 f"{name!r}: run python -m sppnet_jax.detect train with the settings "
                 "that you test with"
             )
-    network = detecting_network(settings, load_network(workdir / NETWORK))
+    # The folder's own settings are those of its network.
+    own = load_network(workdir / NETWORK, check_shapes=False)
+    network = detecting_network(settings, own)
     fc = detector_fc(settings, network, workdir, len(class_names))
     if any(settings.fc_rank):
         fc = truncate_fc(fc, dict(zip(("fc6", "fc7"), settings.fc_rank, strict=True)))

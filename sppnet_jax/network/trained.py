@@ -73,12 +73,16 @@ class Network:
 
 
 def load_network(
-    workdir: str | Path, settings: Mapping[str, Any] | None = None
+    workdir: str | Path,
+    settings: Mapping[str, Any] | None = None,
+    *,
+    check_shapes: bool = True,
 ) -> Network:
     """The network of a run's newest checkpoint.
 
     `workdir`: the folder that `python -m sppnet_jax.train` wrote.
     `settings`: of the run, some of them changed; by default those it was trained with.
+    `check_shapes`: whether the parameters are those of the settings; it takes tracing.
 
     Raises: FileNotFoundError for a folder without a trained network; ValueError where
     the settings describe another network than the checkpoint holds.
@@ -100,7 +104,8 @@ def load_network(
     classes = max(1, len(trained_on.class_names))  # a trunk may have no head
     model = make_model(architecture, classes, data["image_size"])
     with Checkpoints(workdir / run_folder.CHECKPOINTS) as checkpoints:
-        params = checkpoints.restore_params(param_shapes(model))
+        shapes = param_shapes(model) if check_shapes else None
+        params = checkpoints.restore_params(shapes)
         step = checkpoints.latest_step()
     assert step is not None
     inputs = read(Inputs, settings["inputs"], "config.inputs")

@@ -63,8 +63,11 @@ class Checkpoints:
         )
         return restored.params, restored.training, restored.host
 
-    def restore_params(self, params: Any) -> Any:
-        """The parameters alone of the newest checkpoint; raises as `restore` does."""
+    def restore_params(self, params: Any = None) -> Any:
+        """The parameters alone of the newest checkpoint; raises as `restore` does.
+
+        None takes them as they are there.
+        """
         return self._restore(params).params
 
     def _restore(self, params: Any, **others: Any) -> Any:
@@ -74,7 +77,8 @@ class Checkpoints:
                 f"no checkpoint in {self._folder}: train first, or give the --workdir "
                 "of a run that has been trained"
             )
-        self.check_shapes(params)
+        if params is not None:
+            self.check_shapes(params)
         args = ocp.args.Composite(params=ocp.args.StandardRestore(params), **others)
         return self._manager.restore(step, args=args)
 
