@@ -1,6 +1,6 @@
 r"""The paper's questions on photographs: linear classifiers on a pretrained trunk.
 
-python -m experiments.pretrained_pyramids --root=FOLDER --out=runs/experiments/pyramids
+python -m experiments.pretrained_pyramids --root=FOLDER --results=runs/pyramids
 
 Does a pyramid help beyond one bin? Maximum or mean? The full image, its centre or the
 image made a square? How large? Every image of the folder of class folders goes through
@@ -53,7 +53,9 @@ BEFORE_CROP = 256 / 224  # the shorter side, for one of the crop's
 
 ROOT = flags.DEFINE_string("root", "", "The folder: SPLIT/CLASS/*.jpg.")
 BACKBONE = flags.DEFINE_string("backbone", "efficientnet_lite0", "The trunk.")
-OUT = flags.DEFINE_string("out", "runs/experiments/pretrained_pyramids", "The folder.")
+OUT = flags.DEFINE_string(
+    "results", "runs/experiments/pretrained_pyramids", "The folder of the results."
+)
 VIEWS = flags.DEFINE_list(
     "views",
     ["full:160", "full:224", "full:320", "crop:224", "warp:224"],

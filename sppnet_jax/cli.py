@@ -182,9 +182,17 @@ def check_single_process() -> None:
 
 
 def refuse_arguments(argv: Sequence[str]) -> None:
-    """Raises ValueError for arguments that are no flags."""
+    """Raises ValueError for arguments that are no flags, and for --out.
+
+    For commands that take no photographs.
+    """
     if argv:
         raise ValueError(f"unexpected arguments: {' '.join(argv)}")
+    if OUT.value:
+        raise ValueError(
+            "--out writes what is found in photographs: it is of predict and of detect "
+            "image"
+        )
 
 
 def given_workdir() -> Path:

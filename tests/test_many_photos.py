@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from sppnet_jax.buckets.table import smallest_bucket
 from sppnet_jax.data.images import whole_size
 from sppnet_jax.detection.maps import photo_buckets
 from sppnet_jax.run.photo_results import photo_results
+from tests.conftest import REPOSITORY
 
 COLUMNS = ("label", "score")
 FOUND = {"path": "a.jpg", "width": 9, "height": 7, "found": []}
@@ -136,3 +138,26 @@ def test_photographs_of_any_size_fit_one_of_a_few_buckets(side):
     for height, width in [(3024, 4032), (374, 500), (375, 500), (720, 1280)]:
         bucket = smallest_bucket(whole_size(height, width, side, 4.0), buckets)
         assert bucket[0] * bucket[1] < 1.03 * side**2 * width / height
+
+
+def test_no_experiment_has_a_flag_of_the_commands():
+    """absl refuses to define one twice, and only as a command is it defined."""
+    found = {}
+    for file in [
+        REPOSITORY / "sppnet_jax/cli.py",
+        *REPOSITORY.glob("experiments/*.py"),
+    ]:
+        calls = re.findall(r"DEFINE_\w+\(\s*\"(\w+)\"", file.read_text())
+        found[file.name] = set(calls)
+    of_commands = found.pop("cli.py")
+    assert "out" in of_commands
+    assert {name: own & of_commands for name, own in found.items() if own} == {
+        name: set() for name, own in found.items() if own
+    }
+
+
+def test_a_file_of_results_is_of_commands_on_photographs_only(command_line):
+    told = command_line(
+        "train", "--config=configs/digits.py", "--out=found.json", check=False
+    ).stderr
+    assert "--out writes what is found in photographs" in told
