@@ -15,7 +15,7 @@ import numpy as np
 from absl import app, flags
 
 from sppnet_jax import cli
-from sppnet_jax.classification.scores import score_images
+from sppnet_jax.classification.image_scores import score_images
 from sppnet_jax.data.photographs import read_images
 from sppnet_jax.network.imagenet_classes import imagenet_classes
 from sppnet_jax.network.pretrained import (

@@ -14,7 +14,7 @@ from sppnet_jax.pyramid.pooling import num_bins, pyramid_bins, spatial_pyramid_p
 from sppnet_jax.pyramid.windows import window_pyramid_pool
 
 if TYPE_CHECKING:
-    from sppnet_jax.classification.scores import score_images
+    from sppnet_jax.classification.image_scores import score_images
     from sppnet_jax.data.photographs import read_image
     from sppnet_jax.network.pretrained import load_pretrained
     from sppnet_jax.network.trained import load_network
@@ -37,7 +37,7 @@ _LATER = {
     "load_network": "sppnet_jax.network.trained",
     "load_pretrained": "sppnet_jax.network.pretrained",
     "read_image": "sppnet_jax.data.photographs",
-    "score_images": "sppnet_jax.classification.scores",
+    "score_images": "sppnet_jax.classification.image_scores",
 }
 
 

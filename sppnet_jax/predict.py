@@ -11,7 +11,7 @@ map of it.
 """
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -82,11 +82,12 @@ def show_images(
     that it takes. `picture`: of the first 64. `out`: see `photo_results`.
     """
     from sppnet_jax.buckets.whole_images import MAX_ASPECT
+    from sppnet_jax.classification.image_scores import image_scorer
     from sppnet_jax.data.images import resize_whole
     from sppnet_jax.data.photographs import read_images
     from sppnet_jax.run.photo_results import photo_results
 
-    names, score, failed = network.class_names, _scorer(network), 0
+    names, score, failed = network.class_names, image_scorer(network), 0
     shown: list[Any] = []
     with photo_results(out, COLUMNS) as write:
         for path, image in read_images(paths, settings.data.threads):
@@ -122,12 +123,15 @@ def show_windows(
     `picture`: of each, with its number where there are several. `out`: see
     `photo_results`.
     """
+    import numpy as np
+
+    from sppnet_jax.classification.image_scores import image_scorer
     from sppnet_jax.data.photographs import read_images
     from sppnet_jax.detection.pictures import draw_detections, save_image
     from sppnet_jax.detection.window_classes import classify_windows
     from sppnet_jax.run.photo_results import photo_results
 
-    names, score, failed = network.class_names, _scorer(network), 0
+    names, score, failed = network.class_names, image_scorer(network), 0
     with photo_results(out, (*COLUMNS, *SIDES)) as write:
         images = read_images(paths, settings.data.threads)
         for number, (path, image) in enumerate(images, start=1):
@@ -147,48 +151,15 @@ def show_windows(
                 told["found"].append({**_row(names[label], value), **window})
             write(told)
             if picture:
-                drawn = draw_detections(image, *found, names)
+                # A thousand classes have too few colours: those here get the first.
+                shown, own = np.unique(found.labels, return_inverse=True)
+                few = [names[label] for label in shown]
+                drawn = draw_detections(image, found.boxes, own, found.scores, few)
                 file = picture
                 if len(paths) > 1:
                     file = picture.with_stem(f"{picture.stem}_{number}")
                 print(f"  picture: {save_image(drawn, file)}")
     return failed
-
-
-def _scorer(network: "Network") -> Callable[["np.ndarray"], "np.ndarray"]:
-    """From an image, uint8 [height, width, 3], to its scores, float32 [classes].
-
-    As `score_images`, but in buckets that are the same for all images.
-    """
-    import jax
-    import numpy as np
-
-    from sppnet_jax.buckets.table import pad_to_bucket, smallest_bucket
-    from sppnet_jax.buckets.whole_images import MAX_ASPECT
-    from sppnet_jax.data.images import crop, resize_whole
-    from sppnet_jax.detection.maps import photo_buckets
-    from sppnet_jax.network.preprocess import normalize
-
-    model, side = network.model, network.resize_side
-    params = jax.device_put(network.params)
-
-    @jax.jit
-    def program(params: Any, images: jax.Array, sizes: jax.Array) -> jax.Array:
-        valid = None if model.levels is None else sizes
-        inputs = normalize(images, network.preprocessing, valid)
-        return jax.nn.softmax(model.apply({"params": params}, inputs, valid)[0])
-
-    def score(image: np.ndarray) -> np.ndarray:
-        resized = resize_whole(image, side, MAX_ASPECT)
-        if model.levels is None:
-            resized = crop(resized, model.image_size, "center")
-        size = resized.shape[0], resized.shape[1]
-        if model.levels is not None:
-            resized = pad_to_bucket(resized, smallest_bucket(size, photo_buckets(side)))
-        sizes = np.array([size], np.int32)
-        return np.asarray(program(params, resized[None], sizes))[0]
-
-    return score
 
 
 def _tell(

@@ -9,8 +9,8 @@ import pytest
 
 from sppnet_jax import cli
 from sppnet_jax.buckets.table import smallest_bucket
+from sppnet_jax.buckets.whole_images import photo_buckets
 from sppnet_jax.data.images import whole_size
-from sppnet_jax.detection.maps import photo_buckets
 from sppnet_jax.run.photo_results import photo_results
 from tests.conftest import REPOSITORY
 

@@ -6,6 +6,7 @@ import pytest
 from sppnet_jax.classification import pictures as plots
 from sppnet_jax.run.metrics import MetricsLog
 from sppnet_jax.run.run_folder import save_config
+from sppnet_jax.training import curves
 from sppnet_jax.training.curves import _views, plot_training
 from tests.data_helpers import picture
 
@@ -28,8 +29,24 @@ def test_predictions_are_drawn_whatever_the_class_names(tmp_path):
     assert drawn.std() > 10
 
 
-def test_the_curves_of_a_frozen_trunk_say_how_its_images_were_seen(tmp_path):
-    assert _views(tmp_path) == ("augmented", "centre crop")
-    model, data = {"trainable": "head"}, {"view": "full"}
-    save_config(tmp_path, {"seed": 0, "model": model, "data": data})
-    assert _views(tmp_path) == ("whole images", "whole images")
+def test_the_curves_of_a_frozen_trunk_say_how_its_images_were_seen():
+    assert _views({}) == ("augmented", "centre crop")
+    frozen = {"model": {"trainable": "head"}, "data": {"view": "full"}}
+    assert _views(frozen) == ("whole images", "whole images")
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_the_curves_say_where_the_training_loss_is_of_smoothed_labels(
+    tmp_path, monkeypatch, smoothing
+):
+    drawn = []
+    monkeypatch.setattr(
+        curves, "save_figure", lambda figure, path: drawn.append(figure)
+    )
+    settings = {"seed": 0, "data": {}, "optimizer": {"label_smoothing": smoothing}}
+    save_config(tmp_path, settings)
+    with MetricsLog(tmp_path, resumed_step=0) as log:
+        log.write("train_epoch", 1, {"epoch": 1, "loss": 2.0, "accuracy": 0.5})
+    plot_training(tmp_path)
+    (label,) = drawn[0].axes[0].get_legend_handles_labels()[1]
+    assert ("smoothed labels" in label) == bool(smoothing)

@@ -15,7 +15,7 @@ import sklearn.datasets
 import sppnet_jax as sn
 from configs import folder
 from sppnet_jax.classification.feature_files import load_features
-from sppnet_jax.classification.scores import score_images
+from sppnet_jax.classification.image_scores import score_images
 from sppnet_jax.data.images import resize_whole
 from sppnet_jax.data.photographs import read_image
 from sppnet_jax.network.exported import describe

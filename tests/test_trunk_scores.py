@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 
 from sppnet_jax import predict
-from sppnet_jax.classification.scores import score_images, score_split
+from sppnet_jax.classification.image_scores import score_images
+from sppnet_jax.classification.scores import score_split
 from sppnet_jax.classification.views import named_protocol
 from sppnet_jax.data.images import crop, crop_corner, decode_image, resize_whole
 from sppnet_jax.network import trunks

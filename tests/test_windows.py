@@ -162,6 +162,18 @@ def test_vmap_over_maps_each_with_its_own_windows():
         np.testing.assert_array_equal(pooled, loop_windows(one, some, (3, 2, 1)))
 
 
+def test_gradients_under_vmap_are_those_of_each_map():
+    features = jnp.asarray(random_features(3, 10, 7, 2))
+    windows = np.stack([random_windows(30, 10, 7, seed) for seed in range(3)])
+
+    def total(x, w):
+        return (sn.window_pyramid_pool(x, w, (3, 2, 1)) ** 2).sum()
+
+    together = jax.vmap(jax.grad(total))(features, windows)
+    for one, some, gradient in zip(features, windows, together, strict=True):
+        np.testing.assert_allclose(gradient, jax.grad(total)(one, some), rtol=1e-6)
+
+
 def test_one_program_serves_all_new_windows():
     pool = jax.jit(sn.window_pyramid_pool, static_argnums=2)
     features = random_features(20, 30, 2)

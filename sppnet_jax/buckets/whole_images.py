@@ -1,6 +1,7 @@
 """Whole images of a split through a compiled function, in buckets that fit them."""
 
 import logging
+import math
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from typing import TYPE_CHECKING, Any
@@ -9,6 +10,7 @@ import jax
 import numpy as np
 
 from sppnet_jax.buckets import BucketTable, choose_buckets, padding_waste
+from sppnet_jax.buckets.choice import Bucket
 from sppnet_jax.data.sources import Source
 from sppnet_jax.network.trained import Network
 
@@ -16,8 +18,21 @@ if TYPE_CHECKING:
     from sppnet_jax.data.batches import Example
 
 MAX_ASPECT = 4.0
+# The aspects of photographs' buckets. They are few: to trace a program of one more
+# takes as long as several photographs.
+_ASPECTS = (4 / 3, 16 / 9, 2.6, MAX_ASPECT)
+_ROUNDING = 1.01  # a photograph of 4:3 has 500×374 pixels
 
 log = logging.getLogger(__name__)
+
+
+def photo_buckets(side: int) -> tuple[Bucket, ...]:
+    """The few sizes that any photographs are padded to, landscape first.
+
+    `side`: the photographs' shorter side in pixels; they are at most as long as 4:1.
+    """
+    longer = [math.ceil(side * aspect * _ROUNDING) for aspect in _ASPECTS]
+    return tuple([(side, long) for long in longer] + [(long, side) for long in longer])
 
 
 def fit_table(

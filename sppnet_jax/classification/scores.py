@@ -2,26 +2,19 @@
 
 `score_split` scores by a protocol: `score_crops` cuts the views out of the image,
 `score_maps` convolves whole images in buckets and pools the views from their maps.
-`score_images` scores a few images that are at hand.
 """
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
-from sppnet_jax.buckets import BucketTable, choose_buckets
-from sppnet_jax.buckets.whole_images import (
-    MAX_ASPECT,
-    fit_table,
-    fitting_batch,
-    map_whole_images,
-)
+from sppnet_jax.buckets import BucketTable
+from sppnet_jax.buckets.whole_images import fit_table, map_whole_images
 from sppnet_jax.classification.views import Protocol, view_windows
 from sppnet_jax.data.batches import Batches, Example, eval_batches
-from sppnet_jax.data.images import check_image, crop, resize_whole
 from sppnet_jax.data.sources import Source
 from sppnet_jax.network.preprocess import mirror, normalize
 from sppnet_jax.network.trained import Network
@@ -95,48 +88,6 @@ def score_split(
         network, protocol, batches, records=len(source.records), on_example=on_example
     )
     return scores, []
-
-
-def score_images(
-    network: Network,
-    images: Sequence[np.ndarray],
-    *,
-    batch_size: int = 16,
-    max_buckets: int = 4,
-) -> np.ndarray:
-    """The softmax scores of images of any size, each seen whole at its own aspect.
-
-    A network without a pyramid sees their centre crops, the only size that it takes.
-
-    `images`: uint8 [height, width, 3] each, RGB; those longer than 4:1 are squeezed.
-    `batch_size`: of images of the training size; larger ones come in smaller batches.
-    `max_buckets`: programs that are compiled, at most.
-
-    Returns: float32 [images, classes].
-    Raises: ValueError for an array that is no such image.
-    """
-    if batch_size < 1:
-        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
-    for image in images:
-        check_image(image)
-    side, model = network.resize_side, network.model
-    resized = [resize_whole(image, side, MAX_ASPECT) for image in images]
-    if not resized:
-        return np.zeros((0, model.num_classes), np.float32)
-    if model.levels is None:
-        resized = [crop(image, model.image_size, "center") for image in resized]
-
-    def score(params: Any, images: jax.Array, sizes: jax.Array) -> jax.Array:
-        valid = None if model.levels is None else sizes
-        inputs = normalize(images, network.preprocessing, valid)
-        return jax.nn.softmax(model.apply({"params": params}, inputs, valid)[0])
-
-    buckets = choose_buckets([image.shape[:2] for image in resized], max_buckets)
-    area = max(height * width for height, width in buckets)
-    rows = min(len(resized), fitting_batch(batch_size, model.image_size, area))
-    table = BucketTable(score, network.params, buckets, rows)
-    found = dict(table.map(enumerate(resized)))
-    return np.stack([found[number] for number in range(len(resized))])
 
 
 def score_crops(

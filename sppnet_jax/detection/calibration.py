@@ -70,13 +70,12 @@ def held_out_detections(
     with progress_bar("held-out scores", len(boxes)) as bar:
         for image, (own, truth) in enumerate(zip(boxes, objects, strict=True)):
             rows = np.arange(len(truth.labels), len(own))
+            scores: np.ndarray = np.zeros((0, 1), np.float32)
             if len(rows):
                 scores = scores_of(image, rows).reshape(len(rows), parts, -1)
                 scores = scores[:, image % parts]
-                places = np.broadcast_to(own[rows][:, None], (*scores.shape, 4))
-                found.append(suppress([Scored(places, scores)]))
-            else:
-                found.append(suppress([Scored(np.zeros((0, 1, 4)), np.zeros((0, 1)))]))
+            places = np.broadcast_to(own[rows][:, None], (*scores.shape, 4))
+            found.append(suppress([Scored(places, scores)]))
             bar.update()
     return join_detections(found)
 

@@ -103,25 +103,27 @@ def learn_svms(
     report = {"feature_scale": float(scale), **mining_report(state)}
     weights = (svms.weights * scale).astype(np.float32)
     biases = svms.biases
-    count = min(mining.calibration_parts, len(objects))
-    if count > 1:
+    parts_of_images = min(mining.calibration_parts, len(objects))
+    if parts_of_images > 1:
         images = np.repeat(
-            np.arange(len(objects)), [(~o.difficult).sum() for o in objects]
+            np.arange(len(objects)), [(~found.difficult).sum() for found in objects]
         )
-        without = train_without_each_part(
-            positives, labels, images, state, mining, count, seed
+        held_out = train_without_each_part(
+            positives, labels, images, state, mining, parts_of_images, seed
         )
-        scoring = make_program(
-            features, lambda given, pooled: _scores(head, given, pooled)
-        )
-        given = jax.device_put(
-            (fc, without.weights * np.float32(scale), without.biases)
-        )
+
+        def scores(given: Any, pooled: jax.Array) -> jax.Array:
+            fc, svms = given
+            return head(fc, pooled).astype(jnp.float32) @ svms.weights.T + svms.biases
+
+        scoring = make_program(features, scores)
+        scaled = held_out._replace(weights=held_out.weights * np.float32(scale))
+        given = jax.device_put((fc, scaled))
         detections = held_out_detections(
             lambda image, rows: rows_of(features, scoring, given, image, rows),
             features.boxes,
             objects,
-            count,
+            parts_of_images,
         )
         thresholds, f1 = best_thresholds(detections, objects, num_classes)
         biases = (biases - thresholds).astype(np.float32)
@@ -131,11 +133,6 @@ def learn_svms(
         )
     write_arrays(folder / SVM_FILE, weights=weights, biases=biases)
     return report
-
-
-def _scores(head: Head, given: Any, pooled: jax.Array) -> jax.Array:
-    fc, weights, biases = given
-    return head(fc, pooled).astype(jnp.float32) @ weights.T + biases
 
 
 def learn_regression(

@@ -20,14 +20,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sppnet_jax.buckets import BucketTable, choose_buckets
-from sppnet_jax.buckets.choice import Bucket
 from sppnet_jax.buckets.table import pad_to_bucket, smallest_bucket
 from sppnet_jax.buckets.whole_images import (
     MAX_ASPECT,
     fit_table,
-    fitting_batch,
     map_whole_images,
+    photo_buckets,
 )
 from sppnet_jax.data.broken import BrokenImages
 from sppnet_jax.data.images import decode_image, image_size, resize_whole, whole_size
@@ -39,11 +37,6 @@ from sppnet_jax.network.trained import Network
 from sppnet_jax.pyramid.geometry import Geometry
 from sppnet_jax.run.files import write_array
 from sppnet_jax.run.progress import progress_bar
-
-# The aspects of photographs' buckets. They are few: to trace a program of one more
-# takes as long as several photographs.
-_ASPECTS = (4 / 3, 16 / 9, 2.6, MAX_ASPECT)
-_ROUNDING = 1.01  # a photograph of 4:3 has 500×374 pixels
 
 log = logging.getLogger(__name__)
 
@@ -164,15 +157,6 @@ def convolve_image(
     return maps
 
 
-def photo_buckets(side: int) -> tuple[Bucket, ...]:
-    """The few sizes that any photographs are padded to, landscape first.
-
-    `side`: the photographs' shorter side in pixels; they are at most as long as 4:1.
-    """
-    longer = [math.ceil(side * aspect * _ROUNDING) for aspect in _ASPECTS]
-    return tuple([(side, long) for long in longer] + [(long, side) for long in longer])
-
-
 @functools.partial(jax.jit, static_argnums=0)
 def _last_maps(
     model: SPPNet,
@@ -182,36 +166,6 @@ def _last_maps(
     sizes: jax.Array,
 ) -> jax.Array:
     return map_function(model, preprocessing)(params, images, sizes)
-
-
-def convolve_images(
-    network: Network,
-    images: Sequence[np.ndarray],
-    *,
-    sides: Sequence[int],
-    batch_size: int,
-    max_buckets: int = 4,
-) -> list[list[np.ndarray]]:
-    """The maps of images that are at hand, for each image one at each scale.
-
-    `images`: uint8 [height, width, 3] each. Other arguments as for `convolve_split`.
-
-    Returns: float32 [rows, columns, channels] each.
-    """
-    function = map_function(network.model, network.preprocessing)
-    maps: list[list[np.ndarray]] = [[] for _ in images]
-    for side in sides:
-        resized = [resize_whole(image, side, MAX_ASPECT) for image in images]
-        buckets = choose_buckets([image.shape[:2] for image in resized], max_buckets)
-        area = max(height * width for height, width in buckets)
-        rows = fitting_batch(batch_size, network.model.image_size, area)
-        table = BucketTable(function, network.params, buckets, min(rows, len(resized)))
-        found = dict(table.map(enumerate(resized)))
-        for index, image in enumerate(resized):
-            height, width = image.shape[:2]
-            rows, columns = map_size_of((height, width), network.geometry)
-            maps[index].append(found[index][:rows, :columns])
-    return maps
 
 
 def load_maps(folder: Path, sides: Sequence[int], index: int) -> list[np.ndarray]:

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from sppnet_jax.buckets.whole_images import photo_buckets
 from sppnet_jax.detection import rcnn
 from sppnet_jax.detection.box_split import BoxSplit
 from sppnet_jax.detection.detector_settings import DetectorSettings
@@ -20,7 +21,6 @@ from sppnet_jax.detection.maps import (
     convolve_split,
     load_maps,
     mean_cells,
-    photo_buckets,
 )
 from sppnet_jax.detection.scales import atlas_size, map_size_of
 from sppnet_jax.detection.warp import warp_windows

@@ -21,11 +21,16 @@ def plot_training(workdir: Path) -> Path:
     tests = [row for row in rows if row["split"] == "validation"]
     figure = Figure((10, 3.8), layout="constrained")
     left, right = figure.subplots(1, 2)
+    file = workdir / CONFIG_FILE
+    settings = load_config(workdir) if file.exists() else {}
+    # Of smoothed labels, a perfect network's loss isn't 0.
+    smoothed = settings.get("optimizer", {}).get("label_smoothing")
+    of = ", smoothed labels" if smoothed else ""
     _line(left, steps, "loss", color="0.8", label="training, one batch")
-    _line(left, epochs, "loss", color="C0", label="training, epoch mean")
+    _line(left, epochs, "loss", color="C0", label=f"training, epoch mean{of}")
     _line(left, tests, "loss", color="C1", label="validation")
     left.set(xlabel="epoch", ylabel="loss (cross entropy)", ylim=(0, None))
-    seen, tested = _views(workdir)
+    seen, tested = _views(settings)
     _line(right, epochs, "accuracy", color="C0", label=f"training, {seen}")
     _line(right, tests, "top1", color="C1", label=f"validation, {tested}")
     right.set(xlabel="epoch", ylabel="top-1 accuracy", ylim=(0, 1))
@@ -38,10 +43,8 @@ def plot_training(workdir: Path) -> Path:
     return save_figure(figure, workdir / "training.png")
 
 
-def _views(workdir: Path) -> tuple[str, str]:
+def _views(settings: dict[str, Any]) -> tuple[str, str]:
     """How the images of the training and of the tests were seen, in words."""
-    file = workdir / CONFIG_FILE
-    settings = load_config(workdir) if file.exists() else {}
     if settings.get("model", {}).get("trainable") != HEAD_ONLY:
         return "augmented", "centre crop"
     views = {"full": "whole images", "crop": "centre crop", "warp": "squares"}
