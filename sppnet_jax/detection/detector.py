@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sppnet_jax.classification.svm import LinearSVMs
+from sppnet_jax.detection.box_layer import BOX, predict_boxes
 from sppnet_jax.detection.box_regression import BoxRegressors, regress_boxes
 from sppnet_jax.detection.boxes import iou, nms_per_class
 from sppnet_jax.detection.hard_negatives import NEVER
@@ -88,12 +89,13 @@ def scoring_head(
     layer: str = "fc7",
     svms: LinearSVMs | None = None,
     regressors: BoxRegressors | None = None,
+    move_boxes: bool = False,
 ) -> tuple[Head, Any]:
     """The head that gives the scores of all classes and how boxes should move.
 
     `fc`: the fc layers, whole or truncated. `layer`: that the SVMs see. `svms`: with
     the features' scale in their weights; None scores by the softmax of fc8, whose last
-    class is background.
+    class is background. `move_boxes`: by the box layer among the fc layers.
 
     Returns: the head, (weights, pooled) → (scores [n, classes], deltas [n, classes, 4]
     or None), and the weights.
@@ -108,6 +110,9 @@ def scoring_head(
         else:
             seen = layer_head(model, layer)(weights["fc"], pooled)
             scores = seen.astype(jnp.float32) @ svms.weights.T + svms.biases
+        if move_boxes:
+            fc7 = layer_head(model, "fc7")(weights["fc"], pooled)
+            return scores, predict_boxes(weights["fc"], fc7)
         if regressors is None:
             return scores, None
         deltas = jnp.einsum("nd,cdk->nck", pooled, regressors.weights)
@@ -203,6 +208,7 @@ def vote(
 def _classify(model: SPPNet, fc: Any, pooled: jax.Array) -> Any:
     # Fine-tuning may have given fc8 other classes than the model's.
     model = model.clone(num_classes=len(fc["fc8"]["bias"]))
+    fc = {name: own for name, own in fc.items() if name != BOX}
     return model.apply({"params": fc}, pooled, method="classify")
 
 

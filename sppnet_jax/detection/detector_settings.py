@@ -17,7 +17,7 @@ from sppnet_jax.run.files import absolute
 from sppnet_jax.run.run_folder import load_config
 from sppnet_jax.run.settings import at_least, one_of, read
 
-SYSTEMS = ("spp", "rcnn")
+SYSTEMS = ("spp", "rcnn", "end_to_end")
 SCORERS = ("svm", "softmax")
 LAYERS = ("pyramid", "fc6", "fc7")
 DTYPES = ("float32", "float16")
@@ -29,9 +29,10 @@ class DetectorSettings(NamedTuple):
     `network`: the workdir of a trained classifier, or the name of a published trunk
     such as "efficientnet_lite0", whose `weights` are taken: "pretrained", or a file.
     `cuts`, `levels`, `reducer`: of the windows' pyramids, see `Architecture`; () and ""
-    are the network's own. `system`: "spp", or "rcnn", which warps and convolves every
-    window by itself. `cache`: the folder of proposals and maps, to share between
-    workdirs; "" is in the workdir.
+    are the network's own. `system`: "spp"; "rcnn", which warps and convolves every
+    window by itself; or "end_to_end", whose trunk is trained with the head, and moves
+    boxes by a layer of its own. `cache`: the folder of proposals and maps, to share
+    between workdirs; "" is in the workdir.
     `scales`: images' shorter sides in pixels; (480, 576, 688, 864, 1200) for five.
     `window_side`: a window's scale brings its area closest to this squared, and "rcnn"
     warps windows to it; 0 is the side that the network was trained at. `rule`: from
@@ -87,6 +88,11 @@ class DetectorSettings(NamedTuple):
             raise ValueError(
                 "config.scorer='softmax' is the fc8 that fine-tuning makes, but "
                 "config.finetune.steps is 0: fine-tune, or use scorer 'svm'"
+            )
+        if self.system == "end_to_end" and not self.finetune.steps:
+            raise ValueError(
+                "config.system='end_to_end' trains trunk and head together, but "
+                "config.finetune.steps is 0: give steps, or use system 'spp'"
             )
 
     def with_absolute_paths(self) -> "DetectorSettings":

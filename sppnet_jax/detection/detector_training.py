@@ -19,6 +19,7 @@ import numpy as np
 from sppnet_jax.detection.box_split import BoxSplit, open_split_of
 from sppnet_jax.detection.detector import layer_head
 from sppnet_jax.detection.detector_settings import DetectorSettings
+from sppnet_jax.detection.end_to_end import train_end_to_end
 from sppnet_jax.detection.examples import finetuning_examples, with_objects
 from sppnet_jax.detection.finetune import finetune
 from sppnet_jax.detection.learn import ROUNDS_FILE, learn_regression, learn_svms
@@ -29,6 +30,8 @@ from sppnet_jax.detection.trained_detector import (
     check_is_detector,
     detecting_network,
     detector_fc,
+    end_to_end_begin,
+    end_to_end_network,
     finetuned_model,
     finetuning_params,
     has_fitting_fc,
@@ -77,7 +80,7 @@ def check_network(settings: DetectorSettings, network: Network) -> None:
             "these pyramids: use --config.layer=pyramid, or fine-tune fresh ones with "
             "--config.finetune.steps=600"
         )
-    if settings.system == "spp":
+    if settings.system != "rcnn":
         if model.levels is None:
             raise ValueError(
                 f"the network in {origin} has no spatial pyramid (levels=None), so it "
@@ -168,12 +171,49 @@ def _copy_network(settings: DetectorSettings, network: Network, workdir: Path) -
     stages.run_stage(workdir, NETWORK, inputs, copy)
 
 
+def _train_end_to_end(
+    settings: DetectorSettings,
+    network: Network,
+    workdir: Path,
+    split: BoxSplit,
+    boxes: list[np.ndarray],
+    about: dict[str, Any],
+) -> str:
+    """Runs the stage if it is not done; returns its digest."""
+    classes = len(about["classes"])
+    inputs = {
+        **about,
+        "network": network.digest,
+        "scales": list(settings.scales),
+        "rule": settings.rule,
+        "buckets": settings.buckets,
+        "finetune": settings.finetune.deciding,
+    }
+    return stages.run_stage(
+        workdir,
+        "finetune",
+        inputs,
+        lambda folder: train_end_to_end(
+            folder,
+            network,
+            finetuned_model(settings, network, classes),
+            end_to_end_begin(settings, network, classes),
+            split,
+            boxes,
+            settings.finetune,
+            settings.scales,
+            rule=settings.rule,
+            max_buckets=settings.buckets,
+            seed=settings.seed,
+        ),
+    )
+
+
 def _run_stages(
     settings: DetectorSettings, network: Network, workdir: Path, split: BoxSplit
 ) -> dict[str, str]:
     """Runs what is not done; returns the digest of each stage."""
     boxes = with_objects(split.objects, split.proposals)
-    features, made_of = split_features(settings, network, split, boxes, workdir)
     names = split.source.class_names
     labels = np.concatenate([f.labels[~f.difficult] for f in split.objects])
     absent = np.setdiff1d(np.arange(len(names)), labels)
@@ -183,23 +223,33 @@ def _run_stages(
             "detected",
             ", ".join(names[label] for label in absent),
         )
-    shared: dict[str, Any] = {
-        **made_of,
+    digests: dict[str, str] = {}
+    finetuning = settings.finetune
+    about: dict[str, Any] = {
         "boxes": digest_arrays(boxes),
         "objects": digest_arrays(part for found in split.objects for part in found),
         "classes": list(names),
         "seed": settings.seed,
     }
-    digests: dict[str, str] = {}
-    finetuning = settings.finetune
-    if finetuning.steps:
+    end_to_end = settings.system == "end_to_end"
+    head = finetuned_model(settings, network, len(names))
+    if end_to_end:
+        digests["finetune"] = _train_end_to_end(
+            settings, network, workdir, split, boxes, about
+        )
+        network = end_to_end_network(settings, network, workdir, len(names))
+        if settings.scorer != "svm":
+            return digests
+    features, made_of = split_features(settings, network, split, boxes, workdir)
+    shared = {**made_of, **about}
+    if finetuning.steps and not end_to_end:
         digests["finetune"] = stages.run_stage(
             workdir,
             "finetune",
             {**shared, "finetune": finetuning.deciding},
             lambda folder: finetune(
                 folder,
-                finetuned_model(settings, network, len(names)),
+                head,
                 finetuning_params(settings, network),
                 features,
                 [
@@ -227,9 +277,7 @@ def _run_stages(
                 features,
                 split.objects,
                 len(names),
-                head=layer_head(
-                    finetuned_model(settings, network, len(names)), settings.layer
-                ),
+                head=layer_head(head, settings.layer),
                 fc=fc,
                 mining=settings.svm,
                 seed=settings.seed,
@@ -237,7 +285,7 @@ def _run_stages(
         )
         # Large, and of use to a run that is cut off only.
         (workdir / "svm" / ROUNDS_FILE).unlink(missing_ok=True)
-    if settings.regression.enabled:
+    if settings.regression.enabled and not end_to_end:
         norm = settings.svm.feature_norm
         digests["regression"] = stages.run_stage(
             workdir,

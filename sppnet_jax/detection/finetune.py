@@ -47,6 +47,9 @@ class Finetuning(NamedTuple):
     `memory_gb`: of pooled windows that are kept for the steps to come; images beyond
     that are pooled again whenever a step draws them. The result is the same.
     `units`: of fresh fc6 and fc7, for a network that has none.
+    Of end-to-end training alone: `trainable`, the first layer that is trained, see
+    `Architecture`; `trunk_rate`, the learning rate of convolutions for one of the head;
+    `flip`, half the images are mirrored; `box_weight`, of the loss of boxes.
     """
 
     steps: Annotated[int, at_least(0)] = 300_000
@@ -65,6 +68,10 @@ class Finetuning(NamedTuple):
     checkpoint_steps: Annotated[int, at_least(0)] = 500
     memory_gb: Annotated[float, at_least(0)] = 4.0
     units: Annotated[int, at_least(1)] = 1024
+    trainable: str = "conv3"
+    trunk_rate: Annotated[float, at_least(0)] = 1.0
+    flip: bool = True
+    box_weight: Annotated[float, at_least(0)] = 1.0
 
     def check(self) -> None:
         """Raises ValueError for settings that don't fit together."""
@@ -190,7 +197,7 @@ def draw_batch(
     step's images, positives and negatives are drawn at random; again, if there are too
     few.
     """
-    images = _images_of(step, usable, settings.images, seed)
+    images = images_of(step, usable, settings.images, seed)
     rng = np.random.default_rng((seed, 1, step))
     wanted = round(settings.batch_size * settings.positives)
     positives: list[Any] = []
@@ -212,7 +219,8 @@ def draw_batch(
     return of_images, rows, labels
 
 
-def _images_of(step: int, usable: Sequence[int], images: int, seed: int) -> list[int]:
+def images_of(step: int, usable: Sequence[int], images: int, seed: int) -> list[int]:
+    """The images of a step: in a new random order each time that all were seen."""
     count = min(images, len(usable))
     found = []
     for position in range(step * count, (step + 1) * count):

@@ -10,6 +10,7 @@ import jax
 import numpy as np
 
 from sppnet_jax.classification.svm import LinearSVMs
+from sppnet_jax.detection.box_layer import BOX
 from sppnet_jax.detection.box_regression import BoxRegressors
 from sppnet_jax.detection.box_split import BoxSplit
 from sppnet_jax.detection.detector import (
@@ -20,6 +21,7 @@ from sppnet_jax.detection.detector import (
     suppress,
 )
 from sppnet_jax.detection.detector_settings import DetectorSettings, detector_settings
+from sppnet_jax.detection.end_to_end import begin_params, load_end_to_end
 from sppnet_jax.detection.finetune import drawn_fc, load_finetuned
 from sppnet_jax.detection.hard_negatives import NEVER
 from sppnet_jax.detection.learn import REGRESSION_FILE, SVM_FILE
@@ -86,7 +88,7 @@ def load_detector(workdir: Path, settings: DetectorSettings | None = None) -> De
     needed = {
         "finetune": bool(settings.finetune.steps),
         "svm": settings.scorer == "svm",
-        "regression": settings.regression.enabled,
+        "regression": settings.regression.enabled and settings.system != "end_to_end",
     }
     for name in (name for name, used in needed.items() if used):
         digest = stages.done_digest(workdir, name)
@@ -99,6 +101,9 @@ def load_detector(workdir: Path, settings: DetectorSettings | None = None) -> De
     # The folder's own settings are those of its network.
     own = load_network(workdir / NETWORK, check_shapes=False)
     network = detecting_network(settings, own)
+    classifier = finetuned_model(settings, network, len(class_names))
+    if settings.system == "end_to_end":
+        network = end_to_end_network(settings, network, workdir, len(class_names))
     fc = detector_fc(settings, network, workdir, len(class_names))
     if any(settings.fc_rank):
         fc = truncate_fc(fc, dict(zip(("fc6", "fc7"), settings.fc_rank, strict=True)))
@@ -108,9 +113,13 @@ def load_detector(workdir: Path, settings: DetectorSettings | None = None) -> De
     if needed["regression"]:
         file = workdir / "regression" / REGRESSION_FILE
         regressors = BoxRegressors(**files.read_arrays(file))
-    classifier = finetuned_model(settings, network, len(class_names))
     head, weights = scoring_head(
-        classifier, fc, layer=settings.layer, svms=svms, regressors=regressors
+        classifier,
+        fc,
+        layer=settings.layer,
+        svms=svms,
+        regressors=regressors,
+        move_boxes=BOX in fc and settings.regression.enabled,
     )
     return Detector(
         settings,
@@ -313,11 +322,29 @@ def detector_fc(
 ) -> Any:
     """The fc layers, fine-tuned if they were."""
     params = network.params
-    if settings.finetune.steps:
+    if settings.finetune.steps and settings.system != "end_to_end":
         model = finetuned_model(settings, network, classes)
         begun = finetuning_params(settings, network)
         params = load_finetuned(workdir / "finetune", model, begun)
-    return {name: params[name] for name in FC_LAYERS if name in params}
+    return {name: params[name] for name in (*FC_LAYERS, BOX) if name in params}
+
+
+def end_to_end_begin(settings: DetectorSettings, network: Network, classes: int) -> Any:
+    """The parameters that end-to-end training begins with."""
+    head = finetuned_model(settings, network, classes)
+    fc = finetuning_params(settings, network)
+    convs = {k: v for k, v in network.params.items() if k.startswith("conv")}
+    return begin_params(head, {**convs, **fc}, settings.seed)
+
+
+def end_to_end_network(
+    settings: DetectorSettings, network: Network, workdir: Path, classes: int
+) -> Network:
+    """The network that end-to-end training has made, the box layer among its params."""
+    begun = end_to_end_begin(settings, network, classes)
+    return dataclasses.replace(
+        network, params=load_end_to_end(workdir / "finetune", begun)
+    )
 
 
 def check_is_detector(workdir: Path) -> None:

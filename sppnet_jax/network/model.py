@@ -380,8 +380,7 @@ def create_model(
         head=head,
         cuts=tuple(cuts),
     )
-    frozen = set(frozen_convs(model, trainable))
-    return model.clone(frozen_rows=_frozen_rows(model.table, frozen))
+    return with_trainable(model, trainable)
 
 
 def make_model(architecture: Architecture, num_classes: int, image_size: int) -> SPPNet:
@@ -436,6 +435,12 @@ def frozen_convs(model: SPPNet, trainable: str) -> tuple[str, ...]:
             f"conv{count}" + "".join(f", {cut}" for cut in cuts)
         )
     return cuts[trainable]
+
+
+def with_trainable(model: SPPNet, trainable: str) -> SPPNet:
+    """The model, with gradients from a layer on; see `Architecture`."""
+    frozen = set(frozen_convs(model, trainable))
+    return model.clone(frozen_rows=_frozen_rows(model.table, frozen))
 
 
 def _frozen_rows(table: Table, frozen: set[str]) -> int:

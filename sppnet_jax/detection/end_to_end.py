@@ -1,0 +1,365 @@
+"""One training of everything: the trunk, through pooled windows, and the head.
+
+The sequel that the paper leaves open (Fast R-CNN, Girshick 2015), with any pyramid in
+place of its one 7×7 level. A step convolves a few images, pools windows of each map,
+classifies them, background included, and moves the boxes of those that show an object;
+the gradients of both losses go through the pyramid into the trunk. A batch is a
+function of the seed and the step's number: a resumed run sees what it would have seen.
+"""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from sppnet_jax.buckets import choose_buckets
+from sppnet_jax.buckets.table import smallest_bucket
+from sppnet_jax.buckets.whole_images import MAX_ASPECT
+from sppnet_jax.data.images import decode_image, mirror, resize_whole, whole_size
+from sppnet_jax.data.sources import Objects
+from sppnet_jax.detection.box_layer import BOX, SPREAD, predict_boxes
+from sppnet_jax.detection.box_split import BoxSplit
+from sppnet_jax.detection.boxes import encode_boxes, iou
+from sppnet_jax.detection.examples import regression_examples
+from sppnet_jax.detection.finetune import Finetuning, images_of, learning_rate
+from sppnet_jax.detection.scales import map_size_of, scale_factors
+from sppnet_jax.network.model import SPPNet, frozen_convs, with_trainable
+from sppnet_jax.network.preprocess import Preprocessing, normalize
+from sppnet_jax.network.trained import Network
+from sppnet_jax.pyramid.geometry import boxes_to_windows
+from sppnet_jax.run import parallel
+from sppnet_jax.run.checkpoints import Checkpoints
+from sppnet_jax.run.run_folder import CHECKPOINTS
+from sppnet_jax.training.ahead import StepsAhead
+from sppnet_jax.training.loop import train
+from sppnet_jax.training.step_log import Pace
+from sppnet_jax.training.steps import Optimizer, TrainState, make_step
+
+
+class Windows(NamedTuple):
+    """Rows of an image's boxes to train on.
+
+    `positives`: int [n], `labels`: int [n], `targets`: float [n, 4], the objects'
+    boxes. `negatives`: int [m].
+    """
+
+    positives: np.ndarray
+    labels: np.ndarray
+    targets: np.ndarray
+    negatives: np.ndarray
+
+
+def training_windows(
+    boxes: np.ndarray, objects: Objects, settings: Finetuning
+) -> Windows:
+    """Which boxes show what, see `Finetuning`.
+
+    Where no box overlaps the objects as much as a negative should, all that overlap
+    them less are negatives; of an image without objects, all boxes.
+    """
+    rows, targets, labels = regression_examples(
+        boxes, objects, overlap=settings.positive_overlap
+    )
+    low, high = settings.negative_overlap
+    highest = iou(boxes, objects.boxes.reshape(-1, 4)).max(axis=1, initial=0)
+    negatives = np.flatnonzero((highest >= low) & (highest < high))
+    if not len(negatives):
+        negatives = np.flatnonzero(highest < high)
+    return Windows(rows, labels, targets, negatives)
+
+
+class _Drawn(NamedTuple):
+    """What a step sees of one image."""
+
+    image: int
+    mirrored: bool
+    side: int
+    rows: np.ndarray
+    labels: np.ndarray
+    targets: np.ndarray  # NaN for background
+
+
+def draw_image(
+    windows: Sequence[Windows],
+    usable: Sequence[int],
+    settings: Finetuning,
+    sides: Sequence[int],
+    background: int,
+    seed: int,
+    step: int,
+    place: int,
+) -> _Drawn:
+    """The image at a place of a step's batch, and its windows; the positives first.
+
+    Windows are drawn again if an image has too few. Of an image without positives all
+    are negatives, and the reverse.
+    """
+    image = images_of(step, usable, settings.images, seed)[int(place)]
+    own = windows[image]
+    rng = np.random.default_rng((seed, 1, step, place))
+    count = settings.batch_size // settings.images
+    wanted = min(round(count * settings.positives), len(own.positives))
+    if not len(own.negatives):
+        wanted = count
+    first = rng.choice(len(own.positives), wanted, replace=wanted > len(own.positives))
+    rest = count - wanted
+    others = np.zeros(0, np.int64)
+    if rest:
+        others = rng.choice(own.negatives, rest, replace=rest > len(own.negatives))
+    return _Drawn(
+        image,
+        bool(settings.flip and rng.random() < 0.5),
+        int(sides[rng.integers(len(sides))]),
+        np.concatenate([own.positives[first], others]).astype(np.int64),
+        np.concatenate([own.labels[first], np.full(rest, background)]),
+        np.concatenate([own.targets[first], np.full((rest, 4), np.nan)]),
+    )
+
+
+def train_end_to_end(
+    folder: Path,
+    network: Network,
+    head: SPPNet,
+    params: Any,
+    split: BoxSplit,
+    boxes: Sequence[np.ndarray],
+    settings: Finetuning,
+    sides: Sequence[int],
+    *,
+    rule: str,
+    max_buckets: int,
+    seed: int,
+) -> dict[str, Any]:
+    """Trains trunk and head, from the newest checkpoint in `folder` if there is one.
+
+    `network`: has the trunk and its pyramid. `head`: classifies pooled vectors; its
+    last class is background. `params`: those that training begins with, see
+    `begin_params`. `boxes`: of each image, its objects' first.
+    `sides`: images' shorter sides, one drawn for each image. `rule`: see
+    `boxes_to_windows`. `max_buckets`: compiled programs.
+
+    Returns: a report of plain values; `load_end_to_end` has the result.
+    Raises: ValueError for settings that don't fit, and if no image has a window on an
+    object; and as `loop.train` does.
+    """
+    devices = jax.device_count()
+    if settings.images % devices or settings.batch_size % settings.images:
+        raise ValueError(
+            f"config.finetune.images, {settings.images}, must be a multiple of the "
+            f"{devices} devices, and config.finetune.batch_size, "
+            f"{settings.batch_size} windows, of the images"
+        )
+    windows = [
+        training_windows(own, objects, settings)
+        for own, objects in zip(boxes, split.objects, strict=True)
+    ]
+    usable = [
+        image
+        for image, own in enumerate(windows)
+        if len(own.positives) + len(own.negatives) and len(split.proposals[image])
+    ]
+    if not any(len(windows[image].positives) for image in usable):
+        raise ValueError(
+            f"none of the {len(windows)} training images has a window on an object: "
+            "check the annotations, or lower finetune.positive_overlap"
+        )
+    model = with_trainable(network.model, settings.trainable)
+    frozen = frozen_convs(model, settings.trainable)
+    optimizer = Optimizer(
+        momentum=settings.momentum,
+        weight_decay=settings.weight_decay,
+        trunk_rate=settings.trunk_rate,
+    )
+    background = head.num_classes - 1
+
+    def draw(step: int) -> list[_Drawn]:
+        places = range(settings.images)
+        given = windows, usable, settings, sides, background, seed, step
+        return [draw_image(*given, place) for place in places]
+
+    load = _batch_loader(network, split, boxes, draw, settings.steps, rule, max_buckets)
+
+    def make_state() -> TrainState:
+        rng = jax.random.PRNGKey(seed + 1)
+        momentum = optimizer.transform(frozen).init(params)
+        return parallel.replicate(
+            TrainState(jnp.zeros((), jnp.int32), params, momentum, rng)
+        )
+
+    with StepsAhead(load, settings.steps) as batches:
+        memory = train(
+            folder,
+            "end-to-end training",
+            Pace(
+                settings.steps,
+                settings.batch_size,
+                log_steps=settings.log_steps,
+                checkpoint_steps=settings.checkpoint_steps,
+            ),
+            make_state=make_state,
+            batches=batches,
+            place=lambda batch: batch,
+            make_program=lambda size: make_step(
+                losses_of(model, head, network.preprocessing, settings.box_weight),
+                optimizer,
+                frozen,
+            ),
+            rate=lambda step, errors: learning_rate(settings, step),
+        )
+    return {
+        "steps": settings.steps,
+        "images": len(usable),
+        "positives": sum(len(windows[i].positives) for i in usable),
+        "negatives": sum(len(windows[i].negatives) for i in usable),
+        "frozen": len(frozen),
+        **memory["last"],
+    }
+
+
+def losses_of(
+    model: SPPNet, head: SPPNet, preprocessing: Preprocessing, box_weight: float
+) -> Any:
+    """From params, a device's batch and a key to losses and logits, for `make_step`.
+
+    A window's loss is the cross entropy of its class, and, if it shows an object,
+    `box_weight` times the smooth-L1 loss of its class's box.
+    """
+
+    def losses(
+        params: Any, batch: dict[str, jax.Array], rng: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        inputs = normalize(batch["image"], preprocessing, batch["size"])
+        trained = {"params": {k: v for k, v in params.items() if k != BOX}}
+        maps, _ = model.apply(trained, inputs, batch["size"], method="features")
+
+        def pool(one: jax.Array, own: jax.Array) -> Any:
+            return model.apply(trained, one, own, method="pool_windows")
+
+        pooled = jax.vmap(pool)(maps.astype(jnp.float32), batch["windows"])
+        pooled = pooled.reshape(-1, pooled.shape[2])
+        logits, found = head.apply(
+            trained, pooled, train=True, rngs={"dropout": rng}, method="classify"
+        )
+        entropy = optax.softmax_cross_entropy_with_integer_labels(
+            logits, batch["label"]
+        )
+        deltas = predict_boxes(params, found.get("fc7", pooled))
+        shown = batch["label"] < deltas.shape[1]
+        own = jnp.minimum(batch["label"], deltas.shape[1] - 1)
+        own_deltas = jnp.take_along_axis(deltas, own[:, None, None], axis=1)[:, 0]
+        error = optax.huber_loss(own_deltas / SPREAD, batch["target"] / SPREAD)
+        box_loss = jnp.where(shown, error.sum(axis=1), 0)
+        return entropy + box_weight * box_loss, logits
+
+    return losses
+
+
+def begin_params(head: SPPNet, params: Any, seed: int) -> Any:
+    """What training begins with: a new fc8 and box layer on what is there.
+
+    `head`: has a class for background. `params`: of the trunk, and of fc6 and fc7.
+    """
+    source = params["fc7"]["kernel"].shape[1] if "fc7" in params else None
+    if source is None:
+        raise ValueError("end-to-end training needs fc6 and fc7")
+    keys = jax.random.split(jax.random.PRNGKey(seed))
+    classes = head.num_classes
+    boxes = 4 * (classes - 1)
+    return {
+        **{name: own for name, own in params.items() if name != "fc8"},
+        "fc8": {
+            "kernel": 0.01 * jax.random.normal(keys[0], (source, classes)),
+            "bias": jnp.zeros(classes),
+        },
+        BOX: {
+            "kernel": 0.001 * jax.random.normal(keys[1], (source, boxes)),
+            "bias": jnp.zeros(boxes),
+        },
+    }
+
+
+def load_end_to_end(folder: Path, begun: Any) -> Any:
+    """The trained parameters; `begun`: those of `begin_params`."""
+    shapes = jax.eval_shape(lambda: begun)
+    with Checkpoints(folder / CHECKPOINTS) as checkpoints:
+        return checkpoints.restore_params(shapes)
+
+
+def _batch_loader(
+    network: Network,
+    split: BoxSplit,
+    boxes: Sequence[np.ndarray],
+    draw: Callable[[int], list[_Drawn]],
+    steps: int,
+    rule: str,
+    max_buckets: int,
+) -> Any:
+    def size_of(image: int, side: int) -> tuple[int, int]:
+        height, width = split.sizes[image].tolist()
+        return whole_size(height, width, side, MAX_ASPECT)
+
+    def room(drawn: Sequence[_Drawn]) -> tuple[int, int]:
+        sizes = [size_of(one.image, one.side) for one in drawn]
+        return max(rows for rows, _ in sizes), max(columns for _, columns in sizes)
+
+    some = range(min(steps, 2000))
+    buckets = choose_buckets([room(draw(step)) for step in some], max_buckets)
+    largest = tuple(np.array(buckets).max(axis=0).tolist())
+
+    def load(step: int) -> dict[str, np.ndarray]:
+        drawn = draw(step)
+        fits = room(drawn)
+        over = max(fits[0], largest[0]), max(fits[1], largest[1])
+        height, width = smallest_bucket(fits, (*buckets, over))
+        local = len(drawn) // jax.process_count()
+        mine = drawn[jax.process_index() * local :][:local]
+        batch: dict[str, Any] = {
+            "image": np.zeros((local, height, width, 3), np.uint8),
+            "size": np.zeros((local, 2), np.int32),
+            "windows": [],
+            "label": np.concatenate([one.labels for one in mine]).astype(np.int32),
+            "target": [],
+        }
+        for place, one in enumerate(mine):
+            image = decode_image(split.source.records[one.image]["image"])
+            image = resize_whole(image, one.side, MAX_ASPECT)
+            chosen, targets = boxes[one.image][one.rows], one.targets
+            if one.mirrored:
+                image = mirror(image)
+                width_there = split.sizes[one.image][1]
+                chosen, targets = (
+                    mirrored_boxes(own, width_there) for own in (chosen, targets)
+                )
+            rows, columns = image.shape[:2]
+            batch["image"][place, :rows, :columns] = image
+            batch["size"][place] = rows, columns
+            factors = scale_factors(tuple(split.sizes[one.image]), [(rows, columns)])[0]
+            batch["windows"].append(
+                boxes_to_windows(
+                    chosen * np.tile(factors, 2),
+                    network.geometry,
+                    map_size_of((rows, columns), network.geometry),
+                    rule=rule,
+                )
+            )
+            shown = np.isfinite(targets).all(axis=1)
+            deltas = np.zeros((len(chosen), 4), np.float32)
+            deltas[shown] = encode_boxes(chosen[shown], targets[shown])
+            batch["target"].append(deltas)
+        batch["windows"] = np.stack(batch["windows"]).astype(np.int32)
+        batch["target"] = np.concatenate(batch["target"])
+        batch["mask"] = np.ones(len(batch["label"]), bool)
+        return parallel.shard(batch)
+
+    return load
+
+
+def mirrored_boxes(boxes: np.ndarray, width: float) -> np.ndarray:
+    """Boxes (ymin, xmin, ymax, xmax) in the mirrored image of a width."""
+    return np.stack(
+        [boxes[:, 0], width - boxes[:, 3], boxes[:, 2], width - boxes[:, 1]], axis=1
+    )
