@@ -26,18 +26,22 @@ from sppnet_jax.detection.box_split import BoxSplit
 from sppnet_jax.detection.boxes import encode_boxes, iou
 from sppnet_jax.detection.examples import regression_examples
 from sppnet_jax.detection.finetune import Finetuning, images_of, learning_rate
+from sppnet_jax.detection.hard_negatives import feature_scale
 from sppnet_jax.detection.scales import map_size_of, scale_factors
 from sppnet_jax.network.model import SPPNet, frozen_convs, with_trainable
 from sppnet_jax.network.preprocess import Preprocessing, normalize
 from sppnet_jax.network.trained import Network
 from sppnet_jax.pyramid.geometry import boxes_to_windows
-from sppnet_jax.run import parallel
+from sppnet_jax.run import parallel, run_folder
 from sppnet_jax.run.checkpoints import Checkpoints
+from sppnet_jax.run.files import write_json
 from sppnet_jax.run.run_folder import CHECKPOINTS
 from sppnet_jax.training.ahead import StepsAhead
 from sppnet_jax.training.loop import train
 from sppnet_jax.training.step_log import Pace
 from sppnet_jax.training.steps import Optimizer, TrainState, make_step
+
+SCALE_FILE = "scale.json"
 
 
 class Windows(NamedTuple):
@@ -183,6 +187,8 @@ def train_end_to_end(
 
     load = _batch_loader(network, split, boxes, draw, settings.steps, rule, max_buckets)
 
+    scale = _input_scale(folder, network, load)
+
     def make_state() -> TrainState:
         rng = jax.random.PRNGKey(seed + 1)
         momentum = optimizer.transform(frozen).init(params)
@@ -204,7 +210,9 @@ def train_end_to_end(
             batches=batches,
             place=lambda batch: batch,
             make_program=lambda size: make_step(
-                losses_of(model, head, network.preprocessing, settings.box_weight),
+                losses_of(
+                    model, head, network.preprocessing, settings.box_weight, scale
+                ),
                 optimizer,
                 frozen,
             ),
@@ -221,12 +229,17 @@ def train_end_to_end(
 
 
 def losses_of(
-    model: SPPNet, head: SPPNet, preprocessing: Preprocessing, box_weight: float
+    model: SPPNet,
+    head: SPPNet,
+    preprocessing: Preprocessing,
+    box_weight: float,
+    scale: float = 1.0,
 ) -> Any:
     """From params, a device's batch and a key to losses and logits, for `make_step`.
 
     A window's loss is the cross entropy of its class, and, if it shows an object,
-    `box_weight` times the smooth-L1 loss of its class's box.
+    `box_weight` times the smooth-L1 loss of its class's box. `scale`: of the pooled
+    vectors, before the head sees them.
     """
 
     def losses(
@@ -240,7 +253,7 @@ def losses_of(
             return model.apply(trained, one, own, method="pool_windows")
 
         pooled = jax.vmap(pool)(maps.astype(jnp.float32), batch["windows"])
-        pooled = pooled.reshape(-1, pooled.shape[2])
+        pooled = scale * pooled.reshape(-1, pooled.shape[2])
         logits, found = head.apply(
             trained, pooled, train=True, rngs={"dropout": rng}, method="classify"
         )
@@ -283,10 +296,39 @@ def begin_params(head: SPPNet, params: Any, seed: int) -> Any:
 
 
 def load_end_to_end(folder: Path, begun: Any) -> Any:
-    """The trained parameters; `begun`: those of `begin_params`."""
+    """The trained parameters, of vectors as they come; `begun`: see `begin_params`."""
     shapes = jax.eval_shape(lambda: begun)
     with Checkpoints(folder / CHECKPOINTS) as checkpoints:
-        return checkpoints.restore_params(shapes)
+        params = dict(checkpoints.restore_params(shapes))
+    scale = run_folder.read_json(folder / SCALE_FILE)["scale"]
+    fc6 = params["fc6"]
+    return {**params, "fc6": {**fc6, "kernel": np.float32(scale) * fc6["kernel"]}}
+
+
+def _input_scale(folder: Path, network: Network, load: Callable[[int], Any]) -> float:
+    """The factor that gives pooled vectors a mean length of 20, as `feature_scale`.
+
+    Measured on the windows of the first step, once: one learning rate then suits the
+    vectors of every trunk and pyramid.
+    """
+    file = folder / SCALE_FILE
+    if not file.exists():
+        batch = load(0)
+        model = network.model
+
+        @jax.jit
+        def lengths(params: Any, image: Any, size: Any, windows: Any) -> jax.Array:
+            inputs = normalize(image, network.preprocessing, size)
+            given = {"params": params}
+            maps, _ = model.apply(given, inputs, size, method="features")
+            pooled = model.apply(given, maps[0], windows[0], method="pool_windows")
+            return jnp.linalg.norm(jnp.asarray(pooled, jnp.float32), axis=1)
+
+        convs = {k: v for k, v in network.params.items() if k.startswith("conv")}
+        first = (batch[name][0][:1] for name in ("image", "size", "windows"))
+        found = np.asarray(lengths(convs, *first))
+        write_json(file, {"scale": feature_scale(found[:, None])})
+    return float(run_folder.read_json(file)["scale"])
 
 
 def _batch_loader(
