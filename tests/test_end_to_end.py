@@ -11,7 +11,8 @@ from sppnet_jax.detection.box_layer import BOX, SPREAD, predict_boxes
 from sppnet_jax.detection.boxes import decode_boxes, iou
 from sppnet_jax.detection.end_to_end import (
     begin_params,
-    draw_image,
+    draw_images,
+    draw_windows,
     losses_of,
     mirrored_boxes,
     training_windows,
@@ -54,9 +55,8 @@ def test_where_none_overlaps_a_little_all_others_are_negatives():
 
 
 def draw(step=3, place=0, settings=SETTINGS, windows=None, sides=(60, 80)):
-    windows = windows or [training_windows(BOXES, OBJECTS, settings)] * 5
-    given = windows, range(len(windows)), settings, sides, 2, 7, step, place
-    return draw_image(*given)
+    windows = windows or [training_windows(BOXES, OBJECTS, settings)]
+    return draw_windows(windows, 0, settings, sides, 2, (7, 1, step, place))
 
 
 def test_a_step_is_a_function_of_seed_and_number():
@@ -68,9 +68,23 @@ def test_a_step_is_a_function_of_seed_and_number():
                 np.testing.assert_array_equal(part, same)
     assert len({draw(step).mirrored for step in range(12)}) == 2
     assert {draw(step).side for step in range(12)} == {60, 80}
-    assert {draw(step, place).image for step in range(5) for place in (0, 1)} == {
-        *range(5)
-    }
+
+
+def test_a_turn_sees_each_image_once_tall_with_tall_and_wide_with_wide():
+    sizes = np.array([[30, 40], [40, 30]] * 5)
+    usable = [0, 1, 2, 3, 4, 5, 6, 7]
+    turns = [
+        [draw_images(4 * turn + step, usable, sizes, 2, 7) for step in range(4)]
+        for turn in range(3)
+    ]
+    for turn in turns:
+        assert sorted(np.ravel(turn)) == usable
+        assert all((one - other) % 2 == 0 for one, other in turn)
+    assert turns[0] != turns[1] != turns[2]
+
+
+def test_a_step_of_more_images_than_there_are_sees_them_again():
+    assert draw_images(5, [3], np.ones((4, 2)), 2, 7) == [3, 3]
 
 
 def test_a_quarter_of_an_image_s_windows_shows_objects_the_rest_is_background():

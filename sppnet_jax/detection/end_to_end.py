@@ -25,7 +25,7 @@ from sppnet_jax.detection.box_layer import BOX, SPREAD, predict_boxes
 from sppnet_jax.detection.box_split import BoxSplit
 from sppnet_jax.detection.boxes import encode_boxes, iou
 from sppnet_jax.detection.examples import regression_examples
-from sppnet_jax.detection.finetune import Finetuning, images_of, learning_rate
+from sppnet_jax.detection.finetune import Finetuning, learning_rate
 from sppnet_jax.detection.hard_negatives import feature_scale
 from sppnet_jax.detection.scales import map_size_of, scale_factors
 from sppnet_jax.network.model import SPPNet, frozen_convs, with_trainable
@@ -87,24 +87,43 @@ class _Drawn(NamedTuple):
     targets: np.ndarray  # NaN for background
 
 
-def draw_image(
+def draw_images(
+    step: int, usable: Sequence[int], sizes: np.ndarray, count: int, seed: int
+) -> list[int]:
+    """The images of a step: in a turn each once, tall with tall and wide with wide.
+
+    A bucket that holds them all then has little padding. A turn leaves out what its
+    steps have no place for; images come again in one step where there are too few.
+
+    `sizes`: (height, width) of all images. `count`: of the step.
+    """
+    steps = max(len(usable) // count, 1)
+    turn, place = divmod(step, steps)
+    rng = np.random.default_rng((seed, 0, turn))
+    order = rng.permutation(usable)[: steps * count]
+    heights, widths = sizes[order].T
+    order = order[np.argsort(widths > heights, kind="stable")]
+    groups = np.resize(order, (steps, count))
+    return [int(image) for image in groups[rng.permutation(steps)[place]]]
+
+
+def draw_windows(
     windows: Sequence[Windows],
-    usable: Sequence[int],
+    image: int,
     settings: Finetuning,
     sides: Sequence[int],
     background: int,
-    seed: int,
-    step: int,
-    place: int,
+    key: tuple[int, ...],
 ) -> _Drawn:
-    """The image at a place of a step's batch, and its windows; the positives first.
+    """What a step sees of an image, the positives first.
 
     Windows are drawn again if an image has too few. Of an image without positives all
     are negatives, and the reverse.
+
+    `key`: decides what is drawn.
     """
-    image = images_of(step, usable, settings.images, seed)[int(place)]
     own = windows[image]
-    rng = np.random.default_rng((seed, 1, step, place))
+    rng = np.random.default_rng(key)
     count = settings.batch_size // settings.images
     wanted = min(round(count * settings.positives), len(own.positives))
     if not len(own.negatives):
@@ -181,9 +200,12 @@ def train_end_to_end(
     background = head.num_classes - 1
 
     def draw(step: int) -> list[_Drawn]:
-        places = range(settings.images)
-        given = windows, usable, settings, sides, background, seed, step
-        return [draw_image(*given, place) for place in places]
+        images = draw_images(step, usable, split.sizes, settings.images, seed)
+        given = settings, sides, background
+        return [
+            draw_windows(windows, image, *given, (seed, 1, step, place))
+            for place, image in enumerate(images)
+        ]
 
     load = _batch_loader(network, split, boxes, draw, settings.steps, rule, max_buckets)
 

@@ -197,7 +197,7 @@ def draw_batch(
     step's images, positives and negatives are drawn at random; again, if there are too
     few.
     """
-    images = images_of(step, usable, settings.images, seed)
+    images = _images_of(step, usable, settings.images, seed)
     rng = np.random.default_rng((seed, 1, step))
     wanted = round(settings.batch_size * settings.positives)
     positives: list[Any] = []
@@ -219,8 +219,7 @@ def draw_batch(
     return of_images, rows, labels
 
 
-def images_of(step: int, usable: Sequence[int], images: int, seed: int) -> list[int]:
-    """The images of a step: in a new random order each time that all were seen."""
+def _images_of(step: int, usable: Sequence[int], images: int, seed: int) -> list[int]:
     count = min(images, len(usable))
     found = []
     for position in range(step * count, (step + 1) * count):
