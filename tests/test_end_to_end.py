@@ -196,12 +196,17 @@ def test_losses_and_gradients_are_those_of_cropping_each_window(
 ):
     losses = losses_of(MODEL, HEAD, PLAIN, box_weight)
     key = jax.random.PRNGKey(0)
-    ours, logits = losses(params, batch, key)
+    ours, logits = jax.jit(losses)(params, batch, key)
     assert logits.shape == (6, 3)
-    expected = plain_losses(params, batch, box_weight)
+    expected = jax.jit(lambda p: plain_losses(p, batch, box_weight))(params)
     np.testing.assert_allclose(ours, expected, rtol=1e-4)
-    gradient = jax.grad(lambda p: losses(p, batch, key)[0].sum())(params)
-    plain = jax.grad(lambda p: plain_losses(p, batch, box_weight).sum())(params)
+    gradient, plain = (
+        jax.jit(jax.grad(sums))(params)
+        for sums in (
+            lambda p: losses(p, batch, key)[0].sum(),
+            lambda p: plain_losses(p, batch, box_weight).sum(),
+        )
+    )
     for name in params:
         scale = max(np.abs(leaf).max() for leaf in plain[name].values())
         assert scale > 0 or (name == BOX and not box_weight)

@@ -19,7 +19,7 @@ import numpy as np
 from sppnet_jax.detection.box_split import BoxSplit, open_split_of
 from sppnet_jax.detection.detector import layer_head
 from sppnet_jax.detection.detector_settings import DetectorSettings
-from sppnet_jax.detection.end_to_end import train_end_to_end
+from sppnet_jax.detection.end_to_end import check_end_to_end, train_end_to_end
 from sppnet_jax.detection.examples import finetuning_examples, with_objects
 from sppnet_jax.detection.finetune import finetune
 from sppnet_jax.detection.learn import ROUNDS_FILE, learn_regression, learn_svms
@@ -98,7 +98,9 @@ def check_network(settings: DetectorSettings, network: Network) -> None:
             f"config.context of {settings.context} pixels on each side leaves nothing "
             f"of the {model.image_size} that the network in {origin} takes"
         )
-    if settings.finetune.steps:
+    if settings.system == "end_to_end":
+        check_end_to_end(settings.finetune, model)
+    elif settings.finetune.steps:
         parallel.check_batch_size(settings.finetune.batch_size)
 
 

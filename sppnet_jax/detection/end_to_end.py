@@ -76,6 +76,18 @@ def training_windows(
     return Windows(rows, labels, targets, negatives)
 
 
+def check_end_to_end(settings: Finetuning, model: SPPNet) -> None:
+    """Raises ValueError for settings of which no step can be made."""
+    devices = jax.device_count()
+    if settings.images % devices or settings.batch_size % settings.images:
+        raise ValueError(
+            f"config.finetune.images, {settings.images}, must be a multiple of the "
+            f"{devices} devices, and config.finetune.batch_size, "
+            f"{settings.batch_size} windows, of the images"
+        )
+    frozen_convs(model, settings.trainable)
+
+
 class _Drawn(NamedTuple):
     """What a step sees of one image."""
 
@@ -100,7 +112,7 @@ def draw_images(
     steps = max(len(usable) // count, 1)
     turn, place = divmod(step, steps)
     rng = np.random.default_rng((seed, 0, turn))
-    order = rng.permutation(usable)[: steps * count]
+    order = rng.permutation(np.asarray(usable))[: steps * count]
     heights, widths = sizes[order].T
     order = order[np.argsort(widths > heights, kind="stable")]
     groups = np.resize(order, (steps, count))
@@ -136,7 +148,7 @@ def draw_windows(
     return _Drawn(
         image,
         bool(settings.flip and rng.random() < 0.5),
-        int(sides[rng.integers(len(sides))]),
+        sides[int(rng.integers(len(sides)))],
         np.concatenate([own.positives[first], others]).astype(np.int64),
         np.concatenate([own.labels[first], np.full(rest, background)]),
         np.concatenate([own.targets[first], np.full((rest, 4), np.nan)]),
@@ -166,16 +178,8 @@ def train_end_to_end(
     `boxes_to_windows`. `max_buckets`: compiled programs.
 
     Returns: a report of plain values; `load_end_to_end` has the result.
-    Raises: ValueError for settings that don't fit, and if no image has a window on an
-    object; and as `loop.train` does.
+    Raises: ValueError if no image has a window on an object; and as `loop.train` does.
     """
-    devices = jax.device_count()
-    if settings.images % devices or settings.batch_size % settings.images:
-        raise ValueError(
-            f"config.finetune.images, {settings.images}, must be a multiple of the "
-            f"{devices} devices, and config.finetune.batch_size, "
-            f"{settings.batch_size} windows, of the images"
-        )
     windows = [
         training_windows(own, objects, settings)
         for own, objects in zip(boxes, split.objects, strict=True)
@@ -190,7 +194,9 @@ def train_end_to_end(
             f"none of the {len(windows)} training images has a window on an object: "
             "check the annotations, or lower finetune.positive_overlap"
         )
-    model = with_trainable(network.model, settings.trainable)
+    dtype = jnp.bfloat16 if settings.bfloat16 else jnp.float32
+    model = with_trainable(network.model, settings.trainable).clone(dtype=dtype)
+    head = head.clone(dtype=dtype)
     frozen = frozen_convs(model, settings.trainable)
     optimizer = Optimizer(
         momentum=settings.momentum,
@@ -225,6 +231,7 @@ def train_end_to_end(
             Pace(
                 settings.steps,
                 settings.batch_size,
+                unit="windows",
                 log_steps=settings.log_steps,
                 checkpoint_steps=settings.checkpoint_steps,
             ),
@@ -279,6 +286,7 @@ def losses_of(
         logits, found = head.apply(
             trained, pooled, train=True, rngs={"dropout": rng}, method="classify"
         )
+        logits = logits.astype(jnp.float32)
         entropy = optax.softmax_cross_entropy_with_integer_labels(
             logits, batch["label"]
         )
@@ -298,9 +306,7 @@ def begin_params(head: SPPNet, params: Any, seed: int) -> Any:
 
     `head`: has a class for background. `params`: of the trunk, and of fc6 and fc7.
     """
-    source = params["fc7"]["kernel"].shape[1] if "fc7" in params else None
-    if source is None:
-        raise ValueError("end-to-end training needs fc6 and fc7")
+    source = params["fc7"]["kernel"].shape[1]
     keys = jax.random.split(jax.random.PRNGKey(seed))
     classes = head.num_classes
     boxes = 4 * (classes - 1)

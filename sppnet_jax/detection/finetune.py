@@ -49,7 +49,8 @@ class Finetuning(NamedTuple):
     `units`: of fresh fc6 and fc7, for a network that has none.
     Of end-to-end training alone: `trainable`, the first layer that is trained, see
     `Architecture`; `trunk_rate`, the learning rate of convolutions for one of the head;
-    `flip`, half the images are mirrored; `box_weight`, of the loss of boxes.
+    `flip`, half the images are mirrored; `box_weight`, of the loss of boxes;
+    `bfloat16`, activations are in it while training.
     """
 
     steps: Annotated[int, at_least(0)] = 300_000
@@ -72,6 +73,7 @@ class Finetuning(NamedTuple):
     trunk_rate: Annotated[float, at_least(0)] = 1.0
     flip: bool = True
     box_weight: Annotated[float, at_least(0)] = 1.0
+    bfloat16: bool = False
 
     def check(self) -> None:
         """Raises ValueError for settings that don't fit together."""
@@ -148,6 +150,7 @@ def finetune(
             Pace(
                 settings.steps,
                 settings.batch_size,
+                unit="windows",
                 log_steps=settings.log_steps,
                 checkpoint_steps=settings.checkpoint_steps,
             ),

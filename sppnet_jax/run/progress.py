@@ -29,15 +29,18 @@ class _WatchedBar(tqdm):
         return shown
 
 
-def progress_bar(name: str, images: int, *, done: int = 0, delay: float = 0) -> tqdm:
+def progress_bar(
+    name: str, images: int, *, done: int = 0, delay: float = 0, unit: str = "img"
+) -> tqdm:
     """A bar over so many images, shown by the first process; a context manager.
 
     `done`: images that were done before. `delay`: seconds until it is shown.
+    `unit`: of what is counted, where it is no images.
     """
     return _WatchedBar(
         total=images,
         initial=done,
-        unit="img",
+        unit=unit,
         desc=name,
         delay=delay,
         # In a file each update is a line of its own.

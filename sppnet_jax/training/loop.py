@@ -72,6 +72,7 @@ def train(
     """
     last_step = min(pace.total_steps, pace.max_steps or pace.total_steps)
     programs: dict[int | None, Callable[..., Any]] = {}
+    compiled: set[Any] = set()
     with Checkpoints(folder / CHECKPOINTS, keep=pace.keep_checkpoints) as checkpoints:
         # The state and the step's program are made while the first batches load.
         step, resumes = 0, checkpoints.latest_step() is not None
@@ -99,9 +100,11 @@ def train(
                     inputs = place(next(batches))
                     learning_rate = rate(step, memory["validation_errors"])
                     size = size_of(step // pace.epoch_steps if pace.epoch_steps else 0)
-                    known = size in programs
-                    if not known:
+                    if size not in programs:
                         programs[size] = make_program(size)
+                    shapes = size, *(leaf.shape for leaf in jax.tree.leaves(inputs))
+                    known = shapes in compiled
+                    compiled.add(shapes)
                     started = time.monotonic()
                     state, metrics = programs[size](
                         state, inputs, np.float32(learning_rate)

@@ -22,8 +22,8 @@ class DivergedError(RuntimeError):
 class Pace(NamedTuple):
     """How long a training is, and how often it logs and saves.
 
-    `batch_size`: examples of a step, over all devices. `epoch_steps`: after so many the
-    training is tested; 0 where there are no epochs.
+    `batch_size`: examples of a step, over all devices, and `unit` what they are.
+    `epoch_steps`: after so many the training is tested; 0 where there are no epochs.
     `checkpoint_steps`: 0 saves at the end of an epoch and of the training; otherwise
     also every so many steps. `max_steps`: ends there without a word; 0 for the whole.
     `profile_steps`: so many steps are traced, see profile.py; 0 for none.
@@ -31,6 +31,7 @@ class Pace(NamedTuple):
 
     total_steps: int
     batch_size: int
+    unit: str = "img"
     epoch_steps: int = 0
     log_steps: int = 50
     checkpoint_steps: int = 0
@@ -72,9 +73,8 @@ class StepLog:
         self._pending: deque[tuple[int, float, dict[str, jax.Array]]] = deque()
         self._shown: dict[str, str] = {}
         self._timed_from = (step, time.monotonic())
-        self._bar = progress_bar(
-            name, last_step * pace.batch_size, done=step * pace.batch_size
-        )
+        total, done = (steps * pace.batch_size for steps in (last_step, step))
+        self._bar = progress_bar(name, total, done=done, unit=pace.unit)
 
     def __enter__(self) -> "StepLog":
         return self
