@@ -229,7 +229,8 @@ def write_report(
     lines += [f"- {claim.text}: {claim.verdict()}." for claim in claims]
     lines += [f"- {ratio.text}: {ratio.verdict()}." for ratio in ratios]
     lines += [f"- {note}" for note in notes]
-    lines += [] if figures_apart else [f"- {_ABOUT_PAPER}"]
+    cited = any(row.paper for row in rows)
+    lines += [f"- {_ABOUT_PAPER}"] if cited and not figures_apart else []
     files.write_text(folder / "table.md", "\n".join(lines) + "\n")
     return folder
 

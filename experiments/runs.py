@@ -327,12 +327,20 @@ def trained_detector(
 def detector_test(
     given: DetectionSetting, recipe: DetectorRecipe, seed: int
 ) -> dict[str, Any]:
-    """The test of a detector, trained first if it is not yet.
-
-    A result that is there is not measured again, unless a stage or a setting changed.
-    """
+    """The test of a detector, trained first if it is not yet."""
     workdir = trained_detector(given, recipe, seed)
-    settings = detector_settings_of(given, recipe, seed)
+    return _tested(detector_settings_of(given, recipe, seed), workdir)
+
+
+def tested_detector(settings: DetectorSettings, workdir: Path) -> dict[str, Any]:
+    """The test of a detector of these settings, trained first if it is not yet."""
+    log.info("detector %s", workdir.name)
+    train_detector(settings, workdir)
+    return _tested(settings, workdir)
+
+
+def _tested(settings: DetectorSettings, workdir: Path) -> dict[str, Any]:
+    """A result that is there is measured again only if a stage or a setting changed."""
     # As JSON gives it back; results don't depend on where things are kept.
     told = json.loads(json.dumps(plain(settings._replace(network="", cache=""))))
     inputs = {"settings": told, "stages": _digests(workdir)}

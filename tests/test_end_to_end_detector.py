@@ -23,11 +23,12 @@ from sppnet_jax.detection.trained_detector import (
 )
 from sppnet_jax.network import trunks
 from sppnet_jax.network.pretrained import pretrained_params
+from sppnet_jax.network.trained import load_network
 from sppnet_jax.run import progress, stages
 from sppnet_jax.run.checkpoints import Checkpoints
 from tests.network_helpers import TINY, TINY_TRUNK
 from tests.processes import Started
-from tests.test_detect_command import write_scenes
+from tests.test_detect_command import write_classifier, write_scenes
 from tests.test_pretrained_detector import make as make_pretrained
 
 STEPS = 90
@@ -218,6 +219,21 @@ def test_other_settings_train_and_are_tested_too(base, tmp_path, changes):
     expected = {"head": ["conv1", "conv2"], "all": [], "conv2": ["conv1"]}
     assert sorted(frozen) == expected[trainable]
     assert np.isfinite(evaluate_detectors([tmp_path])["map_11_point"])
+
+
+def test_a_classifier_of_the_paper_s_is_trained_on_with_its_fc_layers(base, tmp_path):
+    write_classifier(tmp_path / "classifier", levels=(2, 1))
+    given = {"network": str(tmp_path / "classifier"), "levels": ()}
+    given |= {"finetune.steps": 2, "finetune.trainable": "conv3", "reducer": ""}
+    train_detector(make(base, **given), tmp_path / "run")
+    before = load_network(tmp_path / "classifier").params
+    after = load_detector(tmp_path / "run").network.params
+    for name in ("conv1", "conv2"):
+        all_equal(after[name], before[name])
+    for name in ("conv3", "conv5", "fc6", "fc7"):
+        there, here = before[name]["kernel"], after[name]["kernel"]
+        assert there.shape == here.shape
+        assert 0 < np.abs(there - here).max() < 0.1 * np.abs(there).max()
 
 
 @pytest.mark.parametrize(

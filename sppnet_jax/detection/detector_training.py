@@ -206,6 +206,7 @@ def _train_end_to_end(
             settings.scales,
             rule=settings.rule,
             max_buckets=settings.buckets,
+            scaled=not has_fitting_fc(network),
             seed=settings.seed,
         ),
     )

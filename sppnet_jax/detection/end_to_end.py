@@ -167,6 +167,7 @@ def train_end_to_end(
     *,
     rule: str,
     max_buckets: int,
+    scaled: bool,
     seed: int,
 ) -> dict[str, Any]:
     """Trains trunk and head, from the newest checkpoint in `folder` if there is one.
@@ -175,7 +176,8 @@ def train_end_to_end(
     last class is background. `params`: those that training begins with, see
     `begin_params`. `boxes`: of each image, its objects' first.
     `sides`: images' shorter sides, one drawn for each image. `rule`: see
-    `boxes_to_windows`. `max_buckets`: compiled programs.
+    `boxes_to_windows`. `max_buckets`: compiled programs. `scaled`: pooled vectors are
+    scaled to a length that suits freshly drawn fc layers.
 
     Returns: a report of plain values; `load_end_to_end` has the result.
     Raises: ValueError if no image has a window on an object; and as `loop.train` does.
@@ -215,7 +217,11 @@ def train_end_to_end(
 
     load = _batch_loader(network, split, boxes, draw, settings.steps, rule, max_buckets)
 
-    scale = _input_scale(folder, network, load)
+    if parallel.is_first_process() and not (folder / SCALE_FILE).exists():
+        factor = _input_scale(network, load(0)) if scaled else 1.0
+        write_json(folder / SCALE_FILE, {"scale": factor})
+    parallel.wait_for_all_processes("the scale is measured")
+    scale = run_folder.read_json(folder / SCALE_FILE)["scale"]
 
     def make_state() -> TrainState:
         rng = jax.random.PRNGKey(seed + 1)
@@ -231,9 +237,9 @@ def train_end_to_end(
             Pace(
                 settings.steps,
                 settings.batch_size,
-                unit="windows",
                 log_steps=settings.log_steps,
                 checkpoint_steps=settings.checkpoint_steps,
+                unit="windows",
             ),
             make_state=make_state,
             batches=batches,
@@ -333,30 +339,25 @@ def load_end_to_end(folder: Path, begun: Any) -> Any:
     return {**params, "fc6": {**fc6, "kernel": np.float32(scale) * fc6["kernel"]}}
 
 
-def _input_scale(folder: Path, network: Network, load: Callable[[int], Any]) -> float:
+def _input_scale(network: Network, batch: Any) -> float:
     """The factor that gives pooled vectors a mean length of 20, as `feature_scale`.
 
-    Measured on the windows of the first step, once: one learning rate then suits the
-    vectors of every trunk and pyramid.
+    Measured on the windows of an image: one learning rate then suits the vectors of
+    every trunk and pyramid.
     """
-    file = folder / SCALE_FILE
-    if not file.exists():
-        batch = load(0)
-        model = network.model
+    model = network.model
 
-        @jax.jit
-        def lengths(params: Any, image: Any, size: Any, windows: Any) -> jax.Array:
-            inputs = normalize(image, network.preprocessing, size)
-            given = {"params": params}
-            maps, _ = model.apply(given, inputs, size, method="features")
-            pooled = model.apply(given, maps[0], windows[0], method="pool_windows")
-            return jnp.linalg.norm(jnp.asarray(pooled, jnp.float32), axis=1)
+    @jax.jit
+    def lengths(params: Any, image: Any, size: Any, windows: Any) -> jax.Array:
+        inputs = normalize(image, network.preprocessing, size)
+        given = {"params": params}
+        maps, _ = model.apply(given, inputs, size, method="features")
+        pooled = model.apply(given, maps[0], windows[0], method="pool_windows")
+        return jnp.linalg.norm(jnp.asarray(pooled, jnp.float32), axis=1)
 
-        convs = {k: v for k, v in network.params.items() if k.startswith("conv")}
-        first = (batch[name][0][:1] for name in ("image", "size", "windows"))
-        found = np.asarray(lengths(convs, *first))
-        write_json(file, {"scale": feature_scale(found[:, None])})
-    return float(run_folder.read_json(file)["scale"])
+    convs = {k: v for k, v in network.params.items() if k.startswith("conv")}
+    first = (batch[name][0][:1] for name in ("image", "size", "windows"))
+    return float(feature_scale(np.asarray(lengths(convs, *first))[:, None]))
 
 
 def _batch_loader(

@@ -150,9 +150,9 @@ def finetune(
             Pace(
                 settings.steps,
                 settings.batch_size,
-                unit="windows",
                 log_steps=settings.log_steps,
                 checkpoint_steps=settings.checkpoint_steps,
+                unit="windows",
             ),
             make_state=make_state,
             batches=batches,

@@ -22,22 +22,23 @@ class DivergedError(RuntimeError):
 class Pace(NamedTuple):
     """How long a training is, and how often it logs and saves.
 
-    `batch_size`: examples of a step, over all devices, and `unit` what they are.
-    `epoch_steps`: after so many the training is tested; 0 where there are no epochs.
+    `batch_size`: examples of a step, over all devices. `epoch_steps`: after so many the
+    training is tested; 0 where there are no epochs.
     `checkpoint_steps`: 0 saves at the end of an epoch and of the training; otherwise
     also every so many steps. `max_steps`: ends there without a word; 0 for the whole.
     `profile_steps`: so many steps are traced, see profile.py; 0 for none.
+    `unit`: what the examples are, for the progress bar.
     """
 
     total_steps: int
     batch_size: int
-    unit: str = "img"
     epoch_steps: int = 0
     log_steps: int = 50
     checkpoint_steps: int = 0
     keep_checkpoints: int = 2
     max_steps: int = 0
     profile_steps: int = 0
+    unit: str = "img"
 
 
 def fresh_memory() -> dict[str, Any]:

@@ -1,0 +1,207 @@
+r"""Is a trunk better trained with its detector, and does a pyramid help it?
+
+python -m experiments.end_to_end --config=configs/detect_end_to_end.py \
+    --config.data.root=FOLDER --workdir=runs/experiments/end_to_end
+
+A row is a pyramid of the windows, {7} is Fast R-CNN's one level of 7×7, and what is
+trained on it: no layer (SVMs and ridge regression on the pooled vectors, as
+configs/detect_pretrained.py does), the fc layers, or everything from
+`--config.finetune.trainable` on. Detectors of fc layers are scored by softmax, and by
+SVMs on fc7 of the same training; both move boxes by the box layer.
+
+Writes results.json, table.md and plot.png into the workdir. Interrupted, the same
+command goes on; a row that is not there yet says so.
+"""
+
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from absl import flags
+
+from experiments.report import (
+    Claim,
+    Column,
+    Row,
+    differences,
+    plot_shares,
+    write_report,
+)
+from experiments.runs import DetectionSetting, share_stages, tested_detector
+from sppnet_jax import cli
+from sppnet_jax.detection.detector_settings import DetectorSettings
+from sppnet_jax.network.model import HEAD_ONLY
+from sppnet_jax.run import run_folder, stages
+
+NAME = "end_to_end"
+TITLE = "End-to-end training by pyramid, mAP (11 points)"
+SVM, SOFTMAX = "SVM", "softmax"
+NOTHING, FC, EVERYTHING = "trunk frozen, no fc layers", "fc layers", "everything"
+TRAINED = (NOTHING, FC, EVERYTHING)
+CLAIMS = {
+    "Training everything is better than a frozen trunk (the better scorer)": (
+        EVERYTHING,
+        NOTHING,
+    ),
+    "Training everything is better than the fc layers alone (softmax)": (
+        EVERYTHING,
+        FC,
+    ),
+}
+
+SEEDS = flags.DEFINE_list("seeds", ["0", "1", "2"], "The seeds.")
+PYRAMIDS = flags.DEFINE_list(
+    "pyramids", ["321", "7", "6321"], "The windows' levels, a digit each."
+)
+PARTS = flags.DEFINE_list(
+    "trained", ["nothing", "fc", "everything"], "What is trained."
+)
+
+
+class Kind(NamedTuple):
+    """A row: the windows' pyramid, and what is trained on it."""
+
+    levels: tuple[int, ...]
+    trained: str
+
+    @property
+    def label(self) -> str:
+        """Itself in the words of a table."""
+        return f"{{{','.join(map(str, self.levels))}}}, {self.trained}"
+
+
+Precisions = dict[tuple[Kind, str], dict[int, float]]  # by row and scorer, by seed
+
+
+def main(argv: Sequence[str]) -> None:
+    cli.refuse_arguments(argv)
+    cli.check_single_process()
+    settings, folder = cli.given_settings(DetectorSettings), cli.given_workdir()
+    settings = settings._replace(
+        cache=settings.cache or str((folder / "cache").absolute())
+    )
+    pyramids = [tuple(map(int, one)) for one in PYRAMIDS.value]
+    wanted = dict(zip(("nothing", "fc", "everything"), TRAINED, strict=True))
+    kinds = [Kind(levels, own) for levels in pyramids for own in TRAINED]
+    seeds = tuple(map(int, SEEDS.value))
+    name = Path(settings.data.root).name or settings.data.name
+    given = DetectionSetting(name, settings, 0, folder, seeds)
+    precisions: Precisions = defaultdict(dict)
+    minutes: dict[Kind, list[float]] = defaultdict(list)
+    report(given, kinds, precisions, minutes)
+    for seed in seeds:
+        for kind in kinds:
+            if kind.trained not in [wanted[own] for own in PARTS.value]:
+                continue
+            scorers = (SVM,) if kind.trained == NOTHING else (SOFTMAX, SVM)
+            for scorer in scorers:
+                own = settings_of(settings, kind, scorer, seed)
+                workdir = workdir_of(folder, kind, scorer, seed)
+                if scorer == SVM and len(scorers) > 1:
+                    share_stages(workdir_of(folder, kind, SOFTMAX, seed), workdir)
+                found = tested_detector(own, workdir)
+                precisions[kind, scorer][seed] = found["map_11_point"]
+                if scorer == SOFTMAX:
+                    stage = run_folder.read_json(
+                        workdir / "finetune" / stages.STAGE_FILE
+                    )
+                    minutes[kind].append(stage["seconds"] / 60)
+                made = report(given, kinds, precisions, minutes)
+    print(f"\n{(made / 'table.md').read_text()}")
+
+
+def settings_of(
+    settings: DetectorSettings, kind: Kind, scorer: str, seed: int
+) -> DetectorSettings:
+    """The settings of a detector."""
+    settings = settings._replace(levels=kind.levels, seed=seed)
+    if kind.trained == NOTHING:
+        finetune = settings.finetune._replace(steps=0)
+        return settings._replace(
+            system="spp", scorer="svm", layer="pyramid", finetune=finetune
+        )
+    if kind.trained == FC:
+        finetune = settings.finetune._replace(trainable=HEAD_ONLY)
+        settings = settings._replace(finetune=finetune)
+    return settings._replace(scorer=scorer.lower(), layer="fc7")
+
+
+def workdir_of(folder: Path, kind: Kind, scorer: str, seed: int) -> Path:
+    """Where a detector is kept."""
+    levels = "".join(map(str, kind.levels))
+    return folder / f"{levels}-{kind.trained.split()[0]}-{scorer}-seed{seed}".lower()
+
+
+def report(
+    given: DetectionSetting,
+    kinds: Sequence[Kind],
+    precisions: Precisions,
+    minutes: dict[Kind, list[float]],
+) -> Path:
+    """Writes down what is measured so far; returns the folder."""
+    rows = []
+    for kind in kinds:
+        scorers = (SVM,) if kind.trained == NOTHING else (SVM, SOFTMAX)
+        measured = {s: list(precisions.get((kind, s), {}).values()) for s in scorers}
+        rows.append(Row(kind.label, measured, {}))
+
+    def better(levels: tuple[int, ...], trained: str) -> dict[int, float]:
+        """The better scorer's at each seed that has all of a row."""
+        kind = Kind(levels, trained)
+        found = [precisions.get((kind, s), {}) for s in (SVM, SOFTMAX)]
+        found = found[:1] if trained == NOTHING else found
+        seeds = set.intersection(*(set(one) for one in found))
+        return {seed: max(one[seed] for one in found) for seed in sorted(seeds)}
+
+    def softmax(levels: tuple[int, ...], trained: str) -> dict[int, float]:
+        return precisions.get((Kind(levels, trained), SOFTMAX), {})
+
+    pyramids = list(dict.fromkeys(kind.levels for kind in kinds))
+    claims = []
+    for text, (more, less) in CLAIMS.items():
+        of = better if less == NOTHING else softmax
+        gains = [
+            gain
+            for levels in pyramids
+            for gain in differences(of(levels, more), of(levels, less), float)
+        ]
+        claims.append(Claim(text, gains))
+    if (7,) in pyramids:
+        for levels in (own for own in pyramids if own != (7,)):
+            gains = differences(
+                softmax(levels, EVERYTHING), softmax((7,), EVERYTHING), float
+            )
+            name = ",".join(map(str, levels))
+            claims.append(Claim(f"{{{name}}} is better than {{7}} (softmax)", gains))
+    steps = given.settings.finetune
+    notes = [
+        f"Data: {given.preset_name}; shorter sides {list(given.settings.scales)}; "
+        f"{steps.steps} steps of {steps.images} images and {steps.batch_size} windows; "
+        f"everything is from {steps.trainable} on.",
+        "Pairs are detectors that differ in one thing, at one seed; all are tested on "
+        "the same images.",
+        *(
+            f"Minutes of training {kind.label}: "
+            + ", ".join(f"{own:.1f}" for own in found)
+            + "."
+            for kind, found in minutes.items()
+        ),
+    ]
+    folder = write_report(
+        given,
+        NAME,
+        title=TITLE,
+        columns=[Column(SVM, paper=False), Column(SOFTMAX, paper=False)],
+        rows=rows,
+        claims=claims,
+        notes=notes,
+    )
+    if any(np.size(found) for row in rows for found in row.measured.values()):
+        plot_shares(folder, TITLE, {"mAP": [SVM, SOFTMAX]}, rows)
+    return folder
+
+
+if __name__ == "__main__":
+    cli.run(main, DetectorSettings)
