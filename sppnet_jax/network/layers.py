@@ -13,9 +13,9 @@ times as long as the convolution itself. Here it is a matrix product for each ro
 filters, and takes as long as the convolution. XLA's gradient of a sum over neighbouring
 channels is slow there too; here it is that same sum again: what a channel takes from
 its neighbours, they take from it. Its grouped convolution takes several times as long
-as a sum of shifted products, which depthwise convolutions are here. Elsewhere, and for
-the gradient of the images, everything is XLA's. They differentiate in reverse mode
-only.
+as a sum of shifted products, which depthwise convolutions are here; so is the gradient
+of their maps, and that of their filters adds up row by row. Elsewhere, and for the
+gradient of the images, everything is XLA's. They differentiate in reverse mode only.
 """
 
 import functools
@@ -169,27 +169,16 @@ def depthwise_conv(
     Returns: [batch, rows, columns, filters].
     """
     del options  # nn.Conv's defaults
-    rows, columns = kernel.shape[:2]
     down, across = int(strides[0]), int(strides[1])
+    (top, bottom), (left, right) = padding
 
     def on_cpu(maps: jax.Array, kernel: jax.Array) -> jax.Array:
         # Sums in bfloat16 would round at every term.
         dtype = jnp.promote_types(maps.dtype, jnp.float32)
-        padded = jnp.pad(maps.astype(dtype), ((0, 0), *padding, (0, 0)))
-        kernel = kernel.astype(dtype)
-        height = (padded.shape[1] - rows) // down + 1
-        width = (padded.shape[2] - columns) // across + 1
-        products = [
-            padded[
-                :,
-                y : y + (height - 1) * down + 1 : down,
-                x : x + (width - 1) * across + 1 : across,
-            ]
-            * kernel[y, x]
-            for y in range(rows)
-            for x in range(columns)
-        ]
-        return functools.reduce(jnp.add, products).astype(maps.dtype)
+        edges = (0, 0), (top, bottom), (left, right), (0, 0)
+        padded = jnp.pad(maps.astype(dtype), edges)
+        filters = kernel[:, :, 0].astype(dtype)
+        return _shifted_products(padded, filters, (down, across)).astype(maps.dtype)
 
     def elsewhere(maps: jax.Array, kernel: jax.Array) -> jax.Array:
         return jax.lax.conv_general_dilated(
@@ -204,6 +193,73 @@ def depthwise_conv(
     if kernel.shape[2] > 1:
         return elsewhere(maps, kernel)
     return jax.lax.platform_dependent(maps, kernel, cpu=on_cpu, default=elsewhere)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _shifted_products(
+    maps: jax.Array, filters: jax.Array, strides: tuple[int, int]
+) -> jax.Array:
+    """Convolves each channel with its filter [rows, columns, channels]; no padding."""
+    rows, columns = filters.shape[:2]
+    down, across = strides
+    height = (maps.shape[1] - rows) // down + 1
+    width = (maps.shape[2] - columns) // across + 1
+    products = [
+        maps[
+            :,
+            y : y + (height - 1) * down + 1 : down,
+            x : x + (width - 1) * across + 1 : across,
+        ]
+        * filters[y, x]
+        for y in range(rows)
+        for x in range(columns)
+    ]
+    return functools.reduce(jnp.add, products)
+
+
+def _shifted_forward(
+    maps: jax.Array, filters: jax.Array, strides: tuple[int, int]
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    return _shifted_products(maps, filters, strides), (maps, filters)
+
+
+def _shifted_backward(
+    strides: tuple[int, int], saved: tuple[jax.Array, jax.Array], gradient: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Of the maps: the gradient convolved with the mirrored filters, zeros between.
+
+    Of the filters: a row of the gradient after the other, which stays in the caches.
+    """
+    maps, filters = saved
+    rows, columns = filters.shape[:2]
+    down, across = strides
+    height, width = gradient.shape[1:3]
+    spread = [
+        (length - 1, size - length - (count - 1) * stride + length - 1, stride - 1)
+        for length, size, count, stride in zip(
+            (rows, columns), maps.shape[1:3], (height, width), strides, strict=True
+        )
+    ]
+    dilated = jax.lax.pad(
+        gradient, jnp.zeros((), gradient.dtype), [(0, 0, 0), *spread, (0, 0, 0)]
+    )
+    of_maps = _shifted_products(dilated, filters[::-1, ::-1], (1, 1))
+
+    def add_row(found: jax.Array, row: jax.Array) -> tuple[jax.Array, None]:
+        own = jax.lax.dynamic_index_in_dim(gradient, row, 1)
+        seen = jax.lax.dynamic_slice_in_dim(maps, row * down, rows, 1)
+        ends = [x + (width - 1) * across + 1 for x in range(columns)]
+        sums = [
+            (seen[:, :, x:end:across] * own).sum(axis=(0, 2))
+            for x, end in enumerate(ends)
+        ]
+        return found + jnp.stack(sums, axis=1), None
+
+    of_filters, _ = jax.lax.scan(add_row, jnp.zeros_like(filters), jnp.arange(height))
+    return of_maps, of_filters
+
+
+_shifted_products.defvjp(_shifted_forward, _shifted_backward)
 
 
 def image_conv(
