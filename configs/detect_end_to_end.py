@@ -18,13 +18,13 @@ def get_config() -> ConfigDict:
     config = detect_pretrained.get_config()
     config.system = "end_to_end"
     config.scorer = "softmax"
-    config.finetune.steps = 1200
+    config.finetune.steps = 600
     config.finetune.images = 2
     config.finetune.batch_size = 128
     config.finetune.trainable = "stride8"
     config.finetune.trunk_rate = 0.1
     config.finetune.learning_rate = 0.01
-    config.finetune.drop_steps = (900,)
+    config.finetune.drop_steps = (450,)
     config.finetune.log_steps = 10
     config.finetune.checkpoint_steps = 200
     return config

@@ -13,6 +13,7 @@ Writes results.json, table.md and plot.png into the workdir. Interrupted, the sa
 command goes on; a row that is not there yet says so.
 """
 
+import itertools
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
@@ -29,7 +30,12 @@ from experiments.report import (
     plot_shares,
     write_report,
 )
-from experiments.runs import DetectionSetting, share_stages, tested_detector
+from experiments.runs import (
+    TESTED,
+    DetectionSetting,
+    share_stages,
+    tested_detector,
+)
 from sppnet_jax import cli
 from sppnet_jax.detection.detector_settings import DetectorSettings
 from sppnet_jax.network.model import HEAD_ONLY
@@ -39,7 +45,6 @@ NAME = "end_to_end"
 TITLE = "End-to-end training by pyramid, mAP (11 points)"
 SVM, SOFTMAX = "SVM", "softmax"
 NOTHING, FC, EVERYTHING = "trunk frozen, no fc layers", "fc layers", "everything"
-TRAINED = (NOTHING, FC, EVERYTHING)
 CLAIMS = {
     "Training everything is better than a frozen trunk (the better scorer)": (
         EVERYTHING,
@@ -51,12 +56,14 @@ CLAIMS = {
     ),
 }
 
+PARTS = {"nothing": NOTHING, "fc": FC, "everything": EVERYTHING}
+
 SEEDS = flags.DEFINE_list("seeds", ["0", "1", "2"], "The seeds.")
 PYRAMIDS = flags.DEFINE_list(
     "pyramids", ["321", "7", "6321"], "The windows' levels, a digit each."
 )
-PARTS = flags.DEFINE_list(
-    "trained", ["nothing", "fc", "everything"], "What is trained."
+NOW = flags.DEFINE_multi_enum(
+    "trained", list(PARTS), list(PARTS), "What is trained now; other rows are kept."
 )
 
 
@@ -83,32 +90,32 @@ def main(argv: Sequence[str]) -> None:
         cache=settings.cache or str((folder / "cache").absolute())
     )
     pyramids = [tuple(map(int, one)) for one in PYRAMIDS.value]
-    wanted = dict(zip(("nothing", "fc", "everything"), TRAINED, strict=True))
-    kinds = [Kind(levels, own) for levels in pyramids for own in TRAINED]
+    kinds = [Kind(levels, own) for levels in pyramids for own in PARTS.values()]
+    now = [PARTS[own] for own in NOW.value]
     seeds = tuple(map(int, SEEDS.value))
     name = Path(settings.data.root).name or settings.data.name
     given = DetectionSetting(name, settings, 0, folder, seeds)
     precisions: Precisions = defaultdict(dict)
     minutes: dict[Kind, list[float]] = defaultdict(list)
     report(given, kinds, precisions, minutes)
-    for seed in seeds:
-        for kind in kinds:
-            if kind.trained not in [wanted[own] for own in PARTS.value]:
-                continue
-            scorers = (SVM,) if kind.trained == NOTHING else (SOFTMAX, SVM)
-            for scorer in scorers:
-                own = settings_of(settings, kind, scorer, seed)
-                workdir = workdir_of(folder, kind, scorer, seed)
-                if scorer == SVM and len(scorers) > 1:
+    for seed, kind in itertools.product(seeds, kinds):
+        for scorer in (SVM,) if kind.trained == NOTHING else (SOFTMAX, SVM):
+            workdir = workdir_of(folder, kind, scorer, seed)
+            if kind.trained in now:
+                if scorer == SVM and kind.trained != NOTHING:
                     share_stages(workdir_of(folder, kind, SOFTMAX, seed), workdir)
+                own = settings_of(settings, kind, scorer, seed)
                 found = tested_detector(own, workdir)
-                precisions[kind, scorer][seed] = found["map_11_point"]
-                if scorer == SOFTMAX:
-                    stage = run_folder.read_json(
-                        workdir / "finetune" / stages.STAGE_FILE
-                    )
-                    minutes[kind].append(stage["seconds"] / 60)
-                made = report(given, kinds, precisions, minutes)
+            elif (workdir / TESTED).exists():
+                found = run_folder.read_json(workdir / TESTED)["report"]
+            else:
+                continue
+            precisions[kind, scorer][seed] = found["map_11_point"]
+            if scorer == SOFTMAX:
+                stage = run_folder.read_json(workdir / "finetune" / stages.STAGE_FILE)
+                minutes[kind].append(stage["seconds"] / 60)
+            report(given, kinds, precisions, minutes)
+    made = report(given, kinds, precisions, minutes)
     print(f"\n{(made / 'table.md').read_text()}")
 
 
