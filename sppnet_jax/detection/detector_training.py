@@ -39,12 +39,18 @@ from sppnet_jax.network.trained import Network, digest_arrays, load_network
 from sppnet_jax.run import files, parallel, run_folder, stages
 from sppnet_jax.run.checkpoints import Checkpoints
 from sppnet_jax.run.settings import plain, read
+from sppnet_jax.run.shares import ALONE, Share
 
 log = logging.getLogger(__name__)
 
 
-def train_detector(settings: DetectorSettings, workdir: Path) -> None:
+def train_detector(
+    settings: DetectorSettings, workdir: Path, share: Share = ALONE
+) -> None:
     """Runs the stages of training that are not done yet.
+
+    `share`: of several processes that find proposals and convolve images; only the
+    first of them does the rest, and writes into the folder.
 
     Raises: ValueError for a folder that holds something else, and for a network that
     can't do what the settings ask; and as stages do.
@@ -53,15 +59,20 @@ def train_detector(settings: DetectorSettings, workdir: Path) -> None:
     settings = settings.with_absolute_paths()
     network = _origin(settings, workdir)
     check_network(settings, network)
+    if not share.is_first:
+        split = open_split_of(settings, "train", workdir, share)
+        boxes = with_objects(split.objects, split.proposals)
+        split_features(settings, network, split, boxes, workdir, share)
+        return
     with run_folder.locked(workdir):
-        split = open_split_of(settings, "train", workdir)
+        split = open_split_of(settings, "train", workdir, share)
         # From here on stages may be of other settings than the config's.
         (workdir / DETECTOR_FILE).unlink(missing_ok=True)
         run_folder.save_config(workdir, plain(settings))
         _copy_network(settings, network, workdir)
         made = {
             "classes": list(split.source.class_names),
-            "stages": _run_stages(settings, network, workdir, split),
+            "stages": _run_stages(settings, network, workdir, split, share),
             "images": split.images,
         }
         files.write_json(workdir / DETECTOR_FILE, made)
@@ -169,11 +180,15 @@ def _copy_network(settings: DetectorSettings, network: Network, workdir: Path) -
 
 
 def _run_stages(
-    settings: DetectorSettings, network: Network, workdir: Path, split: BoxSplit
+    settings: DetectorSettings,
+    network: Network,
+    workdir: Path,
+    split: BoxSplit,
+    share: Share,
 ) -> dict[str, str]:
     """Runs what is not done; returns the digest of each stage."""
     boxes = with_objects(split.objects, split.proposals)
-    features, made_of = split_features(settings, network, split, boxes, workdir)
+    features, made_of = split_features(settings, network, split, boxes, workdir, share)
     names = split.source.class_names
     labels = np.concatenate([f.labels[~f.difficult] for f in split.objects])
     absent = np.setdiff1d(np.arange(len(names)), labels)
