@@ -65,11 +65,11 @@ def read_arrays(path: Path) -> dict[str, np.ndarray]:
         raise ValueError(f"{path} is damaged: {error}") from error
 
 
-def remove_all_but(folder: Path) -> None:
-    """Removes whatever lies beside a folder."""
-    beside = folder.parent.iterdir() if folder.parent.is_dir() else ()
+def remove_all_but(*folders: Path) -> None:
+    """Removes whatever lies beside folders, all of them in one folder."""
+    beside = folders[0].parent.glob("*") if folders else ()
     for path in beside:
-        if path != folder:
+        if path not in folders:
             shutil.rmtree(path, ignore_errors=True)
 
 
