@@ -153,25 +153,37 @@ def written(folder):
     }
 
 
-def test_maps_are_the_same_to_the_last_bit_whoever_makes_them(tmp_path):
-    """By one process, by two at once, and by one that goes on with what is missing."""
-    for name in ("alone", "together"):
-        (tmp_path / name).mkdir()
-    convolve(tmp_path / "alone")
-    expected = written(tmp_path / "alone")
+def test_maps_are_the_same_to_the_last_bit_whoever_makes_them(tmp_path, monkeypatch):
+    """By one process, by two at once, and by one that goes on with what is missing.
+
+    The maps tell the bucket of their image, too.
+    """
+    make_function = maps.map_function
+
+    def tell_bucket(*network):
+        function = make_function(*network)
+
+        def run(params, images, sizes):
+            height, width = images.shape[1:3]
+            return function(params, images, sizes) + height + width / 1000
+
+        return run
+
+    monkeypatch.setattr(maps, "map_function", tell_bucket)
+
+    def run(name, **options):
+        given = {"sides": SCALES[:1], "max_buckets": 4, **options}
+        convolve(tmp_path / name, **given)
+        return written(tmp_path / name)
+
+    expected = run("alone")
     with ThreadPoolExecutor(2) as pool:
-        runs = [
-            pool.submit(convolve, tmp_path / "together", share=share)
-            for share in (FIRST, SECOND)
-        ]
-        for run in runs:
-            run.result()
+        list(pool.map(lambda share: run("together", share=share), (FIRST, SECOND)))
     assert written(tmp_path / "together") == expected
     for gone in itertools.combinations(range(len(SOURCE.records)), 2):
         for index in gone:
             maps.map_file(tmp_path / "together", SCALES[0], index).unlink()
-        convolve(tmp_path / "together", share=SECOND)
-        assert written(tmp_path / "together") == expected
+        assert run("together", share=SECOND) == expected
 
 
 def test_windows_of_rcnn_are_the_same_and_made_once(tmp_path, monkeypatch):
