@@ -66,10 +66,12 @@ def measure(counts: Sequence[int], windows: int, folder: Path) -> Report:
     for count in sorted(counts):
         place = folder / f"{count}_images"
         made_up_data(place / "data", count, windows)
-        command = [sys.executable, "-m", "experiments.detector_memory", "--train"]
-        if subprocess.run([*command, str(place)], cwd=REPOSITORY).returncode:
+        if not _result(place)["done"]:
+            command = [sys.executable, "-m", "experiments.detector_memory", "--train"]
+            subprocess.run([*command, str(place)], cwd=REPOSITORY)
+        seen = _result(place)
+        if not seen["done"]:
             raise RuntimeError(f"the training on {count} images has failed, see above")
-        seen = run_folder.read_json(place / RESULT)
         steps = {f"{name}, GB": peak for name, peak in seen["peaks"].items()}
         row = {"images": count, "peak, GB": seen["peak"], "s": seen["seconds"]}
         rows.append({**row, **steps})
@@ -128,11 +130,7 @@ def train(folder: Path) -> None:
     config.proposals.method = "file"
     config.proposals.file = str(folder / "data" / "proposals.npz")
     settings = read(DetectorSettings, config.to_dict())
-    path, started = folder / RESULT, time.monotonic()
-    known: dict[str, Any] = {"seconds": 0, "peaks": {}, "done": False}
-    known |= run_folder.read_json(path) if path.exists() else {}
-    if known["done"]:
-        return
+    known, started = _result(folder), time.monotonic()
     peaks: dict[str, float] = known["peaks"]
 
     def note(step: str, done: bool = False) -> None:
@@ -141,7 +139,7 @@ def train(folder: Path) -> None:
         if new or done:
             seconds = round(known["seconds"] + time.monotonic() - started)
             seen = {"peak": max(peaks.values()), "seconds": seconds, "peaks": peaks}
-            write_json(path, {**seen, "done": done})
+            write_json(folder / RESULT, {**seen, "done": done})
 
     progress.WATCHERS.append(lambda step, _: note(step))
     vars(split_features)["convolve_split"] = _link_maps
@@ -166,6 +164,13 @@ def _link_maps(
             path.parent.mkdir(parents=True, exist_ok=True)
             if not path.exists():
                 os.link(origin, path)
+
+
+def _result(folder: Path) -> dict[str, Any]:
+    """What is known so far of the training in a folder."""
+    path = folder / RESULT
+    known: dict[str, Any] = {"seconds": 0, "peaks": {}, "done": False}
+    return known | (run_folder.read_json(path) if path.exists() else {})
 
 
 def _peak() -> float:

@@ -264,5 +264,5 @@ def _check(parts: Sequence[np.ndarray], labels: np.ndarray) -> None:
             "labels must be 1 (positive), -1 (negative) or 0 (left out), but there are "
             f"{np.unique(labels)[:10].tolist()}"
         )
-    for part in parts:
+    for part in filter(len, parts):
         check_finite(part, "features")
