@@ -345,7 +345,10 @@ def test_a_classifier_is_tested_alike_by_one_and_by_two(
     monkeypatch.undo()
     written = died_after(100)
     assert test(share=SECOND) == {}
+    other = workdir / f"evaluate_{protocol}.parts" / "of_another_test"
+    other.mkdir()
     both = test(share=FIRST)
+    assert not other.exists()
     assert len(written) == 16 - 5
     assert both.pop("loss") == pytest.approx(alone.pop("loss"), rel=1e-6)
     assert both == alone
