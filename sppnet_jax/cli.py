@@ -19,6 +19,7 @@ from tqdm import tqdm
 from sppnet_jax.run import caches, parallel
 from sppnet_jax.run.photo_results import check_suffix
 from sppnet_jax.run.settings import MOVED, plain, read, unknown_field
+from sppnet_jax.run.shares import Share, check_share, cluster_share
 from sppnet_jax.training.network_settings import NetworkSettings
 
 if TYPE_CHECKING:
@@ -30,8 +31,8 @@ WORKDIR = flags.DEFINE_string("workdir", None, "The folder of the run.")
 _COORDINATOR = flags.DEFINE_string(
     "coordinator",
     "",
-    "To train with several processes: host:port of process 0, or 'auto' on a cluster "
-    "that JAX knows (TPU pod, Slurm, Open MPI).",
+    "Of several processes that train a network: host:port of process 0. 'auto' on a "
+    "cluster that JAX knows (TPU pod, Slurm, Open MPI), which tells all three flags.",
 )
 _PROCESS_INDEX = flags.DEFINE_integer("process_index", 0, "Which process this is.")
 _PROCESS_COUNT = flags.DEFINE_integer("process_count", 1, "How many processes run.")
@@ -167,9 +168,25 @@ def given_settings(kind: type[Kind]) -> Kind:
 
 def join_processes() -> None:
     """Joins the processes that the flags name; before any other use of JAX."""
+    check_share(_PROCESS_INDEX.value, _PROCESS_COUNT.value)
     parallel.join_processes(
         _COORDINATOR.value, _PROCESS_INDEX.value, _PROCESS_COUNT.value
     )
+
+
+def has_coordinator() -> bool:
+    """Whether the flags say how processes find each other, to train together."""
+    return bool(_COORDINATOR.value)
+
+
+def given_share() -> Share:
+    """Which process this is of those that the flags name, which share a folder.
+
+    Raises: ValueError for numbers that are none, and for "auto" outside a cluster.
+    """
+    if _COORDINATOR.value == "auto":
+        return cluster_share()
+    return check_share(_PROCESS_INDEX.value, _PROCESS_COUNT.value)
 
 
 def check_single_process() -> None:

@@ -7,7 +7,9 @@ python -m sppnet_jax.detect image --workdir=runs/detect photo.jpg FOLDER …
 
 Training goes in stages, each done once: the same command goes on where it was
 interrupted, and redoes only what a changed setting makes different.
-`--workdir=runs/a,runs/b` tests several detectors together.
+`--workdir=runs/a,runs/b` tests several detectors together. Several machines that share
+the folder share the images: --process_index=I --process_count=N on each. With
+--coordinator=HOST:PORT they also train end to end together.
 """
 
 import logging
@@ -53,9 +55,9 @@ def main(argv: Sequence[str]) -> None:
             f"--workdir=…{given}"
         )
     command, *files = argv
-    cli.check_single_process()
     settings = cli.given_settings(DetectorSettings)
     if command == "image":
+        cli.check_single_process()
         if not files:
             raise ValueError(
                 "give images: python -m sppnet_jax.detect image --workdir=… photo.jpg"
@@ -73,15 +75,22 @@ def main(argv: Sequence[str]) -> None:
             raise ValueError(f"{failed} of {len(photos)} files could not be read")
         return
     cli.refuse_arguments(files)
+    share = cli.given_share()
     if command == "train":
+        if settings.system == "end_to_end" and cli.has_coordinator():
+            cli.join_processes()
         from sppnet_jax.detection.detector_training import train_detector
 
-        train_detector(settings, cli.given_workdir())
-        log.info("the detector is in %s", cli.given_workdir())
-        return
-    from sppnet_jax.detection.detector_evaluation import evaluate_detectors
+        train_detector(settings, cli.given_workdir(), share)
+        if share.is_first:
+            log.info("the detector is in %s", cli.given_workdir())
+    else:
+        from sppnet_jax.detection.detector_evaluation import evaluate_detectors
 
-    evaluate_detectors(cli.given_workdirs(), settings=settings, score=_SCORE.value)
+        evaluate_detectors(
+            cli.given_workdirs(), settings=settings, score=_SCORE.value, share=share
+        )
+    share.tell_end()
 
 
 def detect_in_files(

@@ -2,6 +2,9 @@
 
 python -m sppnet_jax.evaluate --workdir=runs/digits --protocol=single
 python -m sppnet_jax.evaluate --workdir=runs/a,runs/b --protocol=multi_view_full
+
+Several machines that share the folder share the images: --process_index=I
+--process_count=N on each.
 """
 
 from collections.abc import Sequence
@@ -42,12 +45,11 @@ _BUCKETS = flags.DEFINE_integer(
 def main(argv: Sequence[str]) -> None:
     cli.refuse_arguments(argv)
     settings, workdirs = cli.given_settings(NetworkSettings), cli.given_workdirs()
-    cli.join_processes()
+    share = cli.given_share()
     if _BUCKETS.value < 1:
         raise ValueError(f"--buckets must be at least 1, got {_BUCKETS.value}")
     scales = [_whole_number(scale) for scale in _SCALES.value]
     from sppnet_jax.classification.evaluation import evaluate_networks, result_name
-    from sppnet_jax.run import parallel
 
     name = _PROTOCOL.value
     report = evaluate_networks(
@@ -58,8 +60,10 @@ def main(argv: Sequence[str]) -> None:
         positions=_VIEWS.value,
         flip=_FLIP.value,
         max_buckets=_BUCKETS.value,
+        share=share,
     )
-    if not parallel.is_first_process():
+    share.tell_end()
+    if not share.is_first:
         return
     print(
         f"{name}: top-1 {_share(report, 'top1')}, top-5 {_share(report, 'top5')} of "

@@ -10,7 +10,8 @@ python -m sppnet_jax.features --trunk=efficientnet_lite0 \
 
 The data set is the run's own, or any other. `--trunk` takes a published network in
 place of a run's, with any cuts, levels and reducer. `classification.feature_files`
-reads the file, `classification.svm` trains on it.
+reads the file, `classification.svm` trains on it. Several machines that share the
+folder share the images: --process_index=I --process_count=N on each.
 """
 
 from collections.abc import Sequence
@@ -70,9 +71,8 @@ def main(argv: Sequence[str]) -> None:
             "--config.data.root=FOLDER, or a data set of TFDS and its "
             "--config.data.data_dir"
         )
-    cli.join_processes()
+    share = cli.given_share()
     from sppnet_jax.classification.feature_files import write_features
-    from sppnet_jax.run import parallel
 
     path, about = write_features(
         settings,
@@ -84,8 +84,10 @@ def main(argv: Sequence[str]) -> None:
         side=_SIDE.value,
         multi_label=_MULTI_LABEL.value,
         output=Path(_OUTPUT.value).expanduser() if _OUTPUT.value else None,
+        share=share,
     )
-    if parallel.is_first_process():
+    share.tell_end()
+    if share.is_first:
         print(
             "{layer} of {images} images of {data}, split {split} ({mode}, side "
             "{side}): {numbers} numbers each".format(**about)

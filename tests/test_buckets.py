@@ -272,6 +272,14 @@ def test_what_is_left_of_a_bucket_joins_a_larger_one_that_has_room():
     assert table.programs == 3
 
 
+def test_every_image_stays_in_its_own_bucket_where_that_is_asked_for():
+    table = make_table([(64, 64), (64, 96)])
+    pairs = [("small", noise(50, 60)), ("wide", noise(64, 90))]
+    check(table.map(pairs, join=False), pairs)
+    calls = {row.bucket: (row.calls, row.images) for row in table.rows()}
+    assert calls == {(64, 64): (1, 1), (64, 96): (1, 1)}
+
+
 def test_joining_never_computes_more_pixels_and_loses_no_image():
     rng = np.random.default_rng(0)
     saved = 0

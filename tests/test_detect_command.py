@@ -616,7 +616,7 @@ def test_images_that_share_a_name_are_refused_before_detection(
     changed = split._replace(source=source)
     monkeypatch.setattr(detector_evaluation, "open_split_of", lambda *_: changed)
 
-    def refuse(*_):
+    def refuse(*_, **__):
         raise AssertionError("it detects")
 
     monkeypatch.setattr(detector_evaluation, "detect_split", refuse)

@@ -12,6 +12,7 @@ from experiments import (
     detection_layers,
     detection_timing,
     detection_vs_rcnn,
+    detector_memory,
     runs,
     scale_selection,
     setting,
@@ -414,3 +415,15 @@ def test_only_what_was_measured_is_a_result(tmp_path):
     first, second = results_of(tmp_path, "x")["rows"]
     assert list(first["measured"]) == ["mAP"]
     assert second["measured"] == {"fc": {"values": [3.0, 1.0, 2.0], "median": 2.0}}
+
+
+@pytest.mark.slow
+def test_the_memory_of_a_training_is_measured_once_step_by_step(tmp_path, monkeypatch):
+    (row,) = detector_memory.measure([4], 40, tmp_path).rows
+    steps = [value for name, value in row.items() if name.endswith(", GB")]
+    assert 0.2 < min(steps) < max(steps) == row["peak, GB"] == row["box regression, GB"]
+    assert row["negatives, GB"] <= row["hard negatives, round 1, GB"]
+    monkeypatch.setattr(detector_memory.subprocess, "run", None)
+    report = detector_memory.measure([4], 40, tmp_path)
+    assert list(report.rows) == [row]
+    assert len(report.plot(report.rows).axes[0].lines) == len(steps) + 1

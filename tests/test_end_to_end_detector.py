@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 
 import jax
 import numpy as np
@@ -24,8 +25,9 @@ from sppnet_jax.detection.trained_detector import (
 from sppnet_jax.network import trunks
 from sppnet_jax.network.pretrained import pretrained_params
 from sppnet_jax.network.trained import load_network
-from sppnet_jax.run import progress, stages
+from sppnet_jax.run import parallel, progress, stages
 from sppnet_jax.run.checkpoints import Checkpoints
+from sppnet_jax.run.shares import Share
 from tests.network_helpers import TINY, TINY_TRUNK
 from tests.processes import Started
 from tests.test_detect_command import write_classifier, write_scenes
@@ -165,6 +167,50 @@ def test_one_device_learns_what_four_do(base, trained, tmp_path):
         weights(tmp_path / "one"),
         weights(tmp_path / "four"),
     )
+
+
+def train_together(settings, workdir, port, index):
+    """Trains as one of two processes."""
+    parallel.join_processes(f"localhost:{port}", index, 2)
+    trunks.BACKBONES[TINY_TRUNK] = TINY
+    train_detector(settings, workdir, Share(index, 2))
+
+
+def test_two_processes_train_together_as_one_does(base, tmp_path):
+    """Two processes with two devices each, against one with four; and once more."""
+    settings = make(base, **{"finetune.steps": 4, "finetune.checkpoint_steps": 2})
+    train_detector(settings, tmp_path / "alone")
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    records = []
+    for _ in range(2):
+        both = [
+            Started(train_together, settings, tmp_path / "both", port, n, devices=2)
+            for n in range(2)
+        ]
+        for ended in [one.end() for one in both]:
+            assert not ended.returncode, ended.stderr
+        records.append((tmp_path / "both/finetune/stage.json").read_text())
+    assert records[0] == records[1]
+    jax.tree.map(
+        lambda one, two: np.testing.assert_allclose(one, two, rtol=1e-4, atol=1e-5),
+        weights(tmp_path / "alone"),
+        weights(tmp_path / "both"),
+    )
+    load_detector(tmp_path / "both")
+
+
+def test_processes_that_are_not_joined_leave_the_training_to_the_first(
+    base, tmp_path, monkeypatch
+):
+    settings = make(base, **{"finetune.steps": 2, "cache": str(tmp_path / "cache")})
+    monkeypatch.setattr(maps, "map_whole_images", None)
+    train_detector(settings, tmp_path / "run", Share(1, 2))
+    assert not (tmp_path / "run").exists()
+    assert len(list(tmp_path.glob("cache/proposals/*/*.npy"))) == 11
+    train_detector(settings, tmp_path / "run", Share(0, 2))
+    load_detector(tmp_path / "run")
 
 
 def test_svms_learn_from_the_trained_trunk(base, copy, log):

@@ -10,9 +10,8 @@ import pytest
 
 from sppnet_jax.buckets.whole_images import MAX_ASPECT
 from sppnet_jax.classification.accuracy import mean_scores, summarize
-from sppnet_jax.classification.scores import Scores, score_crops, score_maps
+from sppnet_jax.classification.scores import Scores, score_split
 from sppnet_jax.classification.views import Protocol, named_protocol
-from sppnet_jax.data.batches import eval_batches
 from sppnet_jax.data.images import (
     CENTER_AND_CORNERS,
     crop,
@@ -55,10 +54,10 @@ def softmax_of(logits):
 
 
 def scored_on_maps(protocol, source=None):
-    return score_maps(
+    return score_split(
         as_network(*network(), MEAN_IMAGE),
-        protocol,
         source or make_source(SIZES),
+        protocol,
         batch_size=8,
         max_buckets=2,
         threads=2,
@@ -126,15 +125,8 @@ def test_ten_views_of_crops_equal_a_loop_over_crops(levels, flip):
     model, params = network(levels)
     protocol = Protocol(False, (64,), CENTER_AND_CORNERS, flip)
     source = make_source(SIZES, broken=(2,))
-    batches = eval_batches(
-        source,
-        batch_size=4,
-        image_size=SIDE,
-        resize_side=64,
-        positions=protocol.positions,
-    )
     seen = as_network(model, params, MEAN_IMAGE)
-    found = score_crops(seen, protocol, batches, records=len(source.records))
+    found, _ = score_split(seen, source, protocol, batch_size=20)
     # Crops come from the whole length, and the needle would be 192,000 pixels long.
     assert found.valid.tolist() == [True, True, False, True, False]
     for index in np.flatnonzero(found.valid):
@@ -171,10 +163,10 @@ def test_a_network_without_spp_is_refused_and_told_what_it_can_do():
     model, params = network(None)
     protocol = named_protocol("full_image", view=SIDE, resize_side=64, flip=False)
     with pytest.raises(ValueError, match="use the protocol single or ten_view"):
-        score_maps(
+        score_split(
             as_network(model, params, MEAN_IMAGE),
-            protocol,
             make_source(SIZES),
+            protocol,
             batch_size=8,
             max_buckets=2,
             threads=1,

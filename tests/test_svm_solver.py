@@ -182,3 +182,13 @@ def test_arguments_that_make_no_sense_are_errors(change, message):
     }
     with pytest.raises(ValueError, match=message):
         solve_svms(**(arguments | change))
+
+
+def test_several_arrays_of_features_are_taken_as_one():
+    features, labels = windows_of_classes(count=150)
+    whole = solve_svms(features, labels, C=0.01)
+    parts = solve_svms(np.split(features, [40, 40, 131]), labels, C=0.01)
+    np.testing.assert_array_equal(parts.svms.weights, whole.svms.weights)
+    np.testing.assert_array_equal(parts.duals, whole.duals)
+    with pytest.raises(ValueError, match=r"features \(40, 60\), \(110, 59\) must be"):
+        solve_svms([features[:40], features[40:, 1:]], labels)

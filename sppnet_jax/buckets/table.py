@@ -181,7 +181,9 @@ class BucketTable:
             self._params, *jax.device_put((images, sizes), self._by_row)
         )
 
-    def map(self, pairs: Iterable[tuple[Key, np.ndarray]]) -> Iterator[tuple[Key, Any]]:
+    def map(
+        self, pairs: Iterable[tuple[Key, np.ndarray]], *, join: bool = True
+    ) -> Iterator[tuple[Key, Any]]:
         """Runs every image through the program of its bucket.
 
         A batch mixes images of all sizes that share a bucket; it runs when it is full.
@@ -190,6 +192,8 @@ class BucketTable:
         while the images of the next are read.
 
         `pairs`: (key, image uint8 [h, w, 3]); the key comes back with the result.
+        `join`: False leaves every image in its own bucket to the end. That may take
+        more calls, and makes results the same to the last bit whatever else is run.
 
         Returns: (key, the image's own rows of the function's result, as NumPy), in the
         order in which batches finish.
@@ -201,7 +205,7 @@ class BucketTable:
         with ThreadPoolExecutor(1) as watcher:
             refused = None
             try:
-                for bucket, batch in self._batches(pairs):
+                for bucket, batch in self._batches(pairs, join):
                     running.append(self._start(watcher, bucket, batch))
                     if len(running) == _IN_FLIGHT:
                         yield from self._finish(running.popleft())
@@ -240,7 +244,9 @@ class BucketTable:
         shrunk = f"; images shrunk to fit: {self.shrunk:,}" if self.shrunk else ""
         return "\n".join([*table, total + shrunk])
 
-    def _batches(self, pairs: Iterable[_Pair]) -> Iterator[tuple[Bucket, list[_Pair]]]:
+    def _batches(
+        self, pairs: Iterable[_Pair], join: bool
+    ) -> Iterator[tuple[Bucket, list[_Pair]]]:
         """Full batches of one bucket each, then what is left."""
         waiting: dict[Bucket, list[_Pair]] = defaultdict(list)
         refused = None
@@ -252,7 +258,7 @@ class BucketTable:
                     yield bucket, waiting.pop(bucket)
         except ValueError as error:
             refused = error
-        yield from _joined(waiting, self.batch_size)
+        yield from _joined(waiting, self.batch_size) if join else waiting.items()
         if refused is not None:
             raise refused
 

@@ -2,7 +2,7 @@
 
 import logging
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
 from typing import TYPE_CHECKING, Any
 
@@ -93,12 +93,15 @@ def map_whole_images(
     threads: int,
     strict: bool,
     on_example: "Callable[[Example], None]",
+    indices: Iterable[int] | None = None,
+    join: bool = True,
 ) -> Iterator[tuple[int, Any]]:
     """Yields (index, result) for each image that can be decoded, as batches finish.
 
     Of several processes each takes every n-th record. `on_example`: called with every
     example of `whole_images` before its result is there. `strict`: a broken image is an
-    error.
+    error. `indices`: the records to take in place of these, asked for one by one.
+    `join`: see `BucketTable.map`.
     """
     from sppnet_jax.data.batches import whole_images
 
@@ -110,6 +113,7 @@ def map_whole_images(
         strict=strict,
         process_index=jax.process_index(),
         process_count=jax.process_count(),
+        indices=indices,
     )
 
     def valid_images() -> Iterator[tuple[int, np.ndarray]]:
@@ -119,4 +123,4 @@ def map_whole_images(
                 yield int(example["index"]), example["images"][0]
 
     with closing(examples):
-        yield from table.map(valid_images())
+        yield from table.map(valid_images(), join=join)

@@ -1,20 +1,26 @@
 """The test of a trained network, or of several together, by one of the protocols."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from sppnet_jax.buckets.whole_images import MAX_ASPECT
 from sppnet_jax.classification import views
 from sppnet_jax.classification.accuracy import mean_scores, summarize
-from sppnet_jax.classification.pictures import Prediction, Sample, plot_predictions
-from sppnet_jax.classification.scores import score_split
+from sppnet_jax.classification.pictures import Prediction, plot_predictions
+from sppnet_jax.classification.scores import Scores, split_scorer
 from sppnet_jax.data.broken import BrokenImages
 from sppnet_jax.data.datasets import open_split
-from sppnet_jax.data.sources import Source
+from sppnet_jax.data.images import crop, decode_image, resize_shorter_side, resize_whole
+from sppnet_jax.data.sources import Source, subset
 from sppnet_jax.network.trained import load_network
-from sppnet_jax.run import files, parallel, run_folder
+from sppnet_jax.run import files, run_folder
 from sppnet_jax.run.settings import plain
+from sppnet_jax.run.shares import ALONE, Share, in_parts
+from sppnet_jax.run.stages import digest_of
 from sppnet_jax.training.network_settings import NetworkSettings, network_settings
 from sppnet_jax.training.networks import check_data_is_unchanged
 
@@ -32,6 +38,7 @@ def evaluate_networks(
     positions: Sequence[str] = (),
     flip: bool | None = None,
     max_buckets: int = 4,
+    share: Share = ALONE,
 ) -> dict[str, Any]:
     """Tests the newest checkpoints on a split; writes the result as JSON and a picture.
 
@@ -42,8 +49,10 @@ def evaluate_networks(
     `scales`, `positions`, `flip`: see `views.named_protocol`; None mirrors in protocols
     of several views, where training mirrored.
     `max_buckets`: programs for whole images at each scale.
+    `share`: of several processes that test.
 
-    Returns: the report, what the JSON file holds.
+    Returns: the report, what the JSON file holds; nothing in a process that is not the
+    first, which writes none.
     Raises: ValueError or FileNotFoundError for networks that can't be tested so.
     """
     first = settings or network_settings(workdirs[0])
@@ -56,28 +65,47 @@ def evaluate_networks(
     ]
     trained_on = run_folder.load_training_data(workdirs[0])
     check_data_is_unchanged(first.data, trained_on)
-    broken = BrokenImages(source)
-    sample = Sample(len(source.records), size=EXAMPLES)
-    scores, steps = [], []
+    changed = bool(scales or positions or flip is not None)
+    name = result_name(protocol_name, len(workdirs), changed=changed)
+    scores, steps, folders = [], [], []
     for own, workdir, protocol in zip(own_settings, workdirs, protocols, strict=True):
         network = load_network(workdir, plain(own))
-        found, tables = score_split(
+        score, tables = split_scorer(
             network,
             source,
             protocol,
             batch_size=own.batch_size,
             max_buckets=max_buckets,
             **first.data.loading,
-            on_example=lambda index, valid, image: (
-                sample.add(index, image) if valid else broken.add(index)
-            ),
         )
-        scores.append(found)
+        if share.count == 1:
+            scores.append(score(source))
+        else:
+            decided = {
+                "network": network.digest,
+                "buckets": max_buckets,
+                "data": [source.name, source.split, source.digest],
+                "code": files.own_code(),
+                **protocol._asdict(),
+            }
+            folders.append(workdirs[0] / f"{name}.parts" / digest_of(decided))
+            found = in_parts(
+                _of_parts(score, source),
+                len(source.records),
+                folders[-1],
+                share,
+                "scores",
+            )
+            scores += [Scores(*found)] if found else []
         steps.append(network.step)
         for scale, table in zip(protocol.scales, tables, strict=False):
             log.info("shorter side %d\n%s", scale, table)
+    if not share.is_first:
+        return {}
+    broken, combined = BrokenImages(source), mean_scores(scores)
+    for index in np.flatnonzero(~combined.valid):
+        broken.add(int(index))
     broken.summarize()
-    combined = mean_scores(scores)
     counts = summarize(combined)  # raises where every image is broken
     report = {
         "data": source.name,
@@ -91,20 +119,19 @@ def evaluate_networks(
         "views": float(combined.views[combined.valid].mean()),
         **counts,
     }
-    if parallel.is_first_process():
-        changed = bool(scales or positions or flip is not None)
-        name = result_name(protocol_name, len(workdirs), changed=changed)
-        files.write_json(workdirs[0] / f"{name}.json", report)
-        predictions = [
-            Prediction(
-                image,
-                trained_on.class_names[combined.scores[index].argmax()],
-                float(combined.scores[index].max()),
-                trained_on.class_names[combined.labels[index]],
-            )
-            for index, image in sample.images()
-        ]
-        plot_predictions(predictions, workdirs[0] / f"{name}.png")
+    files.write_json(workdirs[0] / f"{name}.json", report)
+    best, view = combined.scores.argmax(axis=1), first.data.image_size
+    predictions = [
+        Prediction(
+            image,
+            trained_on.class_names[best[index]],
+            float(combined.scores[index, best[index]]),
+            trained_on.class_names[combined.labels[index]],
+        )
+        for index, image in _sample(source, combined.valid, protocols[0], view)
+    ]
+    plot_predictions(predictions, workdirs[0] / f"{name}.png")
+    files.remove_all_but(*folders)
     return report
 
 
@@ -134,6 +161,26 @@ def result_name(protocol_name: str, networks: int, *, changed: bool = False) -> 
     """
     combined = f"_of_{networks}" if networks > 1 else ""
     return f"evaluate_{protocol_name}{combined}{'_custom' if changed else ''}"
+
+
+def _of_parts(
+    score: Callable[[Source], Scores], source: Source
+) -> Callable[[np.ndarray], Scores]:
+    return lambda part: score(subset(source, part))
+
+
+def _sample(
+    source: Source, valid: np.ndarray, protocol: views.Protocol, view: int
+) -> Iterator[tuple[int, np.ndarray]]:
+    """Some evenly spaced images, as the protocol sees them first, and their numbers."""
+    spaced = np.linspace(0, len(valid) - 1, min(EXAMPLES, len(valid))).astype(int)
+    for index in spaced[valid[spaced]].tolist():
+        image = decode_image(source.records[index]["image"])
+        if protocol.on_map:
+            yield index, resize_whole(image, protocol.scales[0], MAX_ASPECT)
+        else:
+            image = resize_shorter_side(image, protocol.scales[0])
+            yield index, crop(image, view, protocol.positions[0])
 
 
 def _protocol(

@@ -10,18 +10,27 @@ from typing import Any
 import numpy as np
 
 from sppnet_jax.data.datasets import ImageData
-from sppnet_jax.data.sources import open_source
+from sppnet_jax.data.sources import open_source, subset
 from sppnet_jax.network.model import Architecture
 from sppnet_jax.network.trained import Network
-from sppnet_jax.run import parallel
-from sppnet_jax.run.files import absolute, own_version, write_arrays
+from sppnet_jax.run.files import (
+    absolute,
+    own_code,
+    own_version,
+    remove_all_but,
+    write_arrays,
+)
 from sppnet_jax.run.settings import plain
+from sppnet_jax.run.shares import ALONE, Share, in_parts
+from sppnet_jax.run.stages import digest_of
 from sppnet_jax.training.layer_features import (
     Features,
     check_request,
     default_layer,
     default_side,
     extract_features,
+    label_rows,
+    row_extractor,
 )
 from sppnet_jax.training.network_settings import NetworkSettings
 
@@ -38,6 +47,7 @@ def write_features(
     multi_label: bool = False,
     output: Path | None = None,
     max_buckets: int = 4,
+    share: Share = ALONE,
 ) -> tuple[Path, dict[str, Any]]:
     """Extracts features of a data set's images with a network, into a file.
 
@@ -45,9 +55,10 @@ def write_features(
     name any data set. `workdir`: of the run that trained it; None for a published one.
     `layer`: "" is fc7, or the pyramid of a network without one. `mode`, `side`: see
     `layer_features.extract_features`. `output`: by default in the run's folder or the
-    current one, named after all these.
+    current one, named after all these. `share`: of several processes that extract.
 
-    Returns: the file, and what it says of where its features are from.
+    Returns: the file, and what it says of where its features are from; nothing in a
+    process that is not the first, which does not write it.
     Raises: ValueError for a request that can't be met or a file that can't be written,
     before any work.
     """
@@ -70,16 +81,35 @@ def write_features(
             "write to"
         )
     source = open_source(data.name, split, **data.place, multi_label=multi_label)
-    features = extract_features(
-        network,
-        source,
-        layer=layer,
-        side=side,
-        mode=mode,
-        batch_size=settings.batch_size,
-        max_buckets=max_buckets,
-        **data.loading,
-    )
+    request: dict[str, Any] = {
+        "layer": layer,
+        "side": side,
+        "mode": mode,
+        "batch_size": settings.batch_size,
+        "max_buckets": max_buckets,
+    }
+    if share.count == 1:
+        features = extract_features(network, source, **request, **data.loading)
+    else:
+        decided = {
+            "network": network.digest,
+            "data": [source.name, source.split, source.digest],
+            "code": own_code(),
+            **request,
+        }
+        rows_of = row_extractor(network, source, **request, **data.loading)
+        folder = output.with_suffix(".parts") / digest_of(decided)
+        found = in_parts(
+            lambda part: rows_of(subset(source, part)),
+            len(source.records),
+            folder,
+            share,
+            "features",
+        )
+        if found is None:
+            return output, {}
+        features = label_rows(found[0], found[1], source)
+        remove_all_but(folder)
     provenance = {
         "workdir": str(workdir.absolute()) if workdir else "",
         "trunk": settings.model.backbone,
@@ -101,8 +131,7 @@ def write_features(
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "config": plain(settings),
     }
-    if parallel.is_first_process():
-        save_features(output, features, provenance)
+    save_features(output, features, provenance)
     return output, provenance
 
 

@@ -20,24 +20,6 @@ class Prediction(NamedTuple):
     label: str | None
 
 
-class Sample:
-    """Keeps `size` evenly spaced images of a split, to show to a person."""
-
-    def __init__(self, records: int, size: int) -> None:
-        spaced = np.linspace(0, records - 1, min(size, records))
-        self._wanted = {int(index) for index in spaced}
-        self._kept: dict[int, np.ndarray] = {}
-
-    def add(self, index: int, image: np.ndarray) -> None:
-        """Takes the image of a record if it is wanted and new."""
-        if index in self._wanted:
-            self._kept.setdefault(index, np.array(image))
-
-    def images(self) -> list[tuple[int, np.ndarray]]:
-        """(index, image) of the kept ones, in the order of the records."""
-        return sorted(self._kept.items(), key=lambda kept: kept[0])
-
-
 def plot_predictions(predictions: Sequence[Prediction], path: Path) -> Path:
     """Draws images in a grid, each at its aspect ratio, under its predicted class."""
     columns = min(8, len(predictions))

@@ -1,11 +1,12 @@
 """Softmax scores of a whole split, averaged over each image's views.
 
-`score_split` scores by a protocol: `score_crops` cuts the views out of the image,
-`score_maps` convolves whole images in buckets and pools the views from their maps.
+`score_split` scores by a protocol: views are cut out of the image, or whole images are
+convolved in buckets and the views pooled from their maps. `split_scorer` is the same as
+a function of parts of the split.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -21,8 +22,6 @@ from sppnet_jax.network.trained import Network
 from sppnet_jax.run import parallel
 from sppnet_jax.run.progress import progress_bar
 from sppnet_jax.training.steps import shard_batch
-
-OnExample = Callable[[int, bool, np.ndarray], None]  # index, mask, image
 
 
 class Scores(NamedTuple):
@@ -40,6 +39,17 @@ class Scores(NamedTuple):
 
 
 def score_split(
+    network: Network, source: Source, protocol: Protocol, **options: Any
+) -> tuple[Scores, list[BucketTable]]:
+    """The scores of a source's records by a protocol, and the programs of whole images.
+
+    `options`: of `split_scorer`.
+    """
+    score, tables = split_scorer(network, source, protocol, **options)
+    return score(source), tables
+
+
+def split_scorer(
     network: Network,
     source: Source,
     protocol: Protocol,
@@ -49,61 +59,50 @@ def score_split(
     workers: int = 0,
     threads: int = 8,
     strict: bool = False,
-    on_example: OnExample | None = None,
-) -> tuple[Scores, list[BucketTable]]:
-    """The scores of a source's records by a protocol, and the programs of whole images.
+) -> tuple[Callable[[Source], Scores], list[BucketTable]]:
+    """A function that scores a source, or a part of it, by a protocol.
 
     `batch_size`: of images of the training size; more pixels come in smaller batches.
-    `max_buckets`: programs for each scale of whole images. `workers`, `threads`,
-    `strict`: see `data.batches.eval_batches`. `on_example`: called with every record's
-    index, its mask and its first view, or the whole image at the first scale.
+    `max_buckets`: programs for each scale of whole images, which fit all of the source.
+    `workers`, `threads`, `strict`: see `data.batches.eval_batches`.
+
+    Returns: the function, and the programs of whole images at each scale.
+    Raises: ValueError for views on maps of a network without a pyramid.
     """
     batch_size = parallel.round_up_to_devices(batch_size)
+    loading = {"threads": threads, "strict": strict}
     if protocol.on_map:
-        return score_maps(
+        tables = _view_tables(
             network,
             protocol,
             source,
             batch_size=batch_size,
             max_buckets=max_buckets,
             threads=threads,
-            strict=strict,
-            on_example=on_example,
         )
-    batches = eval_batches(
-        source,
-        batch_size=parallel.round_up_to_devices(
-            max(1, batch_size // len(protocol.positions))
-        ),
-        image_size=network.model.image_size,
-        resize_side=protocol.scales[0],
-        positions=protocol.positions,
-        workers=workers,
-        threads=threads,
-        strict=strict,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
-    )
-    scores = score_crops(
-        network, protocol, batches, records=len(source.records), on_example=on_example
-    )
-    return scores, []
+        return functools.partial(
+            _score_maps, network, protocol, tables, loading
+        ), tables
+    program = _crop_program(network, protocol)
+    rows = parallel.round_up_to_devices(max(1, batch_size // len(protocol.positions)))
+
+    def score_crops(part: Source) -> Scores:
+        batches = eval_batches(
+            part,
+            batch_size=rows,
+            image_size=network.model.image_size,
+            resize_side=protocol.scales[0],
+            positions=protocol.positions,
+            workers=workers,
+            **loading,
+        )
+        return _score_crops(network, protocol, program, batches, len(part.records))
+
+    return score_crops, []
 
 
-def score_crops(
-    network: Network,
-    protocol: Protocol,
-    batches: Batches,
-    *,
-    records: int,
-    on_example: OnExample | None = None,
-) -> Scores:
-    """Scores views that were cut out of the images.
-
-    `batches`: of `eval_batches` over `records` records, with the protocol's positions;
-    closed at the end. `on_example`: called with every record's index, its mask and its
-    first view.
-    """
+def _crop_program(network: Network, protocol: Protocol) -> Callable[..., np.ndarray]:
+    """From a batch of views cut out of images to the sums of each image's scores."""
     model, preprocessing = network.model, network.preprocessing
 
     def step(params: Any, batch: dict[str, jax.Array]) -> jax.Array:
@@ -121,82 +120,85 @@ def score_crops(
 
     program = parallel.data_parallel(step)
     replicated = parallel.replicate(network.params)
-    found = _Collector(records, model.num_classes)
+
+    def run(batch: Example) -> np.ndarray:
+        sums = np.asarray(program(replicated, shard_batch(batch)))
+        return sums.reshape(-1, model.num_classes)
+
+    return run
+
+
+def _score_crops(
+    network: Network,
+    protocol: Protocol,
+    program: Callable[..., np.ndarray],
+    batches: Batches,
+    records: int,
+) -> Scores:
+    """Scores views that were cut out of the images.
+
+    `batches`: of `eval_batches` over `records` records, with the protocol's positions;
+    closed at the end.
+    """
+    found = _Collector(records, network.model.num_classes)
     views = len(protocol.positions) * (2 if protocol.flip else 1)
     with batches, progress_bar("testing", records) as bar:
         for batch in batches:
-            sums = np.asarray(program(replicated, shard_batch(batch)))
-            for row, total in enumerate(sums.reshape(-1, model.num_classes)):
+            for row, total in enumerate(program(batch)):
                 index, mask = int(batch["index"][row]), bool(batch["mask"][row])
                 if index < 0:
                     continue
                 found.record(index, int(batch["label"][row]), mask)
                 if mask:
                     found.add(index, total, views)
-                if on_example is not None:
-                    shown = batch["image"][row]
-                    on_example(index, mask, shown[0] if shown.ndim == 4 else shown)
-                bar.update(min(jax.process_count(), records - bar.n))
+                bar.update()
     return found.scores()
 
 
-def score_maps(
-    network: Network,
-    protocol: Protocol,
-    source: Source,
-    *,
-    batch_size: int,
-    max_buckets: int,
-    threads: int,
-    strict: bool = False,
-    on_example: OnExample | None = None,
-) -> tuple[Scores, list[BucketTable]]:
-    """Scores views that are pooled from the maps of whole images, in fitted buckets.
-
-    Each scale is convolved once, and once mirrored; all its views are pooled in one
-    call. Images longer than 4:1 are squeezed to 4:1.
-
-    `batch_size`: of images of the training size; larger images come in smaller batches.
-    `max_buckets`: programs for each scale. `on_example`: as for `score_crops`, but with
-    the whole image at the first scale.
-
-    Returns: the scores, and the table of programs of each scale.
-    Raises: ValueError for a network without a pyramid.
-    """
-    model = network.model
-    if model.levels is None:
+def _view_tables(
+    network: Network, protocol: Protocol, source: Source, **options: Any
+) -> list[BucketTable]:
+    """The programs that pool views from whole images, one table for each scale."""
+    if network.model.levels is None:
         raise ValueError(
             "this network has no spatial pyramid (levels=None), so it can't pool views "
             "from maps of any size: use the protocol single or ten_view"
         )
+    return [
+        fit_table(
+            _view_scores(network, protocol, scale), network, source, scale, **options
+        )
+        for scale in protocol.scales
+    ]
+
+
+def _score_maps(
+    network: Network,
+    protocol: Protocol,
+    tables: Sequence[BucketTable],
+    loading: dict[str, Any],
+    source: Source,
+) -> Scores:
+    """Scores views that are pooled from the maps of whole images, in fitted buckets.
+
+    Each scale is convolved once, and once mirrored; all its views are pooled in one
+    call. Images longer than 4:1 are squeezed to 4:1.
+    """
     records = len(source.records)
-    found = _Collector(records, model.num_classes)
-    tables: list[BucketTable] = []
+    found = _Collector(records, network.model.num_classes)
     with progress_bar("testing", records * len(protocol.scales)) as bar:
 
         def seen(example: Example) -> None:
             index, mask = int(example["index"]), bool(example["mask"])
             found.record(index, int(example["label"]), mask)
-            if on_example is not None and len(tables) == 1:
-                on_example(index, mask, example["images"][0])
-            bar.update(min(jax.process_count(), bar.total - bar.n))
+            bar.update()
 
-        for scale in protocol.scales:
-            table = fit_table(
-                _view_scores(network, protocol, scale),
-                network,
-                source,
-                scale,
-                batch_size=batch_size,
-                max_buckets=max_buckets,
-                threads=threads,
-            )
-            tables.append(table)
+        for scale, table in zip(protocol.scales, tables, strict=True):
             for index, result in map_whole_images(
-                table, source, scale, threads=threads, strict=strict, on_example=seen
+                table, source, scale, on_example=seen, **loading
             ):
                 found.add(index, result["sum"], int(result["views"]))
-    return found.scores(), tables
+    return found.scores()
 
 
 class _Collector:
@@ -216,10 +218,9 @@ class _Collector:
         self._views[index] += views
 
     def scores(self) -> Scores:
-        """The means, of the records of all processes."""
+        """The means."""
         mean = self._sums / np.maximum(self._views, 1)[:, None]
-        own = Scores(mean, self._labels, self._valid, self._views)
-        return Scores(*parallel.sum_over_processes(tuple(own)))
+        return Scores(mean, self._labels, self._valid, self._views)
 
 
 def _view_scores(

@@ -188,6 +188,7 @@ def whole_images(
     strict: bool = False,
     process_index: int = 0,
     process_count: int = 1,
+    indices: Iterable[int] | None = None,
 ) -> Generator[Example, None, None]:
     """Yields every record's whole image at each of several sizes, in order.
 
@@ -201,6 +202,7 @@ def whole_images(
     `max_aspect`: longer over shorter side; longer images are squeezed to it.
     `threads`, `strict`: as for `train_batches`. Of several processes this one has every
     `process_count`-th record: shares may differ in length by one.
+    `indices`: the records to take in place of these, asked for one by one.
 
     Raises: ValueError for arguments that don't fit together; while iterating, for a
     label out of range, and if strict for a broken image.
@@ -218,8 +220,9 @@ def whole_images(
     def load(index: int) -> Example:
         return _load(index, source, "images", resize, blank, strict)
 
-    share = range(process_index, len(source.records), process_count)
-    return _map_ahead(load, share, threads)
+    if indices is None:
+        indices = range(process_index, len(source.records), process_count)
+    return _map_ahead(load, indices, threads)
 
 
 def whole_sizes(

@@ -12,6 +12,7 @@ from sppnet_jax.data.sources import Objects, Source, read_objects, subset
 from sppnet_jax.detection.detector_settings import DetectorSettings
 from sppnet_jax.detection.maps import decodable, image_sizes
 from sppnet_jax.detection.proposals import load_proposals, proposal_recall, propose
+from sppnet_jax.run.shares import ALONE, Share
 
 log = logging.getLogger(__name__)
 
@@ -29,15 +30,18 @@ class BoxSplit(NamedTuple):
     images: list[str]
 
 
-def open_split_of(settings: DetectorSettings, purpose: str, workdir: Path) -> BoxSplit:
+def open_split_of(
+    settings: DetectorSettings, purpose: str, workdir: Path, share: Share = ALONE
+) -> BoxSplit:
     """The images of the "train" or "test" split, their objects and their proposals.
 
     An image that can't be decoded has no proposals, and no objects to train on; a test
     counts its objects as missed, as VOC's own program would.
+    `share`: of several processes that find proposals.
     """
     source, threads = open_box_split(settings.data, purpose), settings.data.threads
     objects = read_objects(source, threads)
-    proposals = find_proposals(settings, source, purpose, workdir)
+    proposals = find_proposals(settings, source, purpose, workdir, share)
     recall = proposal_recall(proposals, objects, len(source.class_names))
     log.info(
         "%.0f proposals an image; they find %s of %d objects (IoU 0.5)",
@@ -60,7 +64,11 @@ def open_split_of(settings: DetectorSettings, purpose: str, workdir: Path) -> Bo
 
 
 def find_proposals(
-    settings: DetectorSettings, source: Source, purpose: str, workdir: Path
+    settings: DetectorSettings,
+    source: Source,
+    purpose: str,
+    workdir: Path,
+    share: Share = ALONE,
 ) -> list[np.ndarray]:
     """Where objects may be in each image of a source, from the cache if it is there."""
     given = settings.proposals
@@ -71,4 +79,5 @@ def find_proposals(
         whole = decodable(source, settings.data.threads)
         none = np.zeros((0, 4), np.float32)
         return [p if ok else none for p, ok in zip(found, whole, strict=True)]
-    return propose(source, given, settings.cache_folder(workdir) / "proposals")
+    folder = settings.cache_folder(workdir) / "proposals"
+    return propose(source, given, folder, share)

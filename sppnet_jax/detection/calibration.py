@@ -42,7 +42,7 @@ def train_without_each_part(
     own = np.where(kept[:, :, None], signs[:, None], 0).reshape(len(signs), -1)
     start = np.where(own != 0, np.tile(state.duals, (1, parts)), 0)
     svms = solve_svms(
-        np.concatenate([positives, state.features]),
+        [positives, state.features],
         own.astype(np.int8),
         C=mining.C,
         positive_weight=mining.positive_weight,

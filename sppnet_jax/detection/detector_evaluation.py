@@ -1,6 +1,7 @@
 """The test of a trained detector, or of several together, on a split with objects."""
 
 import logging
+import shutil
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,6 +15,7 @@ from sppnet_jax.detection.trained_detector import (
     load_detectors,
 )
 from sppnet_jax.run.settings import plain
+from sppnet_jax.run.shares import ALONE, Share
 
 # Settings that may be others in a test than they were in training.
 TEST_ONLY = ("scorer", "fc_rank", "regression", "test", "proposals")
@@ -26,15 +28,17 @@ def evaluate_detectors(
     *,
     settings: DetectorSettings | None = None,
     score: float | None = None,
+    share: Share = ALONE,
 ) -> dict[str, Any]:
     """Tests one detector, or several together, on the test split of the first's data.
 
     Writes precisions, detections and pictures into WORKDIR/test of the first.
 
     `settings`: of the first, if others than it was trained with. `score`: the least of
-    boxes in pictures; see `least_score`.
+    boxes in pictures; see `least_score`. `share`: of several processes that test.
 
-    Returns: what results.json holds.
+    Returns: what results.json holds; nothing in a process that is not the first, which
+    writes none.
     Raises: ValueError or FileNotFoundError for detectors that can't be tested so.
     """
     # Here, not above: a start has no need of it, and it takes a while.
@@ -44,7 +48,7 @@ def evaluate_detectors(
     first, workdir = all_settings[0], workdirs[0]
     detectors = load_detectors(workdirs, all_settings)
     class_names = detectors[0].class_names
-    split = open_split_of(first, "test", workdir)
+    split = open_split_of(first, "test", workdir, share)
     source = split.source
     if source.class_names != class_names:
         raise ValueError(
@@ -69,12 +73,16 @@ def evaluate_detectors(
         {name: plain(settings)[name] for name in TEST_ONLY}
         for settings in (detector_settings(workdir), first)
     )
-    started = time.perf_counter()
-    found = detect_split(detectors, split)
-    seconds = time.perf_counter() - started
     combined = f"_of_{len(workdirs)}" if len(workdirs) > 1 else ""
-    return write_results(
-        workdir / f"test{combined}{'_custom' if given != trained else ''}",
+    folder = workdir / f"test{combined}{'_custom' if given != trained else ''}"
+    kept = folder / "found"
+    started = time.perf_counter()
+    found = detect_split(detectors, split, kept=kept, share=share)
+    seconds = time.perf_counter() - started
+    if not share.is_first:
+        return {}
+    report = write_results(
+        folder,
         source,
         split.objects,
         split.sizes,
@@ -88,6 +96,9 @@ def evaluate_detectors(
             "settings": given,
         },
     )
+    if share.count == 1:  # another process may still look for what is missing
+        shutil.rmtree(kept, ignore_errors=True)
+    return report
 
 
 def settings_together(

@@ -10,10 +10,12 @@ and maps are no stages but a cache that detectors may share: each image has its 
 entry. detector.json, the last that training writes, says which stages belong together.
 """
 
+import contextlib
 import logging
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
 from sppnet_jax.detection.box_split import BoxSplit, open_split_of
@@ -42,12 +44,19 @@ from sppnet_jax.network.trained import Network, digest_arrays, load_network
 from sppnet_jax.run import files, parallel, run_folder, stages
 from sppnet_jax.run.checkpoints import Checkpoints
 from sppnet_jax.run.settings import plain, read
+from sppnet_jax.run.shares import ALONE, Share
 
 log = logging.getLogger(__name__)
 
 
-def train_detector(settings: DetectorSettings, workdir: Path) -> None:
+def train_detector(
+    settings: DetectorSettings, workdir: Path, share: Share = ALONE
+) -> None:
     """Runs the stages of training that are not done yet.
+
+    `share`: of several processes that find proposals and convolve images; only the
+    first of them does the rest, and writes into the folder. End-to-end training runs on
+    all that JAX has joined.
 
     Raises: ValueError for a folder that holds something else, and for a network that
     can't do what the settings ask; and as stages do.
@@ -56,18 +65,27 @@ def train_detector(settings: DetectorSettings, workdir: Path) -> None:
     settings = settings.with_absolute_paths()
     network = _origin(settings, workdir)
     check_network(settings, network)
-    with run_folder.locked(workdir):
-        split = open_split_of(settings, "train", workdir)
-        # From here on stages may be of other settings than the config's.
-        (workdir / DETECTOR_FILE).unlink(missing_ok=True)
-        run_folder.save_config(workdir, plain(settings))
+    together = jax.process_count() > 1
+    if not (share.is_first or together):
+        split = open_split_of(settings, "train", workdir, share)
+        if settings.system != "end_to_end":  # whose trunk is not trained yet
+            boxes = with_objects(split.objects, split.proposals)
+            split_features(settings, network, split, boxes, workdir, share)
+        return
+    with run_folder.locked(workdir) if share.is_first else contextlib.nullcontext():
+        split = open_split_of(settings, "train", workdir, share)
+        if share.is_first:
+            # From here on stages may be of other settings than the config's.
+            (workdir / DETECTOR_FILE).unlink(missing_ok=True)
+            run_folder.save_config(workdir, plain(settings))
         _copy_network(settings, network, workdir)
         made = {
             "classes": list(split.source.class_names),
-            "stages": _run_stages(settings, network, workdir, split),
+            "stages": _run_stages(settings, network, workdir, split, share),
             "images": split.images,
         }
-        files.write_json(workdir / DETECTOR_FILE, made)
+        if share.is_first:
+            files.write_json(workdir / DETECTOR_FILE, made)
 
 
 def check_network(settings: DetectorSettings, network: Network) -> None:
@@ -100,6 +118,11 @@ def check_network(settings: DetectorSettings, network: Network) -> None:
         )
     if settings.system == "end_to_end":
         check_end_to_end(settings.finetune, model)
+        if settings.scorer == "svm" and jax.process_count() > 1:
+            raise ValueError(
+                "SVMs are not trained by several processes together: train with "
+                "--config.scorer=softmax, then go on with svm without --coordinator"
+            )
     elif settings.finetune.steps:
         parallel.check_batch_size(settings.finetune.batch_size)
 
@@ -213,7 +236,11 @@ def _train_end_to_end(
 
 
 def _run_stages(
-    settings: DetectorSettings, network: Network, workdir: Path, split: BoxSplit
+    settings: DetectorSettings,
+    network: Network,
+    workdir: Path,
+    split: BoxSplit,
+    share: Share,
 ) -> dict[str, str]:
     """Runs what is not done; returns the digest of each stage."""
     boxes = with_objects(split.objects, split.proposals)
@@ -243,7 +270,7 @@ def _run_stages(
         network = end_to_end_network(settings, network, workdir, len(names))
         if settings.scorer != "svm":
             return digests
-    features, made_of = split_features(settings, network, split, boxes, workdir)
+    features, made_of = split_features(settings, network, split, boxes, workdir, share)
     shared = {**made_of, **about}
     if finetuning.steps and not end_to_end:
         digests["finetune"] = stages.run_stage(

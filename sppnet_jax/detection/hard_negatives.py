@@ -46,7 +46,7 @@ class Mining(NamedTuple):
     `initial_per_image`: random negatives of a class in each image, at most.
     `hard_per_image`: those that a round adds for a class in each image, at most.
     `max_rows`: windows kept in memory for all classes together, at most; training
-    takes a few times the memory of their float32 features.
+    takes twice the memory of their float32 features.
     `hard_score`: negatives that score more are hard; below −1.
     `calibration_parts`: of the training images, each scored by SVMs that have not seen
     it, to move every class's scores so that 0 parts objects from all else the best;
@@ -383,7 +383,7 @@ def _train(
     new = np.zeros((len(signs) - len(state.duals), len(trained)), np.float32)
     log.info("training %d SVMs on %d windows", trained.sum(), len(signs))
     solved = solve_svms(
-        np.concatenate([positives, state.features]),
+        [positives, state.features],
         signs,
         C=settings.C,
         positive_weight=settings.positive_weight,

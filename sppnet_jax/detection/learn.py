@@ -76,9 +76,10 @@ def learn_svms(
             "only: there is nothing to train SVMs on"
         )
     positives = np.concatenate(parts)
+    del parts  # as large
     labels = np.concatenate([found.labels[~found.difficult] for found in objects])
     scale = feature_scale(positives, mining.feature_norm)
-    positives = positives * scale
+    positives *= scale
 
     def features_of(image: int, chosen: np.ndarray) -> np.ndarray:
         return rows_of(features, program, fc, image, chosen) * scale

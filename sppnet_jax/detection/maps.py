@@ -29,7 +29,7 @@ from sppnet_jax.buckets.whole_images import (
 )
 from sppnet_jax.data.broken import BrokenImages
 from sppnet_jax.data.images import decode_image, image_size, resize_whole, whole_size
-from sppnet_jax.data.sources import Source, subset
+from sppnet_jax.data.sources import Source
 from sppnet_jax.detection.scales import Size, map_size_of
 from sppnet_jax.network.model import SPPNet
 from sppnet_jax.network.preprocess import Preprocessing, normalize
@@ -37,6 +37,7 @@ from sppnet_jax.network.trained import Network
 from sppnet_jax.pyramid.geometry import Geometry
 from sppnet_jax.run.files import write_array
 from sppnet_jax.run.progress import progress_bar
+from sppnet_jax.run.shares import ALONE, Share
 
 log = logging.getLogger(__name__)
 
@@ -51,13 +52,17 @@ def convolve_split(
     max_buckets: int = 4,
     threads: int = 8,
     dtype: str = "float32",
+    share: Share = ALONE,
 ) -> None:
     """Writes the last map of every image at every scale, those that are not there yet.
+
+    A map is the same to the last bit whichever process makes it, in whichever run.
 
     `sides`: the image's shorter side at each scale, in pixels.
     `batch_size`: of images of the training size; larger images come in smaller batches.
     `max_buckets`: compiled programs for each scale.
     `dtype`: of the files; "float16" halves them, at the cost of some exactness.
+    `share`: of several processes that write into the folder.
 
     Raises: ValueError for a network without a pyramid, or a scale that is too small.
     """
@@ -68,37 +73,43 @@ def convolve_split(
         )
     function = map_function(network.model, network.preprocessing)
     broken = BrokenImages(source)
-    everyone = range(len(source.records))
+    images = range(len(source.records))
     for side in sides:
-        missing = [i for i in everyone if not map_file(folder, side, i).exists()]
-        if not missing:
+        files = [map_file(folder, side, index) for index in images]
+        done = sum(file.exists() for file in files)
+        if done == len(files):
             continue
-        part = subset(source, missing)
+        # Fitted to all images, not to the missing ones: buckets decide the last bits.
         table = fit_table(
             function,
             network,
-            part,
+            source,
             side,
             batch_size=batch_size,
             max_buckets=max_buckets,
             threads=threads,
         )
-        sizes = scaled_sizes(image_sizes(part, threads), side)
-        done = len(everyone) - len(missing)
-        with progress_bar(f"maps at {side}", len(everyone), done=done) as bar:
+        sizes = scaled_sizes(image_sizes(source, threads), side)
+        with progress_bar(f"maps at {side}", len(files), done=done) as bar:
 
-            def seen(example: Any, side: int = side, missing: Any = missing) -> None:
+            def seen(example: Any, files: Any = files) -> None:
                 if not example["mask"]:
-                    index = missing[int(example["index"])]
+                    index = int(example["index"])
                     broken.add(index)
-                    write_array(map_file(folder, side, index), np.zeros((0, 0, 0)))
+                    write_array(files[index], np.zeros((0, 0, 0)))
 
             for index, found in map_whole_images(
-                table, part, side, threads=threads, strict=False, on_example=seen
+                table,
+                source,
+                side,
+                threads=threads,
+                strict=False,
+                on_example=seen,
+                indices=share.missing(files, f"maps at {side}"),
+                join=False,
             ):
                 rows, columns = map_size_of(sizes[index], network.geometry)
-                path = map_file(folder, side, missing[index])
-                write_array(path, found[:rows, :columns].astype(dtype))
+                write_array(files[index], found[:rows, :columns].astype(dtype))
                 bar.update()
         log.info("shorter side %d\n%s", side, table)
     broken.summarize()

@@ -16,7 +16,7 @@ import logging
 import os
 import zipfile
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
@@ -34,6 +34,7 @@ from sppnet_jax.detection.proposers import (
 from sppnet_jax.run.files import whole_file, write_array
 from sppnet_jax.run.progress import progress_bar
 from sppnet_jax.run.settings import at_least, one_of
+from sppnet_jax.run.shares import ALONE, Share
 
 log = logging.getLogger(__name__)
 
@@ -76,11 +77,15 @@ class ProposalSettings(NamedTuple):
 
 
 def propose(
-    source: Source, settings: ProposalSettings, folder: str | Path
+    source: Source,
+    settings: ProposalSettings,
+    folder: str | Path,
+    share: Share = ALONE,
 ) -> list[np.ndarray]:
     """The proposals of every record of a source, from the folder or found now.
 
     `folder`: where proposals are kept, those of other data sets and settings too.
+    `share`: of several processes that find them together.
 
     Returns: a list of float32 [N, 4], one for each record; empty for an image that
     can't be decoded, which the log names and the next run tries again.
@@ -90,14 +95,13 @@ def propose(
     folder = Path(folder) / hashlib.sha256(settings_key(settings).encode()).hexdigest()
     folder.mkdir(parents=True, exist_ok=True)
     files = []
-    missing: dict[Path, int] = {}
+    first: dict[Path, int] = {}
     for index in range(len(source.records)):
         digest = hashlib.sha256(source.records[index]["image"]).hexdigest()
         files.append(folder / f"{digest}.npy")
-        if not files[-1].exists():
-            missing.setdefault(files[-1], index)
-    if missing:
-        _find_missing(source, settings, missing)
+        first.setdefault(files[-1], index)
+    if not all(file.exists() for file in first):
+        _find_missing(source, settings, first, share)
     broken = BrokenImages(source)
     for index in (index for index, file in enumerate(files) if not file.exists()):
         broken.add(index)
@@ -288,39 +292,51 @@ def proposal_recall(
 
 
 def _find_missing(
-    source: Source,
-    settings: ProposalSettings,
-    missing: Mapping[Path, int],
+    source: Source, settings: ProposalSettings, files: Mapping[Path, int], share: Share
 ) -> None:
-    """Finds the proposals of some records, and writes each to its file at once."""
+    """Finds the proposals of records without a file, and writes each at once."""
     workers = settings.workers or os.cpu_count() or 1
+    paths, records = list(files), list(files.values())
+    missing = sum(not path.exists() for path in paths)
+    threads = -(-workers // missing) if missing else 1
 
-    def find(path: Path, index: int) -> None:
+    def find(number: int) -> None:
+        index = records[number]
         record = source.records[index]
         try:
             image = decode_image(record["image"])
         except ValueError:
             return  # `propose` names it
         try:
-            boxes = find_boxes(image, settings, threads=-(-workers // len(missing)))
+            boxes = find_boxes(image, settings, threads=threads)
         except Exception as error:
             raise RuntimeError(
                 f"no proposals could be found in {record['name']!r}, record {index} of "
                 f"split {source.split!r} of {source.name}: {error!r}. What was found "
                 "in other images is kept"
             ) from error
-        write_array(path, boxes.astype(np.float32))
+        write_array(paths[number], boxes.astype(np.float32))
 
-    known = len(source.records) - len(missing)
+    known = len(source.records) - missing
     with (
         progress_bar("proposals", len(source.records), done=known) as bar,
         ThreadPoolExecutor(workers) as pool,
     ):
+        running: set[Future[None]] = set()
+
+        def finish(most: int) -> None:
+            nonlocal running
+            while len(running) > most:
+                done, running = wait(running, return_when=FIRST_COMPLETED)
+                for future in done:
+                    future.result()
+                    bar.update()
+
         try:
-            found = [pool.submit(find, *one) for one in missing.items()]
-            for future in as_completed(found):
-                future.result()
-                bar.update()
+            for number in share.missing(paths, "proposals"):
+                running.add(pool.submit(find, number))
+                finish(workers)
+            finish(0)
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise

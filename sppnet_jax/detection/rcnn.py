@@ -26,6 +26,7 @@ from sppnet_jax.pyramid.pooling import num_bins
 from sppnet_jax.run import parallel
 from sppnet_jax.run.files import write_array
 from sppnet_jax.run.progress import progress_bar
+from sppnet_jax.run.shares import ALONE, Share
 from sppnet_jax.training.ahead import StepsAhead
 
 PAPER_CONTEXT = 16 / 227  # of the warped side, on each side of the window
@@ -43,45 +44,56 @@ def convolve_windows(
     batch_size: int = 128,
     threads: int = 8,
     dtype: str = "float32",
+    share: Share = ALONE,
 ) -> None:
     """Writes what the convolutions give each box of each image, where it is not there.
 
     `boxes`: float [N, 4] for each image, in its pixels.
     `context`: pixels of the warped window that show the surroundings, on each side.
     `batch_size`: warped windows that are convolved at a time.
+    `share`: of several processes that write into the folder.
     """
-    missing = [i for i in range(len(boxes)) if not (folder / f"{i:06d}.npy").exists()]
+    files = [_windows_file(folder, index) for index in range(len(boxes))]
+    done = sum(file.exists() for file in files)
+    missing = share.missing(files, "windows of R-CNN")
     run = windows_function(network, batch_size=batch_size)
     fill, side = fill_color(network.preprocessing), network.model.image_size
     broken = BrokenImages(source)
 
-    def load(index: int) -> np.ndarray | None:
+    def load(_: int) -> tuple[int, np.ndarray | None] | None:
+        index = next(missing, None)
+        if index is None:
+            return None
         try:
             image = decode_image(source.records[index]["image"])
         except ValueError:
-            return None
-        return warp_windows(image, boxes[index], side, context=context, fill=fill)
+            return index, None
+        own = boxes[index]
+        return index, warp_windows(image, own, side, context=context, fill=fill)
 
-    done = len(boxes) - len(missing)
     with (
-        StepsAhead(lambda step: load(missing[step]), len(missing)) as ahead,
-        progress_bar("windows of R-CNN", len(boxes), done=done) as bar,
+        StepsAhead(load, len(files) + 1) as ahead,
+        progress_bar("windows of R-CNN", len(files), done=done) as bar,
     ):
-        for index in missing:
-            warped = next(ahead)
+        while (loaded := next(ahead)) is not None:
+            index, warped = loaded
             if warped is None:
                 broken.add(index)
                 found = np.zeros((0, 0, 0, 0))
             else:
                 found = run(warped)
-            write_array(folder / f"{index:06d}.npy", found.astype(dtype))
+            write_array(files[index], found.astype(dtype))
             bar.update()
     broken.summarize()
 
 
 def load_windows(folder: Path, index: int) -> np.ndarray:
     """What is kept of an image's windows, [N, …]; read as far as it is used."""
-    return np.load(folder / f"{index:06d}.npy", mmap_mode="r")
+    return np.load(_windows_file(folder, index), mmap_mode="r")
+
+
+def _windows_file(folder: Path, index: int) -> Path:
+    return folder / f"{index:06d}.npy"
 
 
 def windows_function(

@@ -31,6 +31,7 @@ from sppnet_jax.detection.window_features import (
 )
 from sppnet_jax.network.trained import Network, digest_arrays
 from sppnet_jax.pyramid.pooling import num_bins
+from sppnet_jax.run.shares import ALONE, Share
 from sppnet_jax.run.stages import digest_of
 
 log = logging.getLogger(__name__)
@@ -42,10 +43,11 @@ def split_features(
     split: BoxSplit,
     boxes: list[np.ndarray],
     workdir: Path,
+    share: Share = ALONE,
 ) -> tuple[WindowFeatures, dict[str, Any]]:
     """The pooled features of boxes in a split's images, and what decides them.
 
-    Convolves what is not in the cache yet.
+    Convolves what is not in the cache yet. `share`: of several processes that do.
     """
     decided_by = feature_settings(settings, network)
     inputs = {"images": digest_of({"images": split.images}), **decided_by}
@@ -70,6 +72,7 @@ def split_features(
             batch_size=max(settings.batch_size, 64),
             threads=settings.data.threads,
             dtype=settings.maps_dtype,
+            share=share,
         )
         load = functools.partial(rcnn.load_windows, folder)
         levels = rcnn.levels_to_pool(model)
@@ -93,6 +96,7 @@ def split_features(
         max_buckets=settings.buckets,
         threads=settings.data.threads,
         dtype=settings.maps_dtype,
+        share=share,
     )
     load_all = functools.partial(load_maps, folder, settings.scales)
     return _pooled_from(settings, network, load_all, boxes, split.sizes), inputs

@@ -19,6 +19,7 @@ optimum; the duality gap of every class bounds what remains, and decides when to
 
 import functools
 import logging
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -47,7 +48,7 @@ class SolvedSVMs(NamedTuple):
 
 
 def solve_svms(
-    features: np.ndarray,
+    features: np.ndarray | Sequence[np.ndarray],
     labels: np.ndarray,
     *,
     C: float = 1e-3,
@@ -62,7 +63,8 @@ def solve_svms(
 
     The defaults are those of the R-CNN release, for features of a mean length of 20.
 
-    `features`: float [N, D], finite; computed with in float32.
+    `features`: float [N, D], finite, or several such arrays, taken one after the other;
+    computed with in float32. Beside them one copy is made, and no more.
     `labels`: int8 [N, classes]: 1 for a positive of the class, -1 for a negative, 0
     where the example is left out of the class. A class without any gets zeros.
     `C`, `positive_weight`: the weight of a negative's loss, and how many times that of
@@ -77,13 +79,15 @@ def solve_svms(
 
     Raises: ValueError for arguments that do not fit.
     """
-    features, labels = np.asarray(features, np.float32), np.asarray(labels)
-    _check(features, labels)
+    several = not isinstance(features, np.ndarray)
+    parts = [np.asarray(part) for part in (features if several else [features])]
+    labels = np.asarray(labels)
+    _check(parts, labels)
     count, classes = labels.shape
     rng = np.random.default_rng(seed)
     order = rng.permutation(count)
     blocks = -(-count // BLOCK)
-    signs = _in_blocks(labels, order)
+    signs = _in_blocks([labels], order)
     bounds = np.float32(C) * np.where(signs > 0, np.float32(positive_weight), signs**2)
     duals = np.zeros_like(signs)
     if start is not None:
@@ -93,8 +97,8 @@ def solve_svms(
                 f"start must be finite dual variables [N, classes] = {labels.shape}, "
                 f"got shape {start.shape}; append rows of zeros for new examples"
             )
-        duals = np.clip(_in_blocks(start, order), 0, bounds)
-    x, constant = jnp.asarray(_in_blocks(features, order)), jnp.float32(bias_multiplier)
+        duals = np.clip(_in_blocks([start], order), 0, bounds)
+    x, constant = jax.device_put(_in_blocks(parts, order)), jnp.float32(bias_multiplier)
     examples = _Examples(
         x, jnp.asarray(signs), jnp.asarray(bounds), _grams(x, constant), constant
     )
@@ -218,33 +222,47 @@ def _look(examples: _Examples, signed: jax.Array) -> tuple[jax.Array, ...]:
     return weights, bias, length / 2 + loss, length + loss - dual
 
 
-def _in_blocks(rows: np.ndarray, order: np.ndarray) -> np.ndarray:
+def _in_blocks(parts: Sequence[np.ndarray], order: np.ndarray) -> np.ndarray:
     """Rows in an order, float32 [blocks, BLOCK, …]: blocks mix examples of all images.
 
-    Blank ones, bounded by 0, fill the last. One copy and no more: features may take
-    gigabytes.
+    `parts`: the rows, those of the first array first. Blank ones, bounded by 0, fill
+    the last block. One copy and no more: features may take gigabytes.
     """
-    blocks = -(-len(order) // BLOCK)
-    filled = np.zeros((blocks * BLOCK, rows.shape[1]), np.float32)
-    source, out = np.asarray(rows, np.float32), filled[: len(order)]
-    np.take(source, order, axis=0, out=out, mode="clip")
-    return filled.reshape(blocks, BLOCK, -1)
+    count = -(-len(order) // BLOCK) * BLOCK
+    columns = parts[0].shape[1]
+    # device_put takes this memory as it is on a CPU, if it begins at 64 bytes.
+    room = np.zeros(count * columns + 16, np.float32)
+    first = -room.ctypes.data % 64 // 4
+    filled = room[first : first + count * columns].reshape(count, columns)
+    places, done = np.argsort(order), 0
+    for part in parts:
+        filled[places[done : done + len(part)]] = part
+        done += len(part)
+    return filled.reshape(-1, BLOCK, columns)
 
 
-def _check(features: np.ndarray, labels: np.ndarray) -> None:
-    if features.ndim != 2 or labels.ndim != 2 or len(features) != len(labels):
+def _check(parts: Sequence[np.ndarray], labels: np.ndarray) -> None:
+    shapes = [part.shape for part in parts]
+    told = ", ".join(map(str, shapes))
+    count = sum(shape[0] for shape in shapes if len(shape) == 2)
+    if (
+        len({shape[1:] for shape in shapes}) != 1
+        or len(shapes[0]) != 2
+        or labels.ndim != 2
+        or count != len(labels)
+    ):
         raise ValueError(
-            f"features {features.shape} must be [N, D], and labels {labels.shape} "
-            "[N, classes], of the same N"
+            f"features {told} must be [N, D], and labels {labels.shape} [N, classes], "
+            "of the same N"
         )
-    if not labels.size or not features.size:
+    if not labels.size or not count * shapes[0][1]:
         raise ValueError(
-            f"features {features.shape} and labels {labels.shape} hold nothing to "
-            "train on"
+            f"features {told} and labels {labels.shape} hold nothing to train on"
         )
     if not np.isin(labels, (-1, 0, 1)).all():
         raise ValueError(
             "labels must be 1 (positive), -1 (negative) or 0 (left out), but there are "
             f"{np.unique(labels)[:10].tolist()}"
         )
-    check_finite(features, "features")
+    for part in filter(len, parts):
+        check_finite(part, "features")

@@ -2,9 +2,9 @@
 
 import dataclasses
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import numpy as np
@@ -34,13 +34,15 @@ from sppnet_jax.detection.window_features import (
     padded_count,
 )
 from sppnet_jax.network.model import SPPNet
-from sppnet_jax.network.trained import Network, load_network
+from sppnet_jax.network.trained import Network, digest_arrays, load_network
 from sppnet_jax.run import files, run_folder, stages
 from sppnet_jax.run.progress import progress_bar
 from sppnet_jax.run.settings import plain
+from sppnet_jax.run.shares import ALONE, Share
 
 DETECTOR_FILE = "detector.json"
 NETWORK = "network"
+Piece = TypeVar("Piece")
 
 log = logging.getLogger(__name__)
 
@@ -154,13 +156,50 @@ def load_detectors(
     return detectors
 
 
-def detect_split(detectors: Sequence[Detector], split: BoxSplit) -> list[Detections]:
-    """What one detector, or several together, find in each image of a split."""
-    features = []
+def detect_split(
+    detectors: Sequence[Detector],
+    split: BoxSplit,
+    *,
+    kept: Path | None = None,
+    share: Share = ALONE,
+) -> list[Detections]:
+    """What one detector, or several together, find in each image of a split.
+
+    `kept`: a folder where each image's detections are found again, by a run that goes
+    on and by the other processes of a `share`; it holds those of one test alone.
+    """
+    features, decided_by = [], []
     for own in detectors:
         given = own.settings, own.network, split, split.proposals, own.workdir
-        features.append(split_features(*given)[0])
-    return _detect(detectors, features, split.sizes)
+        found, inputs = split_features(*given, share)
+        features.append(found)
+        weights = digest_arrays(jax.tree.leaves(own.weights))
+        how = own.settings.scorer, own.settings.layer
+        decided_by.append({**inputs, "weights": weights, "scored by": how})
+    programs, count = _programs(detectors, features), len(split.sizes)
+
+    def detect(image: int) -> Detections:
+        height, width = split.sizes[image].tolist()
+        scored = _score(detectors, features, programs, image, (height, width))
+        return suppress(scored, detectors[0].settings.test)
+
+    if kept is None:
+        return list(_with_bar(map(detect, range(count)), count))
+    decided = {
+        "detectors": decided_by,
+        "boxes": digest_arrays(split.proposals),
+        "test": plain(detectors[0].settings.test),
+        "code": files.own_code(),
+    }
+    folder = kept / stages.digest_of(decided)
+    if share.is_first:
+        files.remove_all_but(folder)
+    paths = [folder / f"{image:06d}.npz" for image in range(count)]
+    done = sum(path.exists() for path in paths)
+    missing = share.missing(paths, "detections")
+    for image in _with_bar(missing, count, done):
+        files.write_arrays(paths[image], **detect(image)._asdict())
+    return [Detections(**files.read_arrays(path)) for path in paths]
 
 
 def detect_images(
@@ -215,18 +254,12 @@ def image_detector(
     return detect
 
 
-def _detect(
-    detectors: Sequence[Detector],
-    features: Sequence[WindowFeatures],
-    sizes: np.ndarray,
-) -> list[Detections]:
-    programs, found = _programs(detectors, features), []
-    with progress_bar("detecting", len(sizes)) as bar:
-        for image, (height, width) in enumerate(sizes.tolist()):
-            scored = _score(detectors, features, programs, image, (height, width))
-            found.append(suppress(scored, detectors[0].settings.test))
+def _with_bar(pieces: Iterable[Piece], count: int, done: int = 0) -> Iterator[Piece]:
+    """The same pieces; each is done when the next is asked for."""
+    with progress_bar("detecting", count, done=done) as bar:
+        for piece in pieces:
+            yield piece
             bar.update()
-    return found
 
 
 def _programs(

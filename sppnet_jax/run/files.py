@@ -1,9 +1,12 @@
 """Files that are whole or not there, whoever else writes or reads them."""
 
 import contextlib
+import functools
+import hashlib
 import importlib.metadata
 import json
 import os
+import shutil
 import uuid
 import zipfile
 import zlib
@@ -62,6 +65,14 @@ def read_arrays(path: Path) -> dict[str, np.ndarray]:
         raise ValueError(f"{path} is damaged: {error}") from error
 
 
+def remove_all_but(*folders: Path) -> None:
+    """Removes whatever lies beside folders, all of them in one folder."""
+    beside = folders[0].parent.glob("*") if folders else ()
+    for path in beside:
+        if path not in folders:
+            shutil.rmtree(path, ignore_errors=True)
+
+
 def absolute(path: str) -> str:
     """A path as text that is found again from any folder; "" stays ""."""
     return str(Path(path).expanduser().absolute()) if path else ""
@@ -73,3 +84,12 @@ def own_version() -> str:
         return importlib.metadata.version("sppnet_jax")
     except importlib.metadata.PackageNotFoundError:
         return "unknown (run from a folder that is not installed)"
+
+
+@functools.cache
+def own_code() -> str:
+    """A name for this project's code, another if any file of it is."""
+    digest = hashlib.sha256()
+    for path in sorted(Path(__file__).parent.parent.rglob("*.py")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]

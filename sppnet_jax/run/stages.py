@@ -17,6 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from sppnet_jax.run import parallel
 from sppnet_jax.run.files import write_json
 
 STAGE_FILE = "stage.json"
@@ -31,11 +32,27 @@ def run_stage(
 
     `inputs`: values that JSON can hold. `compute`: called with the stage's folder,
     where it leaves its results and what it needs to go on after an interrupt. What it
-    returns is kept in stage.json for people to read.
+    returns is kept in stage.json for people to read. Of processes that JAX has joined,
+    all call it at the same time, and the first keeps the record.
 
     Raises: ValueError where the stage's folder holds files of something else.
     """
-    folder, removed = workdir / name, workdir / f"{name}.removed"
+    folder = workdir / name
+    done = done_digest(workdir, name) == digest_of(inputs)
+    parallel.wait_for_all_processes(f"each knows whether {name} is done")
+    if parallel.is_first_process():
+        _run_recorded(folder, inputs, compute)
+    elif not done:
+        parallel.wait_for_all_processes(f"{name} begins")
+        compute(folder)
+    parallel.wait_for_all_processes(f"{name} is done")
+    return digest_of(inputs)
+
+
+def _run_recorded(
+    folder: Path, inputs: dict[str, Any], compute: Callable[[Path], Any]
+) -> None:
+    name, removed = folder.name, folder.with_name(f"{folder.name}.removed")
     if removed.exists():
         shutil.rmtree(removed)
     digest = digest_of(inputs)
@@ -52,17 +69,17 @@ def run_stage(
         shutil.rmtree(removed)
     if known and known["done"]:
         log.info("stage %s is done", name)
-        return digest
+        return
     log.info("stage %s %s", name, "goes on" if known else "begins")
     record = {"inputs": inputs, "digest": digest, "done": False}
     write_json(folder / STAGE_FILE, record)
+    parallel.wait_for_all_processes(f"{name} begins")
     started = time.monotonic()
     report = compute(folder)
     seconds = round(time.monotonic() - started, 1)
     log.info("stage %s took %.1f s", name, seconds)
     done = {**record, "done": True, "seconds": seconds, "report": report}
     write_json(folder / STAGE_FILE, done)
-    return digest
 
 
 def done_digest(workdir: Path, name: str) -> str | None:

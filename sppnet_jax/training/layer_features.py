@@ -73,7 +73,18 @@ def default_side(mode: str, *, image_size: int, resize_side: int) -> int:
     return image_size if mode == "warp" else resize_side
 
 
-def extract_features(
+def extract_features(network: Network, source: Source, **options: Any) -> Features:
+    """The activations of a layer for every image of a source, in its order.
+
+    `options`: of `row_extractor`, with its errors.
+
+    Returns: the features; broken images are left out and counted.
+    """
+    rows_of = row_extractor(network, source, **options)
+    return label_rows(*parallel.sum_over_processes(rows_of(source)), source)
+
+
+def row_extractor(
     network: Network,
     source: Source,
     *,
@@ -86,8 +97,8 @@ def extract_features(
     workers: int = 0,
     threads: int = 8,
     strict: bool = False,
-) -> Features:
-    """The activations of a layer for every image of a source, in its order.
+) -> Callable[[Source], tuple[np.ndarray, np.ndarray]]:
+    """A function to the activations of a layer, of a source or of a part of it.
 
     `layer`: "conv1" … after their activation, a cut, "pyramid" (what the head sees),
     "fc6" and "fc7" after their ReLU, "fc8" (the logits). Maps are flattened row by row.
@@ -97,10 +108,12 @@ def extract_features(
     at another aspect; "full", the whole image, not longer than 4:1. A row of the mode
     "full" is that of the image alone, whatever bucket it was computed in.
     `batch_size`: of images of the training size; larger ones come in smaller batches.
-    `max_buckets`: programs for whole images. `mirrored`: sees each image mirrored.
+    `max_buckets`: programs for whole images, which fit all of the source. `mirrored`:
+    sees each image mirrored.
     `workers`, `threads`, `strict`: see `data.batches.eval_batches`.
 
-    Returns: the features; broken images are left out and counted.
+    Returns: the function, to float32 [N, D] and bool [N], whether a record could be
+    decoded; zeros and False where not, and for records of other processes joined.
     Raises: ValueError for a layer or a side that the network or the mode doesn't have,
     and for features that don't fit into the memory.
     """
@@ -108,63 +121,66 @@ def extract_features(
     check_request(model, layer=layer, side=side, mode=mode)
     activations = _layer_function(model, network.preprocessing, layer, mirrored)
     pixels = model.image_size if mode == "crop" else side
-    records = len(source.records)
     length = _row_length(activations, params, pixels, whole=mode == "full")
-    _check_memory(records, length, layer)
+    _check_memory(len(source.records), length, layer)
+    if mode == "full":
+        table = fit_table(
+            activations,
+            network,
+            source,
+            side,
+            batch_size=batch_size,
+            max_buckets=max_buckets,
+            threads=threads,
+        )
+    else:
+        squares = _square_program(activations, params)
+        as_many = batch_size * model.image_size**2 // pixels**2
+        shared: dict[str, Any] = {
+            "batch_size": parallel.round_up_to_devices(
+                max(1, min(batch_size, as_many))
+            ),
+            "workers": workers,
+            "threads": threads,
+            "strict": strict,
+            "process_index": jax.process_index(),
+            "process_count": jax.process_count(),
+        }
 
-    values = np.zeros((records, length), np.float32)
-    valid = np.zeros(records, bool)
-    broken = BrokenImages(source)
-    with progress_bar(layer, records) as bar:
+    def rows_of(part: Source) -> tuple[np.ndarray, np.ndarray]:
+        records = len(part.records)
+        values = np.zeros((records, length), np.float32)
+        valid = np.zeros(records, bool)
+        broken = BrokenImages(part)
+        with progress_bar(layer, records) as bar:
 
-        def seen(index: int, decoded: bool) -> None:
-            if not decoded:
-                broken.add(index)
-            bar.update(min(jax.process_count(), records - bar.n))
+            def seen(index: int, decoded: bool) -> None:
+                if not decoded:
+                    broken.add(index)
+                bar.update(min(jax.process_count(), records - bar.n))
 
-        if mode == "full":
-            table = fit_table(
-                activations,
-                network,
-                source,
-                side,
-                batch_size=batch_size,
-                max_buckets=max_buckets,
-                threads=threads,
-            )
-            rows = map_whole_images(
-                table,
-                source,
-                side,
-                threads=threads,
-                strict=strict,
-                on_example=lambda example: seen(example["index"], example["mask"]),
-            )
-        else:
-            shared: dict[str, Any] = {
-                "batch_size": parallel.round_up_to_devices(
-                    max(
-                        1,
-                        min(batch_size, batch_size * model.image_size**2 // pixels**2),
-                    )
-                ),
-                "workers": workers,
-                "threads": threads,
-                "strict": strict,
-                "process_index": jax.process_index(),
-                "process_count": jax.process_count(),
-            }
-            batches = (
-                eval_batches(source, image_size=pixels, resize_side=side, **shared)
-                if mode == "crop"
-                else warped_batches(source, image_size=pixels, **shared)
-            )
-            rows = _rows_of_squares(activations, params, batches, seen)
-        for index, row in rows:
-            values[index], valid[index] = row, True
-    broken.summarize()
-    values, valid = parallel.sum_over_processes((values, valid))
-    return _with_labels(values, valid, source, threads)
+            if mode == "full":
+                rows = map_whole_images(
+                    table,
+                    part,
+                    side,
+                    threads=threads,
+                    strict=strict,
+                    on_example=lambda one: seen(one["index"], one["mask"]),
+                )
+            else:
+                batches = (
+                    eval_batches(part, image_size=pixels, resize_side=side, **shared)
+                    if mode == "crop"
+                    else warped_batches(part, image_size=pixels, **shared)
+                )
+                rows = _rows_of_squares(squares, batches, seen)
+            for index, row in rows:
+                values[index], valid[index] = row, True
+        broken.summarize()
+        return values, valid
+
+    return rows_of
 
 
 def check_request(model: SPPNet, *, layer: str, side: int, mode: str) -> None:
@@ -258,17 +274,28 @@ def _size_of(count: int) -> str:
     return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
 
 
-def _rows_of_squares(
-    activations: _Activations, params: Any, batches: Batches, seen: _Seen
-) -> _Rows:
+def _square_program(
+    activations: _Activations, params: Any
+) -> Callable[[Any], np.ndarray]:
+    """From a batch of squares to their activations [b, D], on all devices."""
     program = parallel.data_parallel(
         lambda params, batch: activations(params, batch["image"])
     )
     replicated = parallel.replicate(params)
+
+    def run(batch: Any) -> np.ndarray:
+        found = np.asarray(program(replicated, shard_batch(batch)))
+        return found.reshape(-1, found.shape[-1])
+
+    return run
+
+
+def _rows_of_squares(
+    program: Callable[[Any], np.ndarray], batches: Batches, seen: _Seen
+) -> _Rows:
     with batches:
         for batch in batches:
-            found = np.asarray(program(replicated, shard_batch(batch)))
-            found = found.reshape(-1, found.shape[-1])
+            found = program(batch)
             for index, mask, row in zip(
                 batch["index"], batch["mask"], found, strict=True
             ):
@@ -279,10 +306,13 @@ def _rows_of_squares(
                     yield int(index), row
 
 
-def _with_labels(
-    values: np.ndarray, valid: np.ndarray, source: Source, threads: int
+def label_rows(
+    values: np.ndarray, valid: np.ndarray, source: Source, threads: int = 8
 ) -> Features:
-    """Leaves broken records out, and reads what the others are called."""
+    """Leaves broken records out, and reads what the others are called.
+
+    `values`, `valid`: of every record, as of `row_extractor`.
+    """
     indices = np.flatnonzero(valid)
 
     def read(number: int) -> tuple[str, Any]:
