@@ -67,7 +67,7 @@ NOW = flags.DEFINE_multi_enum(
 )
 
 
-class Kind(NamedTuple):
+class Case(NamedTuple):
     """A row: the windows' pyramid, and what is trained on it."""
 
     levels: tuple[int, ...]
@@ -79,7 +79,7 @@ class Kind(NamedTuple):
         return f"{{{','.join(map(str, self.levels))}}}, {self.trained}"
 
 
-Precisions = dict[tuple[Kind, str], dict[int, float]]  # by row and scorer, by seed
+Precisions = dict[tuple[Case, str], dict[int, float]]  # by row and scorer, by seed
 
 
 def main(argv: Sequence[str]) -> None:
@@ -90,13 +90,13 @@ def main(argv: Sequence[str]) -> None:
         cache=settings.cache or str((folder / "cache").absolute())
     )
     pyramids = [tuple(map(int, one)) for one in PYRAMIDS.value]
-    kinds = [Kind(levels, own) for levels in pyramids for own in PARTS.values()]
+    kinds = [Case(levels, own) for levels in pyramids for own in PARTS.values()]
     now = [PARTS[own] for own in NOW.value]
     seeds = tuple(map(int, SEEDS.value))
     name = Path(settings.data.root).name or settings.data.name
     given = DetectionSetting(name, settings, 0, folder, seeds)
     precisions: Precisions = defaultdict(dict)
-    minutes: dict[Kind, list[float]] = defaultdict(list)
+    minutes: dict[Case, list[float]] = defaultdict(list)
     report(given, kinds, precisions, minutes)
     for seed, kind in itertools.product(seeds, kinds):
         for scorer in (SVM,) if kind.trained == NOTHING else (SOFTMAX, SVM):
@@ -120,7 +120,7 @@ def main(argv: Sequence[str]) -> None:
 
 
 def settings_of(
-    settings: DetectorSettings, kind: Kind, scorer: str, seed: int
+    settings: DetectorSettings, kind: Case, scorer: str, seed: int
 ) -> DetectorSettings:
     """The settings of a detector."""
     settings = settings._replace(levels=kind.levels, seed=seed)
@@ -135,7 +135,7 @@ def settings_of(
     return settings._replace(scorer=scorer.lower(), layer="fc7")
 
 
-def workdir_of(folder: Path, kind: Kind, scorer: str, seed: int) -> Path:
+def workdir_of(folder: Path, kind: Case, scorer: str, seed: int) -> Path:
     """Where a detector is kept."""
     levels = "".join(map(str, kind.levels))
     return folder / f"{levels}-{kind.trained.split()[0]}-{scorer}-seed{seed}".lower()
@@ -143,9 +143,9 @@ def workdir_of(folder: Path, kind: Kind, scorer: str, seed: int) -> Path:
 
 def report(
     given: DetectionSetting,
-    kinds: Sequence[Kind],
+    kinds: Sequence[Case],
     precisions: Precisions,
-    minutes: dict[Kind, list[float]],
+    minutes: dict[Case, list[float]],
 ) -> Path:
     """Writes down what is measured so far; returns the folder."""
     rows = []
@@ -156,14 +156,14 @@ def report(
 
     def better(levels: tuple[int, ...], trained: str) -> dict[int, float]:
         """The better scorer's at each seed that has all of a row."""
-        kind = Kind(levels, trained)
+        kind = Case(levels, trained)
         found = [precisions.get((kind, s), {}) for s in (SVM, SOFTMAX)]
         found = found[:1] if trained == NOTHING else found
         seeds = set.intersection(*(set(one) for one in found))
         return {seed: max(one[seed] for one in found) for seed in sorted(seeds)}
 
     def softmax(levels: tuple[int, ...], trained: str) -> dict[int, float]:
-        return precisions.get((Kind(levels, trained), SOFTMAX), {})
+        return precisions.get((Case(levels, trained), SOFTMAX), {})
 
     pyramids = list(dict.fromkeys(kind.levels for kind in kinds))
     claims = []

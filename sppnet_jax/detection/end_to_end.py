@@ -44,7 +44,7 @@ from sppnet_jax.training.steps import Optimizer, TrainState, make_step
 SCALE_FILE = "scale.json"
 
 
-class Windows(NamedTuple):
+class TrainingWindows(NamedTuple):
     """Rows of an image's boxes to train on.
 
     `positives`: int [n], `labels`: int [n], `targets`: float [n, 4], the objects'
@@ -59,7 +59,7 @@ class Windows(NamedTuple):
 
 def training_windows(
     boxes: np.ndarray, objects: Objects, settings: Finetuning
-) -> Windows:
+) -> TrainingWindows:
     """Which boxes show what, see `Finetuning`.
 
     Where no box overlaps the objects as much as a negative should, all that overlap
@@ -73,7 +73,7 @@ def training_windows(
     negatives = np.flatnonzero((highest >= low) & (highest < high))
     if not len(negatives):
         negatives = np.flatnonzero(highest < high)
-    return Windows(rows, labels, targets, negatives)
+    return TrainingWindows(rows, labels, targets, negatives)
 
 
 def check_end_to_end(settings: Finetuning, model: SPPNet) -> None:
@@ -120,7 +120,7 @@ def draw_images(
 
 
 def draw_windows(
-    windows: Sequence[Windows],
+    windows: Sequence[TrainingWindows],
     image: int,
     settings: Finetuning,
     sides: Sequence[int],
