@@ -109,6 +109,13 @@ RUN: dict[str, list[str]] = {
         *(given for given in DETECTOR if "finetune" not in given),
         "--config.scales=(64,)",
     ],
+    "detect train --config=configs/detect_end_to_end.py": [
+        *(given for given in DETECTOR if "steps" not in given),
+        "--config.scales=(64,)",
+        "--config.buckets=1",
+        "--config.finetune.steps=2",
+        "--config.finetune.trainable=head",
+    ],
     "detect test --workdir": [],
     "detect image --workdir": [],
     "inspect ": [],

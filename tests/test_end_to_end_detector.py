@@ -1,5 +1,6 @@
 """Detectors that are trained end to end: on scenes, cut off, on several devices."""
 
+import json
 import logging
 import os
 import re
@@ -25,10 +26,11 @@ from sppnet_jax.detection.trained_detector import (
 from sppnet_jax.network import trunks
 from sppnet_jax.network.pretrained import pretrained_params
 from sppnet_jax.network.trained import load_network
-from sppnet_jax.run import parallel, progress, stages
+from sppnet_jax.run import parallel, progress, run_folder, stages
 from sppnet_jax.run.checkpoints import Checkpoints
+from sppnet_jax.run.settings import plain
 from sppnet_jax.run.shares import Share
-from tests.network_helpers import TINY, TINY_TRUNK
+from tests.network_helpers import TINY, TINY_TRUNK, run_with_tiny_trunk
 from tests.processes import Started
 from tests.test_detect_command import write_classifier, write_scenes
 from tests.test_pretrained_detector import make as make_pretrained
@@ -280,6 +282,45 @@ def test_a_classifier_of_the_paper_s_is_trained_on_with_its_fc_layers(base, tmp_
         there, here = before[name]["kernel"], after[name]["kernel"]
         assert there.shape == here.shape
         assert 0 < np.abs(there - here).max() < 0.1 * np.abs(there).max()
+
+
+def experiment(base, workdir, *arguments):
+    """The experiment of that name, with networks of a few steps."""
+    settings = make(base, **{"finetune.steps": 2})
+    run_folder.save_config(workdir.parent, plain(settings))
+    config = workdir.parent / "config.py"
+    config.write_text(
+        "import json, pathlib\n"
+        "from ml_collections import ConfigDict\n"
+        "def get_config():\n"
+        f"    path = pathlib.Path({str(workdir.parent / 'config.json')!r})\n"
+        "    return ConfigDict(json.loads(path.read_text()))\n"
+    )
+    given = [f"--config={config}", f"--workdir={workdir}", "--seeds=0", *arguments]
+    run = run_with_tiny_trunk, "experiments.end_to_end", given
+    ended = Started(*run, devices=4).end()
+    assert not ended.returncode, ended.stderr
+    return json.loads((workdir / "end_to_end/results.json").read_text()), ended.stderr
+
+
+def test_the_experiment_fills_its_table_and_keeps_what_is_there(base, tmp_path):
+    workdir = tmp_path / "experiment"
+    first, _ = experiment(base, workdir, "--pyramids=21", "--trained=everything")
+    rows = {row["row"]: row["measured"] for row in first["rows"]}
+    assert rows["{2,1}, everything"].keys() == {"SVM", "softmax"}
+    assert not rows["{2,1}, fc layers"]
+    again, told = experiment(base, workdir, "--pyramids=21,7", "--trained=nothing")
+    assert "21-everything" not in told
+    after = {row["row"]: row["measured"] for row in again["rows"]}
+    assert after["{2,1}, everything"] == rows["{2,1}, everything"]
+    assert after["{7}, trunk frozen, no fc layers"].keys() == {"SVM"}
+    table = (workdir / "end_to_end/table.md").read_text()
+    assert "| {7}, everything | not run | not run |" in table
+    assert "{2,1} is better than {7} (softmax): not run" in table
+    verdict = (
+        "Training everything is better than a frozen trunk (the better scorer): not"
+    )
+    assert f"{verdict} shown here: a single difference" in table
 
 
 @pytest.mark.parametrize(
