@@ -6,9 +6,9 @@ trains by configs/detect_pretrained.py in a process of its own for each number o
 --images, and reports its peak resident memory. Images, objects of 20 classes, 2,000
 proposals an image and the maps are made up: there are as many and as large as of VOC's
 trainval, whose images have 500×375 pixels, 2.5 objects each, but images are small
-files and maps are a few that many images share. The proposals come from a file. So
-nothing is searched or convolved, and all that learns from windows is run as it is. The
-same command goes on where it stopped.
+files, and a few scenes with their maps come again and again. The proposals come from a
+file. So nothing is searched or convolved, and all that learns from windows is run as it
+is. The same command goes on where it stopped.
 """
 
 import argparse
@@ -52,7 +52,7 @@ IMAGES = (2_505, 5_011)  # half of VOC 2007's trainval, and all of it
 CLASSES = 20
 OBJECTS = 2.516  # an image, difficult ones left out
 SIZE = (75, 100)  # of the files, in pixels: a fifth of VOC's
-MAPS = 12  # different ones of each size
+SCENES = 60  # that differ in objects and maps; proposals differ in every image
 RESULT = "memory.json"
 LIMIT = 8.0  # GB, what it may take
 
@@ -90,26 +90,46 @@ def made_up_data(folder: Path, count: int, windows: int) -> None:
     rng = np.random.default_rng(0)
     names, proposals = [], []
     for index in range(count + 1):
-        height, width = SIZE if index % 5 else SIZE[::-1]  # some are upright
-        objects = _boxes(rng, 1 + rng.poisson(OBJECTS - 1))
         place, name = folder / ("train" if index < count else "test"), f"{index:06d}"
+        (height, width), boxes, labels = _scene(index)
         color = tuple(rng.integers(0, 256, 3).tolist())
         image = np.full((height, width, 3), color, np.uint8)
         (place / "images").mkdir(parents=True, exist_ok=True)
         cv2.imwrite(str(place / "images" / f"{name}.png"), image)
         lines = (
-            f"{rng.integers(CLASSES)} {(left + right) / 2} {(top + bottom) / 2} "
-            f"{right - left} {bottom - top}\n"
-            for top, left, bottom, right in objects
+            f"{label} {(left + right) / 2} {(top + bottom) / 2} {right - left} "
+            f"{bottom - top}\n"
+            for label, (top, left, bottom, right) in zip(labels, boxes, strict=True)
         )
         write_text(place / "labels" / f"{name}.txt", "".join(lines))
-        near = np.repeat(objects, 8, axis=0)
+        near = np.repeat(boxes, 8, axis=0)
         near = np.clip(near + rng.uniform(-0.03, 0.03, near.shape), 0, 1)
         found = np.concatenate([near, _boxes(rng, windows)])[:windows]
         names.append(f"{place.name}/images/{name}.png")
         proposals.append(found * [height, width, height, width])
     write_text(folder / "classes.txt", "".join(f"class{n}\n" for n in range(CLASSES)))
     save_proposals(folder / "proposals.npz", names, proposals)
+
+
+def _scene(index: int) -> tuple[tuple[int, int], np.ndarray, np.ndarray]:
+    """An image's size, its objects' boxes as shares of the sides, and their classes."""
+    number = index % SCENES
+    rng = np.random.default_rng((1, number))
+    height, width = SIZE if number % 5 else SIZE[::-1]  # some are upright
+    boxes = _boxes(rng, 1 + rng.poisson(OBJECTS - 1))
+    return (height, width), boxes, rng.integers(0, CLASSES, len(boxes))
+
+
+def _map_of(index: int, rows: int, columns: int, channels: int) -> np.ndarray:
+    """A map of an image: noise, and in each object's box what tells its class."""
+    _, boxes, labels = _scene(index)
+    rng = np.random.default_rng((2, index % SCENES))
+    values = rng.standard_normal((rows, columns, channels), np.float32)
+    for label, box in zip(labels, boxes, strict=True):
+        top, left, bottom, right = np.rint(box * ([rows, columns] * 2)).astype(int)
+        told = np.random.default_rng((3, label)).standard_normal(channels, np.float32)
+        values[top:bottom, left:right] += 2 * told
+    return np.maximum(values, 0)
 
 
 def _boxes(rng: np.random.Generator, count: int) -> np.ndarray:
@@ -152,14 +172,14 @@ def _link_maps(
 ) -> None:
     """Puts made-up maps where those of a split's images would be written."""
     channels = pooled_length(network) // num_bins(network.model.levels or ())
-    rng, made = np.random.default_rng(1), folder.with_name("made_up_maps")
+    made, records = folder.with_name("made_up_maps"), source.records
     for side in sides:
         for index, size in enumerate(scaled_sizes(image_sizes(source), side)):
-            shape = (*map_size_of(tuple(size), network.geometry), channels)
-            origin = made / f"{'x'.join(map(str, shape))}-{index % MAPS}.npy"
+            shown = int(Path(records[index]["name"]).stem) % SCENES
+            origin = made / f"{side}-{shown}.npy"
             if not origin.exists():
-                values = np.maximum(rng.standard_normal(shape, np.float32), 0)
-                write_array(origin, values)
+                shape = (*map_size_of(tuple(size), network.geometry), channels)
+                write_array(origin, _map_of(shown, *shape))
             path = map_file(folder, side, index)
             path.parent.mkdir(parents=True, exist_ok=True)
             if not path.exists():
@@ -175,6 +195,11 @@ def _result(folder: Path) -> dict[str, Any]:
 
 def _peak() -> float:
     """The most memory that this process has had so far, in GB."""
+    # Linux's; its getrusage counts what the process was that started this one, too.
+    status = Path("/proc/self/status")
+    if status.exists():
+        (line,) = (x for x in status.read_text().splitlines() if x.startswith("VmHWM"))
+        return int(line.split()[1]) * 1024 / 1e9
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 

@@ -30,6 +30,8 @@ from sppnet_jax.run.settings import above, at_least, share
 
 log = logging.getLogger(__name__)
 
+# Rows by which the negatives in memory grow.
+SPARE = 4096
 # The score of a class that has no positives: finite, and below every threshold.
 NEVER = -1e9
 
@@ -246,7 +248,9 @@ def _find(
 ) -> MiningState:
     """One pass over the images: random negatives in round 0, hard ones afterwards."""
     round_number = len(state.seconds)
-    rows, images, windows = [state.features], [state.images], [state.windows]
+    # Grown in large steps, not joined from many arrays: these would be as large again.
+    rows = np.array(state.features)
+    images, windows = [state.images], [state.windows]
     joined: np.ndarray = state.members.copy()
     members = [joined]
     held, left_out = len(state.features), 0
@@ -299,9 +303,12 @@ def _find(
                 left_out += len(new) - room
                 hardness = np.where(chosen, scores, -np.inf).max(axis=1)[new]
                 new = np.sort(new[np.argsort(-hardness, kind="stable")[:room]])
-            held += len(new)
+            if held + len(new) > len(rows):
+                rows.resize((held + len(new) + SPARE, rows.shape[1]), refcheck=False)
             if len(new):
-                rows.append(features[new] if round_number else look(image, new))
+                found = features[new] if round_number else look(image, new)
+                rows[held : held + len(new)] = found
+            held += len(new)
             images.append(np.full(len(new), image, np.int32))
             windows.append(new.astype(np.int32))
             members.append(chosen[new])
@@ -312,8 +319,9 @@ def _find(
             left_out,
             settings.max_rows,
         )
+    rows.resize((held, rows.shape[1]), refcheck=False)
     return state._replace(
-        features=np.concatenate(rows),
+        features=rows,
         images=np.concatenate(images),
         windows=np.concatenate(windows),
         members=np.concatenate(members),

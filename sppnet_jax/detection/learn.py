@@ -65,19 +65,21 @@ def learn_svms(
     Raises: ValueError if there are no objects to train on.
     """
     program, fc = make_program(features, head), jax.device_put(fc)
-    parts: list[np.ndarray] = []
+    labels = np.concatenate([found.labels[~found.difficult] for found in objects])
+    positives, done = np.zeros((0, 0), np.float32), 0
     for image, found in enumerate(objects):
         rows = np.flatnonzero(~found.difficult)
         if len(rows):
-            parts.append(rows_of(features, program, fc, image, rows))
-    if not parts:
+            own = rows_of(features, program, fc, image, rows)
+            if not done:  # one array for all: many small ones would be as large again
+                positives = np.empty((len(labels), own.shape[1]), np.float32)
+            positives[done : done + len(rows)] = own
+            done += len(rows)
+    if not done:
         raise ValueError(
             f"the {len(objects)} training images have no objects, or difficult ones "
             "only: there is nothing to train SVMs on"
         )
-    positives = np.concatenate(parts)
-    del parts  # as large
-    labels = np.concatenate([found.labels[~found.difficult] for found in objects])
     scale = feature_scale(positives, mining.feature_norm)
     positives *= scale
 

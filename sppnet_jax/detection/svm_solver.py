@@ -18,6 +18,7 @@ optimum; the duality gap of every class bounds what remains, and decides when to
 """
 
 import functools
+import gc
 import logging
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -135,6 +136,9 @@ def solve_svms(
             epochs,
             ", ".join(named),
         )
+    # JAX lets go of memory that it was lent when garbage is collected, not before.
+    del x, examples
+    gc.collect()
     final = np.zeros((count, classes), np.float32)
     final[order] = np.abs(np.asarray(signed).reshape(-1, classes)[:count])
     biases = bias_multiplier * np.asarray(bias, np.float32)
