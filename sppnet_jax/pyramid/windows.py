@@ -111,26 +111,21 @@ _differentiable = jax.custom_vjp(_pool_here, nondiff_argnums=(2,))
 
 def _forward(
     features: jax.Array, windows: jax.Array, levels: tuple[int, ...]
-) -> tuple[jax.Array, tuple[jax.Array, jax.Array, jax.Array]]:
-    pooled = _differentiable(features, windows, levels)
-    return pooled, (features, windows, pooled)
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    return _differentiable(features, windows, levels), (features, windows)
 
 
 def _backward(
     levels: tuple[int, ...],
-    saved: tuple[jax.Array, jax.Array, jax.Array],
+    saved: tuple[jax.Array, jax.Array],
     gradient: jax.Array,
 ) -> tuple[jax.Array, None]:
-    features, windows, pooled = saved
-    # Nothing equals NaN: its gradient would come to no cell, and nobody would notice.
-    gradient = jnp.where(jnp.isnan(pooled), jnp.nan, gradient)
-    # Thousands of windows add to a cell: half floats would lose most of the sum.
-    wide = _widened(features), _widened(gradient)
+    features, windows = saved
     # Map by map under vmap too: a loop over several runs until the last one ends.
     backward = jax.custom_batching.sequential_vmap(
         functools.partial(_gradient_of_max, levels=levels)
     )
-    return backward(*wide, windows).astype(features.dtype), None
+    return backward(features, gradient, windows), None
 
 
 def _gradient_of_max(
@@ -139,10 +134,11 @@ def _gradient_of_max(
     windows: jax.Array,
     levels: tuple[int, ...],
 ) -> jax.Array:
-    """The gradient of `_pool`, in float32 for half floats.
+    """The gradient of `_pool`; that of half floats is summed in float32.
 
     As forwards, some channels at a time: bins hand theirs to the blocks of the table
-    that hold their maximum, and these to the halves that they are made of.
+    that hold their maximum, and these to the halves that they are made of. What is
+    read more than once is held, or XLA computes it for each reader.
     """
     counts = block_counts(features.shape, levels)
     height, width, depth = features.shape
@@ -158,25 +154,27 @@ def _gradient_of_max(
 
     def of_channels(number: jax.Array, total: jax.Array) -> jax.Array:
         first = number * channels
-        some = jax.lax.dynamic_slice_in_dim(features, first, channels, axis=2)
-        own = jax.lax.dynamic_slice_in_dim(gradient, first, channels, axis=2)
+        some, own = (
+            _widened(jax.lax.dynamic_slice_in_dim(values, first, channels, axis=2))
+            for values in (features, gradient)
+        )
         table = _block_table(some, *counts)
         blocks = [table.at[c].get(mode="promise_in_bounds") for c in corners]
-        best = functools.reduce(jnp.maximum, blocks)
-        (share,) = jax.vjp(all_levels, best)[1](own)
-        share = _held(share)
+        best = _held(functools.reduce(jnp.maximum, blocks))
+        (share,) = jax.vjp(all_levels, best)[1](_held(own))
+        # Nothing equals NaN: its gradient would come to no cell, and nobody would know.
+        share = _held(jnp.where(jnp.isnan(best), jnp.nan, share))
         # Of corners that tie the first, so that those on the same cells count once.
-        rows, left = [], jnp.ones(best.shape, bool)
-        for block in blocks:
-            holds = ~(block < best)  # so does a NaN, which nothing equals
-            rows.append(jnp.where(holds & left, share, 0))
-            left &= ~holds
+        holder = jnp.full(best.shape, len(blocks) - 1, jnp.int8)
+        for corner in reversed(range(len(blocks) - 1)):
+            holder = jnp.where(blocks[corner] < best, holder, jnp.int8(corner))
+        holder = _held(holder)
+        rows = [jnp.where(holder == corner, share, 0) for corner in range(len(blocks))]
         sums = jnp.zeros((size, channels), share.dtype)
         sums = sums.at[corners].add(jnp.stack(rows), mode="promise_in_bounds")
         cells = _block_table_gradient(table, sums, *counts, height, width)
-        return jax.lax.dynamic_update_slice(
-            total, cells.reshape(height, width, channels), (0, 0, first)
-        )
+        cells = cells.reshape(height, width, channels).astype(total.dtype)
+        return jax.lax.dynamic_update_slice(total, cells, (0, 0, first))
 
     if not len(windows):
         return jnp.zeros_like(features)
@@ -207,10 +205,8 @@ def _block_table_gradient(
         own = sums[number]
         to_near = jnp.where(near < far, 0, jnp.where(far < near, own, own / 2))
         # Blocks that would leave the map have no gradient: none is cut off here.
-        to_far = (own - to_near)[: cells - shift]
-        total = sums[half] + to_near
-        total = jnp.concatenate([total[:shift], total[shift:] + to_far])
-        sums[half] = _held(total)
+        to_far = jnp.pad((own - to_near)[: cells - shift], ((shift, 0), (0, 0)))
+        sums[half] = _held(sums[half] + to_near + to_far)
     return sums[0]
 
 
