@@ -100,6 +100,29 @@ def test_a_quarter_of_an_image_s_windows_shows_objects_the_rest_is_background():
             np.testing.assert_array_equal(target, OBJECTS.boxes[overlap.argmax()])
 
 
+def test_an_image_s_classes_and_their_objects_have_the_same_share_of_positives():
+    """Two objects of class 0, one of them with nine windows; one of class 1."""
+    objects = Objects(
+        np.array([[0.0, 0, 20, 20], [40, 40, 60, 60], [80, 80, 90, 90]]),
+        np.array([0, 0, 1], np.int32),
+        np.zeros(3, bool),
+    )
+    boxes = boxes_at((40, 40), *((0, x) for x in range(5)), (5, 0), (4, 0), (3, 0))
+    boxes = np.concatenate([objects.boxes, boxes])
+    windows = [training_windows(boxes, objects, SETTINGS)]
+    for balanced, expected in ((True, (1 / 4, 1 / 4, 1 / 2)), (False, None)):
+        settings = SETTINGS._replace(batch_size=40_000, positives=1.0)
+        found = draw(settings=settings._replace(balanced=balanced), windows=windows)
+        counts = np.array([len(windows[0].positives)])
+        shares = np.array(
+            [(found.targets == one).all(axis=1).mean() for one in objects.boxes]
+        )
+        if expected is None:
+            of_each = (iou(boxes, objects.boxes) >= 0.5).sum(axis=0)
+            expected = of_each / counts
+        np.testing.assert_allclose(shares, expected, atol=0.02)
+
+
 def test_an_image_without_objects_is_all_background():
     nothing = Objects(np.zeros((0, 4)), np.zeros(0, np.int32), np.zeros(0, bool))
     windows = [training_windows(BOXES, nothing, SETTINGS)] * 2

@@ -129,8 +129,8 @@ def draw_windows(
 ) -> _Drawn:
     """What a step sees of an image, the positives first.
 
-    Windows are drawn again if an image has too few. Of an image without positives all
-    are negatives, and the reverse.
+    Positives are drawn with replacement, negatives too if there are too few. Of an
+    image without positives all are negatives, and the reverse.
 
     `key`: decides what is drawn.
     """
@@ -140,7 +140,9 @@ def draw_windows(
     wanted = min(round(count * settings.positives), len(own.positives))
     if not len(own.negatives):
         wanted = count
-    first = rng.choice(len(own.positives), wanted, replace=wanted > len(own.positives))
+    first = np.zeros(0, np.int64)
+    if wanted:
+        first = rng.choice(len(own.positives), wanted, p=_shares(own, settings))
     rest = count - wanted
     others = np.zeros(0, np.int64)
     if rest:
@@ -153,6 +155,18 @@ def draw_windows(
         np.concatenate([own.labels[first], np.full(rest, background)]),
         np.concatenate([own.targets[first], np.full((rest, 4), np.nan)]),
     )
+
+
+def _shares(own: TrainingWindows, settings: Finetuning) -> np.ndarray | None:
+    """How likely each positive is drawn; None for all alike."""
+    if not settings.balanced:
+        return None
+    _, objects, windows = np.unique(
+        own.targets, axis=0, return_inverse=True, return_counts=True
+    )
+    objects = objects.reshape(-1)
+    each = 1 / windows[objects]  # of an object they add up to 1
+    return each / np.bincount(own.labels, each)[own.labels] / len(np.unique(own.labels))
 
 
 def train_end_to_end(

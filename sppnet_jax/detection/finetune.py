@@ -49,8 +49,9 @@ class Finetuning(NamedTuple):
     `units`: of fresh fc6 and fc7, for a network that has none.
     Of end-to-end training alone: `trainable`, the first layer that is trained, see
     `Architecture`; `trunk_rate`, the learning rate of convolutions for one of the head;
-    `flip`, half the images are mirrored; `box_weight`, of the loss of boxes;
-    `bfloat16`, activations are in it while training.
+    `flip`, half the images are mirrored; `balanced`, an image's classes have the same
+    share of its positives, and so have the objects of a class; `box_weight`, of the
+    loss of boxes; `bfloat16`, activations are in it while training.
     """
 
     steps: Annotated[int, at_least(0)] = 300_000
@@ -72,6 +73,7 @@ class Finetuning(NamedTuple):
     trainable: str = "conv3"
     trunk_rate: Annotated[float, at_least(0)] = 1.0
     flip: bool = True
+    balanced: bool = True
     box_weight: Annotated[float, at_least(0)] = 1.0
     bfloat16: bool = False
 
