@@ -24,6 +24,7 @@ def get_config() -> ConfigDict:
     config.finetune.trainable = "stride8"
     config.finetune.trunk_rate = 0.1
     config.finetune.learning_rate = 0.01
+    config.finetune.dropout = 0.0
     config.finetune.drop_steps = (450,)
     config.finetune.log_steps = 10
     config.finetune.checkpoint_steps = 200
