@@ -6,7 +6,11 @@ python -m sppnet_jax.detect test --workdir=runs/end_to_end
 
 A step convolves two photographs and classifies 128 of their windows; the gradients go
 through the windows' pyramids into the trunk, down to the layer
-`--config.finetune.trainable`. Not measured yet.
+`--config.finetune.trainable`.
+
+Measured with two CPU cores: 143 photographs of raccoons 9 min 58 s, proposals included, mAP
+98.9 on 53 others; 292 images of blood cells at `--config.scales="(688,)"` 13 min 25 s without
+proposals, mAP 82.4 on 72 others. docs/results.md has the table.
 """
 
 from ml_collections import ConfigDict

@@ -310,7 +310,7 @@ def losses_of(
         entropy = optax.softmax_cross_entropy_with_integer_labels(
             logits, batch["label"]
         )
-        deltas = predict_boxes(params, found.get("fc7", pooled))
+        deltas = predict_boxes(params, found["fc7"])
         shown = batch["label"] < deltas.shape[1]
         own = jnp.minimum(batch["label"], deltas.shape[1] - 1)
         own_deltas = jnp.take_along_axis(deltas, own[:, None, None], axis=1)[:, 0]
