@@ -8,9 +8,9 @@ A step convolves two photographs and classifies 128 of their windows; the gradie
 through the windows' pyramids into the trunk, down to the layer
 `--config.finetune.trainable`.
 
-Measured with two CPU cores: 143 photographs of raccoons 9 min 58 s, proposals included, mAP
-98.9 on 53 others; 292 images of blood cells at `--config.scales="(688,)"` 13 min 25 s without
-proposals, mAP 82.4 on 72 others. docs/results.md has the table.
+Measured with two CPU cores: 143 photographs of raccoons 9 min 58 s, proposals included,
+mAP 98.9 on 53 others; 292 images of blood cells at `--config.scales="(688,)"` 13 min
+25 s without proposals, mAP 82.4 on 72 others. docs/results.md has the table.
 """
 
 from ml_collections import ConfigDict
