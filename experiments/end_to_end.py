@@ -7,7 +7,7 @@ A row is a pyramid of the windows, {7} is Fast R-CNN's one level of 7×7, and wh
 trained on it: no layer (SVMs and ridge regression on the pooled vectors, as
 configs/detect_pretrained.py does), the fc layers, or everything from
 `--config.finetune.trainable` on. Detectors of fc layers are scored by softmax, and by
-SVMs on fc7 of the same training; both move boxes by the box layer.
+SVMs on the pooled vectors after the same training; both move boxes by the box layer.
 
 Writes results.json, table.md and plot.png into the workdir. Interrupted, the same
 command goes on; a row that is not there yet says so.
@@ -132,7 +132,7 @@ def settings_of(
     if kind.trained == FC:
         finetune = settings.finetune._replace(trainable=HEAD_ONLY)
         settings = settings._replace(finetune=finetune)
-    return settings._replace(scorer=scorer.lower(), layer="fc7")
+    return settings._replace(scorer=scorer.lower(), layer="pyramid")
 
 
 def workdir_of(folder: Path, kind: Case, scorer: str, seed: int) -> Path:
