@@ -23,9 +23,9 @@ from sppnet_jax.data.images import decode_image, mirror, resize_whole, whole_siz
 from sppnet_jax.data.sources import Objects
 from sppnet_jax.detection.box_layer import BOX, SPREAD, predict_boxes
 from sppnet_jax.detection.box_split import BoxSplit
-from sppnet_jax.detection.boxes import encode_boxes, iou
-from sppnet_jax.detection.examples import regression_examples
-from sppnet_jax.detection.finetune import Finetuning, learning_rate
+from sppnet_jax.detection.boxes import encode_boxes
+from sppnet_jax.detection.examples import finetuning_examples, regression_examples
+from sppnet_jax.detection.finetune import Finetuning, train_on_windows
 from sppnet_jax.detection.hard_negatives import feature_scale
 from sppnet_jax.detection.scales import map_size_of, scale_factors
 from sppnet_jax.network.model import SPPNet, frozen_convs, with_trainable
@@ -36,10 +36,6 @@ from sppnet_jax.run import parallel, run_folder
 from sppnet_jax.run.checkpoints import Checkpoints
 from sppnet_jax.run.files import write_json
 from sppnet_jax.run.run_folder import CHECKPOINTS
-from sppnet_jax.training.ahead import StepsAhead
-from sppnet_jax.training.loop import train
-from sppnet_jax.training.step_log import Pace
-from sppnet_jax.training.steps import Optimizer, TrainState, make_step
 
 SCALE_FILE = "scale.json"
 
@@ -65,15 +61,14 @@ def training_windows(
     Where no box overlaps the objects as much as a negative should, all that overlap
     them less are negatives; of an image without objects, all boxes.
     """
-    rows, targets, labels = regression_examples(
-        boxes, objects, overlap=settings.positive_overlap
-    )
-    low, high = settings.negative_overlap
-    highest = iou(boxes, objects.boxes.reshape(-1, 4)).max(axis=1, initial=0)
-    negatives = np.flatnonzero((highest >= low) & (highest < high))
-    if not len(negatives):
-        negatives = np.flatnonzero(highest < high)
-    return TrainingWindows(rows, labels, targets, negatives)
+    overlap, (low, high) = settings.positive_overlap, settings.negative_overlap
+    rows, targets, labels = regression_examples(boxes, objects, overlap=overlap)
+    found = finetuning_examples(boxes, objects, positive=overlap, negative=(low, high))
+    if not len(found.negatives):
+        found = finetuning_examples(
+            boxes, objects, positive=overlap, negative=(-1.0, high)
+        )
+    return TrainingWindows(rows, labels, targets, found.negatives)
 
 
 def check_end_to_end(settings: Finetuning, model: SPPNet) -> None:
@@ -214,11 +209,6 @@ def train_end_to_end(
     model = with_trainable(network.model, settings.trainable).clone(dtype=dtype)
     head = head.clone(dtype=dtype)
     frozen = frozen_convs(model, settings.trainable)
-    optimizer = Optimizer(
-        momentum=settings.momentum,
-        weight_decay=settings.weight_decay,
-        trunk_rate=settings.trunk_rate,
-    )
     background = head.num_classes - 1
 
     def draw(step: int) -> list[_Drawn]:
@@ -237,36 +227,17 @@ def train_end_to_end(
     parallel.wait_for_all_processes("the scale is measured")
     scale = run_folder.read_json(folder / SCALE_FILE)["scale"]
 
-    def make_state() -> TrainState:
-        rng = jax.random.PRNGKey(seed + 1)
-        momentum = optimizer.transform(frozen).init(params)
-        return parallel.replicate(
-            TrainState(jnp.zeros((), jnp.int32), params, momentum, rng)
-        )
-
-    with StepsAhead(load, settings.steps) as batches:
-        memory = train(
-            folder,
-            "end-to-end training",
-            Pace(
-                settings.steps,
-                settings.batch_size,
-                log_steps=settings.log_steps,
-                checkpoint_steps=settings.checkpoint_steps,
-                unit="windows",
-            ),
-            make_state=make_state,
-            batches=batches,
-            place=lambda batch: batch,
-            make_program=lambda size: make_step(
-                losses_of(
-                    model, head, network.preprocessing, settings.box_weight, scale
-                ),
-                optimizer,
-                frozen,
-            ),
-            rate=lambda step, errors: learning_rate(settings, step),
-        )
+    memory = train_on_windows(
+        folder,
+        "end-to-end training",
+        settings,
+        load,
+        lambda: params,
+        losses_of(model, head, network.preprocessing, settings.box_weight, scale),
+        frozen=frozen,
+        trunk_rate=settings.trunk_rate,
+        seed=seed,
+    )
     return {
         "steps": settings.steps,
         "images": len(usable),

@@ -132,38 +132,18 @@ def finetune(
             "and windows that overlap them a little: there is nothing to fine-tune on. "
             "Check the annotations, or lower finetune.negative_overlap"
         )
-    optimizer = Optimizer(
-        momentum=settings.momentum, weight_decay=settings.weight_decay
-    )
     background = model.num_classes - 1
     load = _batch_loader(features, examples, usable, settings, background, seed)
 
-    def make_state() -> TrainState:
-        fc = _fresh_fc(model, params, seed)
-        rng, momentum = jax.random.PRNGKey(seed + 1), optimizer.transform().init(fc)
-        return parallel.replicate(
-            TrainState(jnp.zeros((), jnp.int32), fc, momentum, rng)
-        )
-
-    with StepsAhead(load, settings.steps) as batches:
-        memory = train(
-            folder,
-            "fine-tuning",
-            Pace(
-                settings.steps,
-                settings.batch_size,
-                log_steps=settings.log_steps,
-                checkpoint_steps=settings.checkpoint_steps,
-                unit="windows",
-            ),
-            make_state=make_state,
-            batches=batches,
-            place=lambda batch: batch,
-            make_program=lambda size: make_step(
-                functools.partial(_losses, model), optimizer
-            ),
-            rate=lambda step, errors: learning_rate(settings, step),
-        )
+    memory = train_on_windows(
+        folder,
+        "fine-tuning",
+        settings,
+        load,
+        lambda: _fresh_fc(model, params, seed),
+        functools.partial(_losses, model),
+        seed=seed,
+    )
     return {
         "steps": settings.steps,
         "images": len(usable),
@@ -175,6 +155,57 @@ def finetune(
     }
 
 
+def train_on_windows(
+    folder: Path,
+    name: str,
+    settings: Finetuning,
+    load: Callable[[int], Any],
+    begin: Callable[[], Any],
+    losses_of: Callable[..., tuple[jax.Array, jax.Array]],
+    *,
+    frozen: Sequence[str] = (),
+    trunk_rate: float = 1.0,
+    seed: int,
+) -> dict[str, Any]:
+    """Runs the steps of a training on windows; see `loop.train`.
+
+    `load`: from a step's number to its batch, split over the devices. `begin`: makes
+    the parameters to begin with. `losses_of`, `frozen`: see `make_step`.
+
+    Returns: what `loop.train` does, with its errors.
+    """
+    optimizer = Optimizer(
+        momentum=settings.momentum,
+        weight_decay=settings.weight_decay,
+        trunk_rate=trunk_rate,
+    )
+
+    def make_state() -> TrainState:
+        params, rng = begin(), jax.random.PRNGKey(seed + 1)
+        momentum = optimizer.transform(frozen).init(params)
+        return parallel.replicate(
+            TrainState(jnp.zeros((), jnp.int32), params, momentum, rng)
+        )
+
+    with StepsAhead(load, settings.steps) as batches:
+        return train(
+            folder,
+            name,
+            Pace(
+                settings.steps,
+                settings.batch_size,
+                log_steps=settings.log_steps,
+                checkpoint_steps=settings.checkpoint_steps,
+                unit="windows",
+            ),
+            make_state=make_state,
+            batches=batches,
+            place=lambda batch: batch,
+            make_program=lambda size: make_step(losses_of, optimizer, frozen),
+            rate=lambda step, errors: _learning_rate(settings, step),
+        )
+
+
 def load_finetuned(folder: Path, model: SPPNet, params: Any) -> Any:
     """The parameters `params` with the fine-tuned fc layers in place of theirs."""
     shapes = jax.eval_shape(lambda: _fresh_fc(model, params, 0))
@@ -182,7 +213,7 @@ def load_finetuned(folder: Path, model: SPPNet, params: Any) -> Any:
         return {**params, **checkpoints.restore_params(shapes)}
 
 
-def learning_rate(settings: Finetuning, step: int) -> float:
+def _learning_rate(settings: Finetuning, step: int) -> float:
     """The learning rate of a step, from 0 on."""
     drops = sum(step >= drop for drop in settings.drop_steps)
     return settings.learning_rate / settings.drop_factor**drops
