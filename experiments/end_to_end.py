@@ -9,8 +9,8 @@ configs/detect_pretrained.py does), the fc layers, or everything from
 `--config.finetune.trainable` on. Detectors of fc layers are scored by softmax, and by
 SVMs on the pooled vectors after the same training; both move boxes by the box layer.
 
-Writes results.json, table.md and plot.png into the workdir. Interrupted, the same
-command goes on; a row that is not there yet says so.
+Writes results.json, table.md and plot.png into WORKDIR/end_to_end. Interrupted, the
+same command goes on; a row that is not there yet says so.
 """
 
 import itertools
@@ -45,17 +45,11 @@ NAME = "end_to_end"
 TITLE = "End-to-end training by pyramid, mAP (11 points)"
 SVM, SOFTMAX = "SVM", "softmax"
 NOTHING, FC, EVERYTHING = "trunk frozen, no fc layers", "fc layers", "everything"
+# What is better, than what, and the scorer of both.
 CLAIMS = {
-    "Training everything is better than a frozen trunk (the better scorer)": (
-        EVERYTHING,
-        NOTHING,
-    ),
-    "Training everything is better than the fc layers alone (softmax)": (
-        EVERYTHING,
-        FC,
-    ),
+    "Training everything is better than a frozen trunk": (EVERYTHING, NOTHING, SVM),
+    "Training everything is better than the fc layers": (EVERYTHING, FC, SOFTMAX),
 }
-
 PARTS = {"nothing": NOTHING, "fc": FC, "everything": EVERYTHING}
 
 SEEDS = flags.DEFINE_list("seeds", ["0", "1", "2"], "The seeds.")
@@ -90,96 +84,89 @@ def main(argv: Sequence[str]) -> None:
         cache=settings.cache or str((folder / "cache").absolute())
     )
     pyramids = [tuple(map(int, one)) for one in PYRAMIDS.value]
-    kinds = [Case(levels, own) for levels in pyramids for own in PARTS.values()]
+    cases = [Case(levels, own) for levels in pyramids for own in PARTS.values()]
     now = [PARTS[own] for own in NOW.value]
     seeds = tuple(map(int, SEEDS.value))
     name = Path(settings.data.root).name or settings.data.name
     given = DetectionSetting(name, settings, 0, folder, seeds)
     precisions: Precisions = defaultdict(dict)
     minutes: dict[Case, list[float]] = defaultdict(list)
-    report(given, kinds, precisions, minutes)
-    for seed, kind in itertools.product(seeds, kinds):
-        for scorer in (SVM,) if kind.trained == NOTHING else (SOFTMAX, SVM):
-            workdir = workdir_of(folder, kind, scorer, seed)
-            if kind.trained in now:
-                if scorer == SVM and kind.trained != NOTHING:
-                    share_stages(workdir_of(folder, kind, SOFTMAX, seed), workdir)
-                own = settings_of(settings, kind, scorer, seed)
+    report(given, cases, precisions, minutes)
+    for seed, case in itertools.product(seeds, cases):
+        for scorer in (SVM,) if case.trained == NOTHING else (SOFTMAX, SVM):
+            workdir = workdir_of(folder, case, scorer, seed)
+            if case.trained in now:
+                if scorer == SVM and case.trained != NOTHING:
+                    share_stages(workdir_of(folder, case, SOFTMAX, seed), workdir)
+                own = settings_of(settings, case, scorer, seed)
                 found = tested_detector(own, workdir)
             elif (workdir / TESTED).exists():
                 found = run_folder.read_json(workdir / TESTED)["report"]
             else:
                 continue
-            precisions[kind, scorer][seed] = found["map_11_point"]
+            precisions[case, scorer][seed] = found["map_11_point"]
             if scorer == SOFTMAX:
                 stage = run_folder.read_json(workdir / "finetune" / stages.STAGE_FILE)
-                minutes[kind].append(stage["seconds"] / 60)
-            report(given, kinds, precisions, minutes)
-    made = report(given, kinds, precisions, minutes)
+                minutes[case].append(stage["seconds"] / 60)
+            report(given, cases, precisions, minutes)
+    made = report(given, cases, precisions, minutes)
     print(f"\n{(made / 'table.md').read_text()}")
 
 
 def settings_of(
-    settings: DetectorSettings, kind: Case, scorer: str, seed: int
+    settings: DetectorSettings, case: Case, scorer: str, seed: int
 ) -> DetectorSettings:
     """The settings of a detector."""
-    settings = settings._replace(levels=kind.levels, seed=seed)
-    if kind.trained == NOTHING:
+    settings = settings._replace(levels=case.levels, seed=seed)
+    if case.trained == NOTHING:
         finetune = settings.finetune._replace(steps=0)
         return settings._replace(
             system="spp", scorer="svm", layer="pyramid", finetune=finetune
         )
-    if kind.trained == FC:
+    if case.trained == FC:
         finetune = settings.finetune._replace(trainable=HEAD_ONLY)
         settings = settings._replace(finetune=finetune)
     return settings._replace(scorer=scorer.lower(), layer="pyramid")
 
 
-def workdir_of(folder: Path, kind: Case, scorer: str, seed: int) -> Path:
+def workdir_of(folder: Path, case: Case, scorer: str, seed: int) -> Path:
     """Where a detector is kept."""
-    levels = "".join(map(str, kind.levels))
-    return folder / f"{levels}-{kind.trained.split()[0]}-{scorer}-seed{seed}".lower()
+    levels = "".join(map(str, case.levels))
+    return folder / f"{levels}-{case.trained.split()[0]}-{scorer}-seed{seed}".lower()
 
 
 def report(
     given: DetectionSetting,
-    kinds: Sequence[Case],
+    cases: Sequence[Case],
     precisions: Precisions,
     minutes: dict[Case, list[float]],
 ) -> Path:
     """Writes down what is measured so far; returns the folder."""
     rows = []
-    for kind in kinds:
-        scorers = (SVM,) if kind.trained == NOTHING else (SVM, SOFTMAX)
-        measured = {s: list(precisions.get((kind, s), {}).values()) for s in scorers}
-        rows.append(Row(kind.label, measured, {}))
+    for case in cases:
+        scorers = (SVM,) if case.trained == NOTHING else (SVM, SOFTMAX)
+        measured = {s: list(precisions.get((case, s), {}).values()) for s in scorers}
+        rows.append(Row(case.label, measured, {}))
 
-    def better(levels: tuple[int, ...], trained: str) -> dict[int, float]:
-        """The better scorer's at each seed that has all of a row."""
-        kind = Case(levels, trained)
-        found = [precisions.get((kind, s), {}) for s in (SVM, SOFTMAX)]
-        found = found[:1] if trained == NOTHING else found
-        seeds = set.intersection(*(set(one) for one in found))
-        return {seed: max(one[seed] for one in found) for seed in sorted(seeds)}
+    def of(
+        levels: tuple[int, ...], trained: str, scorer: str = SOFTMAX
+    ) -> dict[int, float]:
+        return precisions.get((Case(levels, trained), scorer), {})
 
-    def softmax(levels: tuple[int, ...], trained: str) -> dict[int, float]:
-        return precisions.get((Case(levels, trained), SOFTMAX), {})
-
-    pyramids = list(dict.fromkeys(kind.levels for kind in kinds))
+    pyramids = list(dict.fromkeys(case.levels for case in cases))
     claims = []
-    for text, (more, less) in CLAIMS.items():
-        of = better if less == NOTHING else softmax
+    for text, (more, less, scorer) in CLAIMS.items():
         gains = [
             gain
             for levels in pyramids
-            for gain in differences(of(levels, more), of(levels, less), float)
+            for gain in differences(
+                of(levels, more, scorer), of(levels, less, scorer), float
+            )
         ]
-        claims.append(Claim(text, gains))
+        claims.append(Claim(f"{text} ({scorer})", gains))
     if (7,) in pyramids:
         for levels in (own for own in pyramids if own != (7,)):
-            gains = differences(
-                softmax(levels, EVERYTHING), softmax((7,), EVERYTHING), float
-            )
+            gains = differences(of(levels, EVERYTHING), of((7,), EVERYTHING), float)
             name = ",".join(map(str, levels))
             claims.append(Claim(f"{{{name}}} is better than {{7}} (softmax)", gains))
     steps = given.settings.finetune
@@ -190,10 +177,10 @@ def report(
         "Pairs are detectors that differ in one thing, at one seed; all are tested on "
         "the same images.",
         *(
-            f"Minutes of training {kind.label}: "
+            f"Minutes of training {case.label}: "
             + ", ".join(f"{own:.1f}" for own in found)
             + "."
-            for kind, found in minutes.items()
+            for case, found in minutes.items()
         ),
     ]
     folder = write_report(

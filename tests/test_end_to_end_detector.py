@@ -317,9 +317,7 @@ def test_the_experiment_fills_its_table_and_keeps_what_is_there(base, tmp_path):
     table = (workdir / "end_to_end/table.md").read_text()
     assert "| {7}, everything | not run | not run |" in table
     assert "{2,1} is better than {7} (softmax): not run" in table
-    verdict = (
-        "Training everything is better than a frozen trunk (the better scorer): not"
-    )
+    verdict = "Training everything is better than a frozen trunk (SVM): not"
     assert f"{verdict} shown here: a single difference" in table
 
 
