@@ -209,9 +209,10 @@ def plot(rows: Sequence[Measurements]) -> Figure:
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
     images = [row["images"] for row in rows]
-    for name in (name for name in rows[0] if name.endswith(", GB")):
+    steps = [name for name in rows[0] if name.endswith(", GB")]
+    for name in steps[1:]:  # the first is that of all of them
         axes.plot(images, [row[name] for row in rows], "o-", label=name[:-4])
-    axes.axhline(LIMIT, color="0.6", ls="--")
+    axes.axhline(LIMIT, color="0.6", ls="--", label="what it may take")
     axes.set(xlabel="training images", ylabel="peak memory, GB", ylim=(0, None))
     axes.legend(fontsize=8, frameon=False)
     return figure
