@@ -431,8 +431,8 @@ def frozen_convs(model: SPPNet, trainable: str) -> tuple[str, ...]:
             cuts[layer.name] = names[:before]
     if trainable not in cuts:
         raise ValueError(
-            f"unknown layer to train from, {trainable!r}: use all, head, conv1 to "
-            f"conv{count}" + "".join(f", {cut}" for cut in cuts)
+            f"unknown layer to train from, trainable {trainable!r}: use all, head, "
+            f"conv1 to conv{count}" + "".join(f", {cut}" for cut in cuts)
         )
     return cuts[trainable]
 
