@@ -326,7 +326,7 @@ def test_the_experiment_fills_its_table_and_keeps_what_is_there(base, tmp_path):
     [
         ({"finetune.images": 3}, "images, 3, must be a multiple of the 4 devices"),
         ({"finetune.batch_size": 30}, "30 windows, of the images"),
-        ({"finetune.trainable": "conv9"}, "unknown layer to train from, trainable 'conv9'"),
+        ({"finetune.trainable": "conv9"}, "from, trainable 'conv9': use"),
         ({"finetune.steps": 0, "scorer": "svm"}, "steps is 0: give steps, or use"),
         ({"levels": (), "network": "vgg16_nowhere"}, "holds no trained classifier"),
     ],

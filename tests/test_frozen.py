@@ -494,7 +494,7 @@ def test_broken_images_are_left_out_and_counted(make, root, by_hand, tmp_path, c
             r"is pooled by a pyramid: give config.model.levels such as \(1,\)",
         ),
         ({"batch_size": 20}, "has 16 records, less than one batch of 20; lower"),
-        ({"model.trainable": "conv9"}, "unknown layer to train from, trainable 'conv9'"),
+        ({"model.trainable": "conv9"}, "from, trainable 'conv9': use all"),
         ({"model.trainable": "stride8"}, "conv1 to conv2, stride2, stride4"),
         ({"model.width": 0.5}, r"don't fit conv1: .*config.model.width=1"),
         ({"model.weights": "absent.pth"}, "no weight file absent.pth"),
