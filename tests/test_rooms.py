@@ -15,7 +15,7 @@ FLOORS = (
     {"training"},
     {"classification"},
     {"detection"},
-    {"benchmarks"},
+    {"benchmarks", "exports"},
 )
 COMMANDS = {
     *("train", "evaluate", "predict", "features", "detect", "export", "bench"),

@@ -129,8 +129,8 @@ def join_maps(
     parts = []
     for found, size, grid in zip(maps, sizes, grids, strict=True):
         for axis in (1, 2):
-            centers = own.center + own.stride * np.arange(shape[axis])
-            closest = np.floor((centers - grid.center) / grid.stride + 0.5).astype(int)
+            ratio, shift = join_indices(own, grid)
+            closest = np.floor(ratio * np.arange(shape[axis]) + shift).astype(int)
             index = jnp.clip(closest, 0, found.shape[axis] - 1)[None]
             if size is not None:
                 index = jnp.minimum(index, size[:, axis - 1, None] - 1)
@@ -138,6 +138,11 @@ def join_maps(
             found = jnp.take_along_axis(found, index, axis, mode="clip")
         parts.append(found)
     return zero_beyond(jnp.concatenate(parts, axis=-1), sizes[finest])
+
+
+def join_indices(finest: Geometry, grid: Geometry) -> tuple[float, float]:
+    """A ratio and a shift: floor(ratio · i + shift) is a grid's unit closest to i."""
+    return finest.stride / grid.stride, (finest.center - grid.center) / grid.stride + 0.5
 
 
 def activate(maps: Array, activation: str) -> Array:

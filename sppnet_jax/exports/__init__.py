@@ -1,0 +1,1 @@
+"""Networks and detectors in the formats of other programs."""

@@ -1,0 +1,102 @@
+"""A network as programs that need no code of it: `sppnet_jax.exported` runs them.
+
+    export_stablehlo(load_network("runs/flowers"), "flowers")
+
+The folder holds a serialised program for each bucket, the weights in one safetensors
+file and what a person and `exported.load` need to know in `model.json`.
+"""
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import export
+
+from sppnet_jax import exported
+from sppnet_jax.buckets.choice import Bucket
+from sppnet_jax.buckets.whole_images import MAX_ASPECT, photo_buckets
+from sppnet_jax.network.exported import describe
+from sppnet_jax.network.preprocess import normalize
+from sppnet_jax.network.pretrained import named_params
+from sppnet_jax.network.trained import Network
+from sppnet_jax.network.weight_files import write_tensors
+from sppnet_jax.run.files import own_version, whole_file, write_text
+
+PLATFORMS = ("cpu", "cuda", "tpu")
+
+
+def export_stablehlo(
+    network: Network,
+    folder: str | Path,
+    *,
+    buckets: Sequence[Bucket] = (),
+    platforms: Sequence[str] = PLATFORMS,
+) -> Path:
+    """Writes a network's programs, weights and description into a folder; returns it.
+
+    `buckets`: (height, width) each, for images of the network's `resize_side` up to
+    4:1; by default eight that hold them all. `platforms`: that the programs run on.
+
+    Raises: ValueError for buckets that don't hold every such image.
+    """
+    folder, side = Path(folder).expanduser(), network.resize_side
+    crop_side = network.model.image_size if network.model.levels is None else 0
+    buckets = [(crop_side, crop_side)] if crop_side else buckets or photo_buckets(side)
+    longest = round(side * MAX_ASPECT)
+    for size in () if crop_side else ((side, longest), (longest, side)):
+        if not any(size[0] <= b[0] and size[1] <= b[1] for b in buckets):
+            raise ValueError(
+                f"no bucket holds an image of {size[0]}×{size[1]} pixels, the longest "
+                f"at a shorter side of {side}: add one"
+            )
+    tensors = named_params(network.params)
+    specs = {
+        name: jax.ShapeDtypeStruct(tensor.shape, tensor.dtype)
+        for name, tensor in tensors.items()
+    }
+    program = export.export(jax.jit(_scores_of(network)), platforms=list(platforms))
+    folder.mkdir(parents=True, exist_ok=True)
+    for bucket in buckets:
+        made = program(
+            specs,
+            jax.ShapeDtypeStruct((1, *bucket, 3), jnp.uint8),
+            jax.ShapeDtypeStruct((1, 2), jnp.int32),
+        )
+        with whole_file(folder / exported.program_file(bucket)) as file:
+            file.write(made.serialize())
+    write_tensors(folder / exported.WEIGHTS, tensors, describe(network))
+    described = {
+        "format": exported.FORMAT,
+        "classes": list(network.class_names),
+        "buckets": [list(bucket) for bucket in buckets],
+        "resize_side": side,
+        "max_aspect": MAX_ASPECT,
+        "crop_side": crop_side,
+        "preprocessing": "uint8 RGB; the programs subtract the mean and divide",
+        "platforms": list(platforms),
+        "backbone": network.settings["model"]["backbone"],
+        "levels": list(network.model.levels or ()),
+        "versions": {"jax": jax.__version__, "sppnet_jax": own_version()},
+    }
+    # The last: a folder that has it is whole.
+    text = json.dumps(described, indent=2, ensure_ascii=False)
+    write_text(folder / exported.DESCRIPTION, f"{text}\n")
+    return folder
+
+
+def _scores_of(network: Network) -> Callable[[Any, jax.Array, jax.Array], jax.Array]:
+    model, preprocessing = network.model, network.preprocessing
+
+    def score(tensors: Any, images: jax.Array, sizes: jax.Array) -> jax.Array:
+        params: dict[str, dict[str, jax.Array]] = {}
+        for name, tensor in tensors.items():
+            layer, part = name.split(".")
+            params.setdefault(layer, {})[part] = tensor
+        valid = None if model.levels is None else sizes
+        inputs = normalize(images, preprocessing, valid)
+        return jax.nn.softmax(model.apply({"params": params}, inputs, valid)[0])
+
+    return score
