@@ -18,7 +18,6 @@ from jax import export
 from sppnet_jax import exported
 from sppnet_jax.buckets.choice import Bucket
 from sppnet_jax.buckets.whole_images import MAX_ASPECT, photo_buckets
-from sppnet_jax.network.exported import describe
 from sppnet_jax.network.preprocess import normalize
 from sppnet_jax.network.pretrained import named_params
 from sppnet_jax.network.trained import Network
@@ -67,7 +66,7 @@ def export_stablehlo(
         )
         with whole_file(folder / exported.program_file(bucket)) as file:
             file.write(made.serialize())
-    write_tensors(folder / exported.WEIGHTS, tensors, describe(network))
+    write_tensors(folder / exported.WEIGHTS, tensors)
     described = {
         "format": exported.FORMAT,
         "classes": list(network.class_names),
