@@ -52,7 +52,8 @@ WEIGHTS = flags.DEFINE_string(
 OUT = flags.DEFINE_string(
     "out",
     "",
-    "Also writes what is found into this file, .json or .csv, after each photograph.",
+    "The file that is written: what is found in photographs, .json or .csv, after each "
+    "of them; of an export, the file or folder that is made.",
 )
 _CONFIG_HELP = "The settings of a run, a file such as configs/digits.py."
 _WHERE_CONFIGS_ARE = "the project's own are in configs/ of its repository"

@@ -53,7 +53,7 @@ def logits_of(network, images):
 
 
 def check_onnx(network, path, *sizes):
-    """The file's logits are the network's, to 1e-4 of the largest, in the same order."""
+    """The file's logits are the network's, to 1e-4 of the largest."""
     session = session_of(save_onnx(network_to_onnx(network), path))
     for size in sizes:
         images = pictures(*size)

@@ -180,7 +180,7 @@ def test_a_pattern_of_photographs_is_scored_each_as_by_itself(tiny, run, tmp_pat
 
 def test_an_export_holds_the_parameters_by_name_and_says_of_what(tiny, run, tmp_path):
     path = tmp_path / "new" / "pets.safetensors"
-    tiny("export", f"--workdir={run}", f"--output={path}")
+    tiny("export", f"--workdir={run}", f"--out={path}")
     tensors = read_tensors(path)
     params = load_network(run).params
     assert len(tensors) == 6
@@ -297,7 +297,7 @@ def test_weights_of_a_run_that_measured_its_own_mean_are_refused(
             [TINY, "--weights=TINY", "--config.data.name=image_folder", "--layer=fc7"],
             "this network has conv1 to conv2, stride2, stride4, pyramid, fc8",
         ),
-        ("export", [TINY, "--weights=TINY", "--output=."], "give --output=FILE.safe"),
+        ("export", [TINY, "--weights=TINY", "--out=."], "give --out=FILE.safe"),
         ("export", ["--format=pth", "--trunk=vgg16"], "should be one of <safetensors>"),
     ],
 )

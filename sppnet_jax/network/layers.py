@@ -142,7 +142,9 @@ def join_maps(
 
 def join_indices(finest: Geometry, grid: Geometry) -> tuple[float, float]:
     """A ratio and a shift: floor(ratio · i + shift) is a grid's unit closest to i."""
-    return finest.stride / grid.stride, (finest.center - grid.center) / grid.stride + 0.5
+    return finest.stride / grid.stride, (
+        finest.center - grid.center
+    ) / grid.stride + 0.5
 
 
 def activate(maps: Array, activation: str) -> Array:
