@@ -93,7 +93,7 @@ def _export_network(kind: str, out: Path) -> str:
 
         export_stablehlo(network, out, platforms=_PLATFORMS.value)
     else:
-        from sppnet_jax.network.exported import describe
+        from sppnet_jax.network.described import describe
         from sppnet_jax.network.pretrained import named_params
         from sppnet_jax.network.weight_files import write_tensors
 

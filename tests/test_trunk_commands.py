@@ -18,7 +18,7 @@ from sppnet_jax.classification.feature_files import load_features
 from sppnet_jax.classification.image_scores import score_images
 from sppnet_jax.data.images import resize_whole
 from sppnet_jax.data.photographs import read_image
-from sppnet_jax.network.exported import describe
+from sppnet_jax.network.described import describe
 from sppnet_jax.network.model import Architecture, make_model
 from sppnet_jax.network.preprocess import normalize
 from sppnet_jax.network.pretrained import (
@@ -298,7 +298,11 @@ def test_weights_of_a_run_that_measured_its_own_mean_are_refused(
             "this network has conv1 to conv2, stride2, stride4, pyramid, fc8",
         ),
         ("export", [TINY, "--weights=TINY", "--out=."], "give --out=FILE.safe"),
-        ("export", ["--format=pth", "--trunk=vgg16"], "should be one of <safetensors>"),
+        (
+            "export",
+            ["--format=pth", "--trunk=vgg16"],
+            "should be one of <safetensors|onnx|stablehlo>",
+        ),
     ],
 )
 def test_what_cannot_be_is_refused_in_words(

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from sppnet_jax.network.exported import PRETRAINED, exported
+from sppnet_jax.network.described import PRETRAINED, described
 from sppnet_jax.network.imagenet_classes import imagenet_names
 from sppnet_jax.network.model import Architecture, SPPNet, make_model, param_shapes
 from sppnet_jax.network.preprocess import Inputs, make_preprocessing
@@ -157,7 +157,7 @@ def published_architecture(backbone: str, weights: str = PRETRAINED) -> Architec
     folder says how images are normalised.
     """
     own = published_of(backbone)
-    ours = exported(weights)
+    ours = described(weights)
     if ours is not None:
         if ours.architecture.backbone != backbone:
             raise ValueError(
@@ -230,7 +230,7 @@ def pretrained_network(
     Raises: ValueError for weights that can't be had or are of another network.
     """
     own = published_of(architecture.backbone)
-    ours = exported(architecture.weights)
+    ours = described(architecture.weights)
     told = ours or own
     image_size = image_size or told.image_size
     resize_side = resize_side or max(told.resize_side, image_size)

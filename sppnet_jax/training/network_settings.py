@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
 from sppnet_jax.data.datasets import ImageData
-from sppnet_jax.network.exported import PRETRAINED, exported
+from sppnet_jax.network.described import PRETRAINED, described
 from sppnet_jax.network.model import (
     HEAD_ONLY,
     Architecture,
@@ -106,7 +106,7 @@ def published_settings(trunk: str, weights: str = PRETRAINED) -> NetworkSettings
     Raises: as `published_architecture`.
     """
     architecture = published_architecture(trunk, weights)
-    told = exported(weights) or published_of(trunk)
+    told = described(weights) or published_of(trunk)
     data = ImageData(image_size=told.image_size, resize_side=told.resize_side)
     return NetworkSettings(
         model=architecture,

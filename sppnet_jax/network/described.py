@@ -16,7 +16,7 @@ _OURS = "sppnet_jax "
 _LARGEST = 4096  # pixels; a file of others may say anything
 
 
-class Exported(NamedTuple):
+class Described(NamedTuple):
     """What an exported file says of its network.
 
     `image_size`, `resize_side`: in pixels, as it was tested. `published_inputs`: images
@@ -46,7 +46,7 @@ def describe(network: Network) -> dict[str, str]:
     }
 
 
-def exported(weights: str) -> Exported | None:
+def described(weights: str) -> Described | None:
     """What a file of weights says of its network; None for others than our own.
 
     `weights`: "pretrained", or see `find_weights`.
@@ -69,7 +69,7 @@ def exported(weights: str) -> Exported | None:
         image_size, resize_side = int(told["image_size"]), int(told["resize_side"])
         if not 1 <= image_size <= resize_side <= _LARGEST:
             raise ValueError(f"images of {image_size} and {resize_side} pixels")
-        return Exported(
+        return Described(
             architecture=read(Architecture, values, path.name),
             class_names=tuple(map(str, json.loads(told["classes"]))),
             image_size=image_size,
