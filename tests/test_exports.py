@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -12,8 +13,20 @@ import pytest
 import sppnet_jax as sn
 from sppnet_jax import exported
 from sppnet_jax.classification.image_scores import score_images
+from sppnet_jax.classification.svm import LinearSVMs
 from sppnet_jax.data.images import resize_shorter_side, resize_whole
-from sppnet_jax.exports.onnx_files import network_to_onnx, save_onnx
+from sppnet_jax.detection.box_regression import BoxRegressors
+from sppnet_jax.detection.detector import score_boxes, scoring_head, suppress
+from sppnet_jax.detection.detector_settings import DetectorSettings
+from sppnet_jax.detection.low_rank import truncate_fc
+from sppnet_jax.detection.split_features import image_features
+from sppnet_jax.detection.trained_detector import Detector
+from sppnet_jax.detection.window_features import make_program
+from sppnet_jax.exports.onnx_files import (
+    detector_to_onnx,
+    network_to_onnx,
+    save_onnx,
+)
 from sppnet_jax.exports.stablehlo import export_stablehlo
 from sppnet_jax.network.preprocess import Preprocessing, normalize
 from sppnet_jax.network.trained import as_network
@@ -24,6 +37,7 @@ NO_SHIFTS = np.zeros((3, 3), np.float32)
 IMAGENET = Preprocessing(
     np.array([124, 116, 104], np.float32), np.array([58, 57, 57], np.float32), NO_SHIFTS
 )
+OLD = Path(__file__).parent / "exported_by_jax_0_10_2"
 RNG = np.random.default_rng(0)
 MEAN_IMAGE = Preprocessing(
     RNG.uniform(90, 140, (40, 40, 3)).astype(np.float32), 1.0, NO_SHIFTS
@@ -185,6 +199,15 @@ def test_it_resizes_as_opencv_does(size, new):
     assert (found == wanted).mean() > 0.97
 
 
+def test_a_folder_that_jax_0_10_2_wrote_is_still_read():
+    """Its scores are those that were noted down when it was written."""
+    network = exported.load(OLD)
+    image = np.arange(20 * 33 * 3, dtype=np.uint8).reshape(20, 33, 3)
+    noted = json.loads((OLD / "scores.json").read_text())
+    assert network.described["versions"]["jax"] == "0.10.2"
+    np.testing.assert_allclose(network.score(image), noted, rtol=1e-5)
+
+
 def cut(path):
     path.write_bytes(path.read_bytes()[:-100])
 
@@ -212,3 +235,108 @@ def test_a_damaged_folder_is_named(folder, tmp_path, name, damage, message):
     damage(copy / name)
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         exported.load(copy)
+
+
+def drawn(rng, *shape):
+    return rng.normal(0, 1 / np.sqrt(shape[-2]), shape).astype(np.float32)
+
+
+def make_detector(kind, reducer="max", rule="paper"):
+    """A detector of three classes with drawn weights; `kind` is what scores boxes."""
+    rng = np.random.default_rng(1)
+    network = make_network(
+        "resnet18",
+        (3, 2, 1),
+        cuts=("stride2", "stride4"),
+        reducer=reducer,
+        head="none",
+        classes=14,
+        image_size=32,
+    )
+    length, units = 14 * (9 + 4 + 1), 20
+    settings = DetectorSettings(
+        network="resnet18",
+        scales=(40,),
+        rule=rule,
+        scorer="softmax" if kind == "softmax" else "svm",
+        system="end_to_end" if kind == "softmax" else "spp",
+        layer="fc7" if kind == "low rank" else "pyramid",
+    )
+    fc, svms, regressors = {}, None, None
+    if kind != "pyramid":
+        sizes = {"fc6": (length, units), "fc7": (units, units), "fc8": (units, 4)}
+        fc = {
+            name: {"kernel": drawn(rng, *shape), "bias": drawn(rng, 1, shape[1])[0]}
+            for name, shape in sizes.items()
+        }
+    if kind == "softmax":
+        fc["box"] = {"kernel": drawn(rng, units, 12), "bias": drawn(rng, 1, 12)[0]}
+    else:
+        seen = units if kind == "low rank" else length
+        svms = LinearSVMs(drawn(rng, seen, 3).T, drawn(rng, 1, 3)[0])
+        regressors = BoxRegressors(
+            drawn(rng, 3, length, 4) / 4, drawn(rng, 1, 3, 4)[0] / 4
+        )
+    if kind == "low rank":
+        fc = truncate_fc(fc, {"fc6": 8, "fc7": 5})
+    model = network.model.clone(num_classes=4, head="fc", width=units / 4096)
+    head, weights = scoring_head(
+        model if fc else network.model,
+        fc,
+        layer=settings.layer,
+        svms=svms,
+        regressors=regressors,
+        move_boxes=kind == "softmax",
+    )
+    classes = ("one", "two", "three")
+    return Detector(settings, Path(), network, head, weights, classes, frozenset())
+
+
+@pytest.mark.parametrize(
+    ("kind", "reducer", "rule"),
+    [
+        ("pyramid", "max", "paper"),
+        ("pyramid", "mean", "closest"),
+        ("low rank", "max", "closest"),
+        ("softmax", "max", "paper"),
+    ],
+)
+def test_a_detector_scores_moves_and_suppresses_boxes_as_here(
+    tiny_trunk, tmp_path, kind, reducer, rule
+):
+    detector = make_detector(kind, reducer, rule)
+    model = detector_to_onnx(detector, suppressed=True)
+    session = session_of(save_onnx(model, tmp_path / "detector.onnx"))
+    names = [one.name for one in session.get_outputs()]
+    program = None
+    for seed, (height, width) in enumerate([(40, 53), (71, 40), (40, 40), (40, 150)]):
+        (image,) = pictures(1, height, width, seed)
+        rng = np.random.default_rng(seed)
+        edges = np.sort(rng.uniform(0, 1, (300, 2, 2)), axis=1) * [height, width]
+        boxes = edges.reshape(-1, 4).astype(np.float32)
+        boxes[:40] = np.rint(boxes[:40])  # edges on units' centres
+        boxes[:40, 2:] += 1
+        boxes = np.minimum(boxes, [height, width, height, width]).astype(np.float32)
+        features = image_features(detector.settings, detector.network, [image], [boxes])
+        program = program or make_program(features, detector.head)
+        size = height, width
+        scored = score_boxes(features, program, detector.weights, 0, size, 3)
+        found = dict(
+            zip(names, session.run(None, {"image": image, "boxes": boxes}), strict=True)
+        )
+        np.testing.assert_allclose(found["scores"], scored.scores, atol=1e-4)
+        np.testing.assert_allclose(found["moved"], scored.boxes, atol=0.1)
+        kept = suppress([scored], detector.settings.test)
+        order = np.lexsort((-found["confidences"], found["labels"]))
+        ours = np.lexsort((-kept.scores, kept.labels))
+        np.testing.assert_array_equal(found["labels"][order], kept.labels[ours])
+        np.testing.assert_allclose(
+            found["detections"][order], kept.boxes[ours], atol=0.1
+        )
+
+
+def test_a_detector_of_warped_windows_is_refused():
+    detector = make_detector("pyramid")
+    warped = detector._replace(settings=detector.settings._replace(system="rcnn"))
+    with pytest.raises(ValueError, match="R-CNN"):
+        detector_to_onnx(warped)
