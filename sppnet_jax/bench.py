@@ -26,6 +26,7 @@ SUITES = {
     "pyramid": ("pyramid_speed", "the layer, both directions, beside PyTorch's pools"),
     "windows": ("window_speed", "2,000 windows, beside masks, MaxRoiPool, roi_pool"),
     "training_step": ("training_step", "a step of all backbones, beside PyTorch"),
+    "exported": ("exported_speed", "a network here, and its export in ONNX Runtime"),
     "scaling": ("scaling", "a training step over 1, 2, 4 devices and 1, 2 processes"),
 }
 

@@ -15,7 +15,8 @@ FLOORS = (
     {"training"},
     {"classification"},
     {"detection"},
-    {"benchmarks", "exports"},
+    {"exports"},
+    {"benchmarks"},
 )
 COMMANDS = {
     *("train", "evaluate", "predict", "features", "detect", "export", "bench"),
