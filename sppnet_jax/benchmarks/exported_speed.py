@@ -99,11 +99,12 @@ def _ours(network: Network, images: np.ndarray) -> Callable[[], Any]:
 
 
 def _onnx(runtime: Any, network: Network, images: np.ndarray) -> Callable[[], Any]:
+    # Here, not above: a bare machine with an accelerator may lack what it needs.
+    from sppnet_jax.exports.onnx_files import network_to_onnx, save_onnx
+
     with tempfile.TemporaryDirectory() as folder:
         path = save_onnx(network_to_onnx(network), Path(folder) / "network.onnx")
-        session = runtime.InferenceSession(
-            str(path), providers=["CPUExecutionProvider"]
-        )
+        session = runtime.InferenceSession(str(path), providers=[PROVIDER])
     run = functools.partial(session.run, ["probabilities"], {"images": images})
     return lambda: run()[0]
 
