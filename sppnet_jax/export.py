@@ -1,9 +1,9 @@
 r"""Writes a trained network or detector in a form that runs elsewhere.
 
 python -m sppnet_jax.export --workdir=runs/flowers --format=onnx --out=flowers.onnx
-python -m sppnet_jax.export --workdir=runs/flowers --format=stablehlo --out=flowers
+python -m sppnet_jax.export --workdir=runs/flowers --format=stablehlo --out=programs
 python -m sppnet_jax.export --workdir=runs/flowers --format=safetensors
-python -m sppnet_jax.export --workdir=runs/raccoons --format=onnx --suppressed
+python -m sppnet_jax.export --workdir=runs/end_to_end --format=onnx --suppressed
 python -m sppnet_jax.export --trunk=efficientnet_lite0 --format=onnx
 
 onnx: one file with the preprocessing inside, for images of any size. stablehlo: a

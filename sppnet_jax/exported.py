@@ -2,7 +2,7 @@
 
     from sppnet_jax import exported
 
-    network = exported.load("flowers")
+    network = exported.load("programs")
     scores = network.score(image)  # uint8 [height, width, 3], RGB, of any size
     print(network.classes[scores.argmax()])
 

@@ -25,8 +25,15 @@ from sppnet_jax.classification import views
 from sppnet_jax.classification.feature_files import save_features
 from sppnet_jax.data import datasets, sources
 from sppnet_jax.detection.detector_settings import DetectorSettings
+from sppnet_jax.exports.onnx_files import (
+    detector_to_onnx,
+    network_to_onnx,
+    save_onnx,
+)
+from sppnet_jax.exports.stablehlo import export_stablehlo
 from sppnet_jax.network import pretrained, trunks
 from sppnet_jax.network.stack import cut_names, cut_table, table_geometry
+from sppnet_jax.network.trained import load_network
 from sppnet_jax.network.weight_files import write_tensors
 from sppnet_jax.run.settings import unknown_field
 from sppnet_jax.training.layer_features import Features
@@ -41,7 +48,8 @@ from tests.doc_pages import (
     name_of,
     part_of,
 )
-from tests.network_helpers import write_network
+from tests.network_helpers import TINY, TINY_TRUNK, write_network
+from tests.test_exports import make_detector
 
 
 def with_checks(code: str) -> ast.Module:
@@ -97,7 +105,13 @@ def desk(tmp_path_factory) -> Path:
     config = classifier_config.get_config()
     config.model.width = 0.02
     config.data.image_size, config.data.resize_side = 64, 72
-    write_network(desk / "runs/flowers", config)
+    network = load_network(write_network(desk / "runs/flowers", config))
+    save_onnx(network_to_onnx(network), desk / "flowers.onnx")
+    export_stablehlo(network, desk / "programs")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(trunks.BACKBONES, TINY_TRUNK, TINY)
+        model = detector_to_onnx(make_detector("pyramid"), suppressed=True)
+    save_onnx(model, desk / "animals.onnx")
     values = np.random.default_rng(0).normal(size=(3 * 35, 8)).astype(np.float32)
     labels = np.arange(len(values)) % 3
     values[np.arange(len(values)), labels] += 9

@@ -124,9 +124,9 @@ RUN: dict[str, list[str]] = {
 # Stages in which commands are run, so that what they need is there.
 STAGES = (
     "train ",
+    "detect train ",
     "export ",
     ("evaluate ", "predict ", "features "),
-    "detect train ",
     "",
 )
 
