@@ -41,6 +41,11 @@ _SUPPRESSED = flags.DEFINE_bool(
 _PLATFORMS = flags.DEFINE_list(
     "platforms", ["cpu", "cuda", "tpu"], "stablehlo: where the programs are to run."
 )
+_BUCKETS = flags.DEFINE_list(
+    "buckets",
+    [],
+    "stablehlo: HEIGHTxWIDTH each, in place of eight for photographs up to 4:1.",
+)
 flags.declare_key_flag(cli.OUT.name)
 
 
@@ -91,7 +96,8 @@ def _export_network(kind: str, out: Path) -> str:
     elif kind == "stablehlo":
         from sppnet_jax.exports.stablehlo import export_stablehlo
 
-        export_stablehlo(network, out, platforms=_PLATFORMS.value)
+        buckets = [_size(given) for given in _BUCKETS.value]
+        export_stablehlo(network, out, buckets=buckets, platforms=_PLATFORMS.value)
     else:
         from sppnet_jax.network.described import describe
         from sppnet_jax.network.pretrained import named_params
@@ -102,6 +108,13 @@ def _export_network(kind: str, out: Path) -> str:
         count = sum(tensor.size for tensor in tensors.values())
         told = f"{backbone}: {count:,} weights in {len(tensors)} tensors"
     return told
+
+
+def _size(given: str) -> tuple[int, int]:
+    height, cross, width = given.partition("x")
+    if not (cross and height.isdecimal() and width.isdecimal()):
+        raise ValueError(f"--buckets takes sizes such as 256x345, got {given!r}")
+    return int(height), int(width)
 
 
 def _settings_of(workdir: Path) -> Any:

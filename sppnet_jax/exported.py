@@ -49,7 +49,8 @@ class Exported(NamedTuple):
         `image`: uint8 [height, width, 3], RGB. Images of other sizes are resized, each
         value to within one of 255 of what OpenCV gives the training code.
 
-        Raises: ValueError for an array that is no such image.
+        Raises: ValueError for an array that is no such image, and for one that no
+        bucket holds.
         """
         image = np.asarray(image)
         if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
@@ -65,6 +66,12 @@ class Exported(NamedTuple):
             image = image[top : top + self.crop_side, left : left + self.crop_side]
         height, width = image.shape[:2]
         fitting = [b for b in self.programs if b[0] >= height and b[1] >= width]
+        if not fitting:
+            known = ", ".join(f"{b[0]}×{b[1]}" for b in self.programs)
+            raise ValueError(
+                f"the image, resized to {height}×{width} pixels, fits none of the "
+                f"exported sizes {known}: export with larger --buckets"
+            )
         bucket = min(fitting, key=lambda b: (b[0] * b[1], b))
         padded = np.zeros((1, *bucket, 3), np.uint8)
         padded[0, :height, :width] = image

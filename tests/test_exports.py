@@ -184,6 +184,17 @@ def test_an_exported_folder_scores_images_of_every_size_as_the_network(folder, s
     np.testing.assert_allclose(found, wanted, atol=1e-6 if min(size) == 48 else 2e-3)
 
 
+def test_an_image_that_no_exported_size_holds_is_refused(folder, tmp_path):
+    network, _ = folder
+    place = export_stablehlo(network, tmp_path, buckets=[(48, 64)], platforms=["cpu"])
+    short = exported.load(place)
+    assert short.score(pictures(1, 48, 60)[0]).shape == (5,)
+    with pytest.raises(ValueError, match="48×96 pixels, fits none of .* 48×64"):
+        short.score(pictures(1, 60, 120)[0])
+    with pytest.raises(ValueError, match="40×90 holds no image"):
+        export_stablehlo(network, tmp_path, buckets=[(40, 90)])
+
+
 @pytest.mark.parametrize(
     ("size", "new"),
     [((40, 30), (63, 47)), ((40, 30), (20, 15)), ((41, 67), (30, 49)), ((30, 50), 27)],

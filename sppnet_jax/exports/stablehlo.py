@@ -36,20 +36,19 @@ def export_stablehlo(
 ) -> Path:
     """Writes a network's programs, weights and description into a folder; returns it.
 
-    `buckets`: (height, width) each, for images of the network's `resize_side` up to
-    4:1; by default eight that hold them all. `platforms`: that the programs run on.
+    `buckets`: (height, width) each, of images at the network's `resize_side`; by
+    default eight that hold them all up to 4:1. `platforms`: that the programs run on.
 
-    Raises: ValueError for buckets that don't hold every such image.
+    Raises: ValueError for a bucket that is too small for the network.
     """
     folder, side = Path(folder).expanduser(), network.resize_side
     crop_side = network.model.image_size if network.model.levels is None else 0
     buckets = [(crop_side, crop_side)] if crop_side else buckets or photo_buckets(side)
-    longest = round(side * MAX_ASPECT)
-    for size in () if crop_side else ((side, longest), (longest, side)):
-        if not any(size[0] <= b[0] and size[1] <= b[1] for b in buckets):
+    for bucket in buckets:
+        if min(bucket) < side and not crop_side:
             raise ValueError(
-                f"no bucket holds an image of {size[0]}×{size[1]} pixels, the longest "
-                f"at a shorter side of {side}: add one"
+                f"the bucket {bucket[0]}×{bucket[1]} holds no image whose shorter side "
+                f"has {side} pixels, as all have that this network sees"
             )
     tensors = named_params(network.params)
     specs = {
