@@ -189,7 +189,7 @@ def test_an_image_that_no_exported_size_holds_is_refused(folder, tmp_path):
     place = export_stablehlo(network, tmp_path, buckets=[(48, 64)], platforms=["cpu"])
     short = exported.load(place)
     assert short.score(pictures(1, 48, 60)[0]).shape == (5,)
-    with pytest.raises(ValueError, match="48×96 pixels, fits none of .* 48×64"):
+    with pytest.raises(ValueError, match=r"48×96 pixels, fits none of .* 48×64"):
         short.score(pictures(1, 60, 120)[0])
     with pytest.raises(ValueError, match="40×90 holds no image"):
         export_stablehlo(network, tmp_path, buckets=[(40, 90)])
