@@ -411,7 +411,7 @@ def test_images_of_any_suffix_are_found_by_their_id(tmp_path):
         source.rename(tmp_path / f"JPEGImages/{key}{suffix}")
     (tmp_path / "Annotations/sub_c.xml").rename(tmp_path / "Annotations/c.xml")
     (tmp_path / "JPEGImages/a.png").write_bytes(encode(picture()))
-    (tmp_path / "JPEGImages/Thumbs.db").write_bytes(b"x")
+    (tmp_path / "JPEGImages/notes.txt").write_bytes(b"x")
     lists = {"train.txt": "a\nb.v2\nsub/c\n"}
     write_voc_folder(tmp_path, {}, lists)
     (files,) = scan_folder(tmp_path).splits.values()

@@ -338,7 +338,7 @@ def _find_files(
 
 def names_lists(path: Path) -> bool:
     """Whether a file has the words of COCO's lists in it, be it whole or not."""
-    data = path.read_bytes()
+    data = folders.read_file(path)
     return all(f'"{name}"'.encode() in data for name in ("images", "annotations"))
 
 
@@ -389,7 +389,7 @@ def _read_image(
     path: Path, entries: Sequence[tuple[CocoFile, str]]
 ) -> tuple[AnnotatedImage | None, list[str]]:
     """An image's size, and the objects of all its entries, files and ids in them."""
-    encoded = path.read_bytes()
+    encoded = folders.read_image_file(path)
     try:
         size = image_size(encoded)
     except ValueError:

@@ -34,6 +34,24 @@ cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
 warnings.filterwarnings("ignore", category=UserWarning, module="PIL.TiffImagePlugin")
 
 
+class EncodedImage(bytes):
+    """An image as it is in its file, with the file's name.
+
+    `fault`: why the file can't be read, "" if it can.
+    """
+
+    name: str
+    fault: str
+
+    def __new__(cls, encoded: bytes, name: str, fault: str = "") -> "EncodedImage":
+        made = super().__new__(cls, encoded)
+        made.name, made.fault = name, fault
+        return made
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (bytes(self), self.name, self.fault)
+
+
 def decode_image(encoded: bytes) -> np.ndarray:
     """Decodes an image file of any colour type and bit depth to 8-bit RGB.
 
@@ -44,6 +62,8 @@ def decode_image(encoded: bytes) -> np.ndarray:
     Returns: uint8 [H, W, 3].
     Raises: ValueError if the bytes are no image, or a truncated one.
     """
+    if fault := getattr(encoded, "fault", ""):
+        raise ValueError(fault)
     if not encoded:
         raise ValueError("the file is empty (0 bytes)")
     missing = _missing_end(encoded)

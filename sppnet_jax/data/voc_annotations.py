@@ -23,6 +23,7 @@ from sppnet_jax.data.annotations import (
     number,
     truth,
 )
+from sppnet_jax.data.folders import printable, read_file, read_image_file
 from sppnet_jax.data.images import image_size
 
 POSES = ("frontal", "rear", "left", "right", "unspecified")
@@ -45,14 +46,14 @@ def read_image(
     Returns: the image, or None if it is left out; and what happened on the way, as keys
     of `EVENTS`, one for each box, object or file.
     """
-    encoded = image.read_bytes()
+    encoded = read_image_file(image)
     try:
         size = image_size(encoded)
     except ValueError:
         return None, ["broken image"]
     try:
-        root, events = _parse(annotation.read_bytes())
-    except (ElementTree.ParseError, ValueError, LookupError):
+        root, events = _parse(read_file(annotation))
+    except (ElementTree.ParseError, ValueError, LookupError, OSError):
         return None, ["broken xml"]
     told = _number(root.find("size"), "height"), _number(root.find("size"), "width")
     change, size_event = change_of_size(told, size, encoded)
@@ -98,7 +99,7 @@ def _read_object(
     size: tuple[int, int],
     events: list[str],
 ) -> AnnotatedObject | None:
-    name = " ".join((element.findtext("name") or "").split())
+    name = printable(" ".join((element.findtext("name") or "").split()))
     if not name:
         events.append("no name")
         return None
