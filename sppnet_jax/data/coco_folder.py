@@ -216,7 +216,8 @@ def _load(path: Path) -> list[list[Any]]:
     try:
         # Thousands of digits would be an error of the whole file.
         value = json.loads(
-            path.read_bytes(), parse_int=lambda t: int(t) if len(t) < 400 else math.inf
+            folders.read_text(path).strip(folders.BLANK),
+            parse_int=lambda t: int(t) if len(t) < 400 else math.inf,
         )
     except (ValueError, RecursionError) as error:
         raise ValueError(f"no JSON: {error}") from error
@@ -338,8 +339,8 @@ def _find_files(
 
 def names_lists(path: Path) -> bool:
     """Whether a file has the words of COCO's lists in it, be it whole or not."""
-    data = folders.read_file(path)
-    return all(f'"{name}"'.encode() in data for name in ("images", "annotations"))
+    text = folders.read_text(path)
+    return all(f'"{name}"' in text for name in ("images", "annotations"))
 
 
 def _name_splits(paths: Sequence[str]) -> dict[str, str]:

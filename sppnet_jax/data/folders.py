@@ -29,6 +29,9 @@ LITTER = {
     *("@eadir", "@recycle", "@recently-snapshot", "#recycle", "#snapshot"),
     *("$recycle.bin", "system volume information", "lost+found"),
 }
+# What may lie around the text of a file: its mark, blanks, and zeros, which fill what
+# was never written.
+BLANK = "\ufeff\0 \t\r\n\f"
 # Splits by the folders, lists or files that they are in.
 SPLIT_OF = {
     **dict.fromkeys(("train", "training"), "train"),
@@ -217,14 +220,23 @@ def read_image_file(path: Path, name: str = "") -> EncodedImage:
 
 
 def read_text(path: Path) -> str:
-    """A list's text, in UTF-8 or UTF-16; other bytes as in the names of files.
+    """A file's text; see `text_of`."""
+    return text_of(read_file(path))
 
-    Zeros, which fill what was never written of a file, are no part of it.
+
+def text_of(data: bytes) -> str:
+    """Text by its bytes: UTF-16, with a mark or not, or UTF-8; see `os.fsdecode`.
+
+    Marks and zeros around it are no part of it.
     """
-    data = read_file(path)
+    pairs = data[: len(data) // 2 * 2]
     if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-        return data.decode("utf-16", "replace").strip("\0")
-    return os.fsdecode(data.removeprefix(codecs.BOM_UTF8).strip(b"\0"))
+        text = pairs.decode("utf-16", "replace")
+    elif 0 in pairs[:2] and any(pairs[:2]):  # every other byte of plain letters
+        text = pairs.decode("utf-16-le" if data[0] else "utf-16-be", "replace")
+    else:
+        text = os.fsdecode(data)
+    return text.strip("\ufeff\0")
 
 
 def printable(path: str) -> str:

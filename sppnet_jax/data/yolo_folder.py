@@ -201,7 +201,7 @@ def _read_line(
     # What the last digit leaves open: pixels that were whole are so again.
     digits = min(len(word.partition(".")[2]) for word in words[1 : len(shares) + 1])
     sides = _to_pixels(shares, is_polygon, size, 10.0**-digits)
-    box = fit_box(sides, size, events)
+    box = fit_box(sides, size, events, in_pixels=False)
     if box is None:
         return None
     events += ["score"] * (len(words) == 6) + ["extent"] * is_polygon
