@@ -161,7 +161,7 @@ NAMED = voc_xml(voc_object(name=NAME))
         NAMED.encode("utf-16-le") + bytes(9),
         ('<?xml version="1.0" encoding="utf-16"?>\n' + NAMED).encode("utf-16")
         + bytes(10),
-        "<?xml version='1.0' encoding='latin-1'?>".encode()
+        b"<?xml version='1.0' encoding='latin-1'?>"
         + voc_xml(voc_object(name="B\xe4r")).encode("latin-1"),
         ('<?xml version="1.0" encoding="utf-16"?>' + NAMED).encode("utf-16"),
         ('<?xml version="1.0" encoding="GB18030"?>' + NAMED).encode("gb18030"),
