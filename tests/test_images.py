@@ -151,7 +151,7 @@ def test_a_truncated_file_is_an_error_wherever_it_ends(name):
 
 @pytest.fixture
 def none_told(monkeypatch):
-    monkeypatch.setattr(images, "_odd", set())
+    monkeypatch.setattr(images, "_odd", {})
 
 
 def test_many_odd_images_are_counted_and_some_are_named(caplog, none_told):

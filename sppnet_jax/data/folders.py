@@ -60,9 +60,9 @@ class FileRecords:
 
     def __getitem__(self, index: int) -> Record:
         path = self._paths[index]
-        name = printable(path)
-        image = read_image_file(self._root / path, name)
-        return cast(Record, {"image": image, "name": name, **self._told[index]})
+        image = read_image_file(self._root / path)
+        told = {"image": image, "name": printable(path), **self._told[index]}
+        return cast(Record, told)
 
 
 def existing_folder(root: str | os.PathLike[str], kind: str, layout: str) -> Path:
@@ -205,12 +205,12 @@ def read_file(path: Path) -> bytes:
     return path.read_bytes()
 
 
-def read_image_file(path: Path, name: str = "") -> EncodedImage:
-    """The bytes of an image's file with its name, or with why it can't be read.
+def read_image_file(path: Path) -> EncodedImage:
+    """The bytes of an image's file with its path, or with why it can't be read.
 
     Raises: FileNotFoundError for a file that is not there.
     """
-    name = name or printable(str(path))
+    name = printable(str(path))
     try:
         return EncodedImage(read_file(path), name)
     except FileNotFoundError:

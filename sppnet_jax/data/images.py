@@ -409,8 +409,13 @@ def _check_numbers(tags: dict[int, tuple[int, ...]]) -> None:
         )
 
 
-_odd: set[tuple[str, str]] = set()
+_odd: dict[tuple[str, str], None] = {}
 _odd_lock = threading.Lock()
+
+
+def odd_images() -> list[tuple[str, str]]:
+    """The images that this process has read though they are odd, and what is odd."""
+    return list(_odd)
 
 
 def _tell_odd(encoded: bytes, what: str) -> None:
@@ -419,7 +424,7 @@ def _tell_odd(encoded: bytes, what: str) -> None:
     with _odd_lock:
         if (name, what) in _odd:
             return
-        _odd.add((name, what))
+        _odd[name, what] = None
         count = len(_odd)
     if count <= _MAX_NAMED or count % 100 == 0:
         log.warning("odd, but read (no. %d): %s: %s", count, name, what)
