@@ -323,6 +323,25 @@ def test_an_error_of_a_library_is_part_of_what_is_raised(capfd):
 
 
 @pytest.mark.parametrize("name", complete_files())
+def test_a_damaged_file_is_an_image_or_a_value_error_and_prints_nothing(name, capfd):
+    encoded = complete_files()[name]
+    rng = np.random.default_rng(len(name))
+    errors = 0
+    for number in range(60):
+        damaged = bytearray(encoded)
+        places = rng.integers(len(encoded) if number % 2 else 100, size=3)
+        for place in places:
+            damaged[place] = rng.integers(256)
+        for read in (images.decode_image, images.image_size):
+            try:
+                read(bytes(damaged))
+            except ValueError:
+                errors += 1
+    assert errors
+    assert not capfd.readouterr().err
+
+
+@pytest.mark.parametrize("name", complete_files())
 def test_bytes_after_the_end_are_ignored(name):
     encoded = complete_files()[name]
     np.testing.assert_array_equal(

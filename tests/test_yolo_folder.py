@@ -167,6 +167,8 @@ def test_accents_in_both_forms_are_one_name(tmp_path):
         found = read_annotations(scan)
         assert found.class_names == (one,)
         assert [len(image.objects) for image in found.images.values()] == [1, 1]
+    write_images(tmp_path, f"images/{one}/{other}.png")  # of the same name: left out
+    assert len(read_folder(tmp_path).images) == len(found.images)
 
 
 @pytest.mark.parametrize("orientation", [1, 3, 6])

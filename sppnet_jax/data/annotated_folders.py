@@ -325,7 +325,14 @@ def index_paths(root: Path) -> PathIndex:
             images.append(os.path.relpath(path, root))
         elif path.is_file():
             others.append(os.path.relpath(path, root))
-    return PathIndex(tuple(sorted(images)), tuple(sorted(others)))
+    named: dict[str, str] = {}
+    for image in sorted(images):
+        first = named.setdefault(folders.printable(image), image)
+        if first != image:
+            folders.warn_once(
+                f"{root}: two images are {image}: one of them is left out"
+            )
+    return PathIndex(tuple(named.values()), tuple(sorted(others)))
 
 
 def by_name(paths: Iterable[str], near: Sequence[str] = ()) -> dict[str, list[str]]:
