@@ -12,7 +12,7 @@ import pytest
 from data_helpers import encode, picture
 from PIL import Image, ImageOps
 
-from sppnet_jax.data import images
+from sppnet_jax.data import encoded_images, images
 from sppnet_jax.data.library_lines import caught
 
 FORMATS = ("JPEG", "PNG", "BMP", "GIF", "WEBP", "TIFF")
@@ -151,13 +151,13 @@ def test_a_truncated_file_is_an_error_wherever_it_ends(name):
 
 @pytest.fixture
 def none_told(monkeypatch):
-    monkeypatch.setattr(images, "_odd", {})
+    monkeypatch.setattr(encoded_images, "_odd", {})
 
 
 def test_many_odd_images_are_counted_and_some_are_named(caplog, none_told):
     encoded = saved(Image.fromarray(IMAGE[:8, :8]), "JPEG")[:-2]
     for number in range(201):
-        images.decode_image(images.EncodedImage(encoded, f"{number}.jpg"))
+        images.decode_image(encoded_images.EncodedImage(encoded, f"{number}.jpg"))
     named = [line.partition("): ")[2] for line in caplog.messages if "): " in line]
     names = [name.partition(":")[0] for name in named]
     assert names == [f"{number}.jpg" for number in (*range(20), 99, 199)]
@@ -170,7 +170,7 @@ def test_a_jpeg_that_lacks_its_end_marker_only_is_read_and_named(
 ):
     encoded = complete_files()[name]
     for cut in (1, 2):
-        file = images.EncodedImage(encoded[:-cut], f"{name} {cut}.jpg")
+        file = encoded_images.EncodedImage(encoded[:-cut], f"{name} {cut}.jpg")
         for _ in range(3):
             assert images.image_size(file) == (60, 80)
             np.testing.assert_array_equal(
@@ -243,11 +243,11 @@ def test_a_tiff_of_numbers_that_are_no_colours_is_named_as_what_it_is(dtype, cha
 @pytest.fixture
 def limit(monkeypatch):
     def set_limit(text):
-        monkeypatch.setenv(images.MAX_PIXELS, text)
-        images.max_pixels.cache_clear()
+        monkeypatch.setenv(encoded_images.MAX_PIXELS, text)
+        encoded_images.max_pixels.cache_clear()
 
     yield set_limit
-    images.max_pixels.cache_clear()
+    encoded_images.max_pixels.cache_clear()
 
 
 @pytest.mark.parametrize("name", complete_files())
@@ -274,7 +274,9 @@ def test_a_small_file_of_very_many_pixels_is_not_decoded(monkeypatch):
 @pytest.mark.parametrize("text", ["0", "-5", "many", "1e9", "nan"])
 def test_a_limit_that_is_no_number_of_pixels_is_said_to_be_none(text, limit):
     limit(text)
-    with pytest.raises(RuntimeError, match=f"{images.MAX_PIXELS} must be a whole"):
+    with pytest.raises(
+        RuntimeError, match=f"{encoded_images.MAX_PIXELS} must be a whole"
+    ):
         images.decode_image(encode(IMAGE))
 
 
@@ -296,7 +298,7 @@ def test_what_libraries_print_is_told_once_with_the_files_name(
         "profile.png": png[:33] + bad + png[33:],
         "whole.png": png,
     }
-    files = [images.EncodedImage(data, name) for name, data in printing.items()]
+    files = [encoded_images.EncodedImage(data, name) for name, data in printing.items()]
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(images.decode_image, files * 20))
     with caught() as pieces:

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 import PIL.Image
 
-from sppnet_jax.data.images import ORIENTATION
+from sppnet_jax.data.encoded_images import ORIENTATION
 
 # What may happen to a box or a file, as the notes say it.
 EVENTS = {

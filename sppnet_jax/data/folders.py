@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
-from sppnet_jax.data.images import EncodedImage
+from sppnet_jax.data.encoded_images import EncodedImage
 from sppnet_jax.data.sources import Record, split_spans
 
 log = logging.getLogger(__name__)

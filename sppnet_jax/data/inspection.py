@@ -10,8 +10,9 @@ from matplotlib.axes import Axes
 
 from sppnet_jax.data import box_folder, image_folder
 from sppnet_jax.data.annotated_folders import read_once
+from sppnet_jax.data.encoded_images import odd_images
 from sppnet_jax.data.folders import existing_folder, printable
-from sppnet_jax.data.images import decode_image, image_size, odd_images
+from sppnet_jax.data.images import decode_image, image_size
 from sppnet_jax.data.sources import Objects, Source, open_detection_source, open_source
 from sppnet_jax.run.figures import (
     color_of,

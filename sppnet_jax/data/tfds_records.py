@@ -24,7 +24,8 @@ from tensorflow_datasets.core.features.bounding_boxes_utils import BBoxFormat
 
 from sppnet_jax.data import digit_scenes
 from sppnet_jax.data.annotations import clamp_boxes
-from sppnet_jax.data.images import EncodedImage, image_size
+from sppnet_jax.data.encoded_images import EncodedImage
+from sppnet_jax.data.images import image_size
 from sppnet_jax.data.sources import (
     FOLDERS,
     HOW_TO_OPEN_SEVERAL,
