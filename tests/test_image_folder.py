@@ -234,6 +234,14 @@ def test_linked_folders_are_followed_but_not_in_circles(tmp_path):
     assert split_sizes(root) == {"train": 8, "test": 2}
 
 
+@pytest.mark.parametrize("suffix", [".jfif", ".JFIF", ".JPeG", ".tiff"])
+def test_images_have_suffixes_in_any_case(tmp_path, suffix):
+    write_class_folders(tmp_path, 5)
+    for path in list(tmp_path.rglob("*.png")):
+        path.rename(path.with_suffix(suffix))
+    assert split_sizes(tmp_path) == {"train": 8, "test": 2}
+
+
 def test_links_back_to_the_root_and_to_nowhere_are_not_followed(tmp_path):
     """Below the root, in a class of its own, and in a linked class."""
     write_class_folders(tmp_path / "pets", 5)

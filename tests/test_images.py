@@ -98,7 +98,7 @@ def test_the_size_is_read_without_decoding(monkeypatch):
     exif = Image.Exif()
     exif[0x0112] = 3
     files["JPEG upside down"] = saved(Image.fromarray(IMAGE), "JPEG", exif=exif)
-    monkeypatch.setattr(images, "decode_image", None)
+    monkeypatch.setattr(encoded_images, "decode", None)
     for name in ("JPEG", "progressive JPEG", "JPEG upside down", "PNG", "BMP", "WEBP"):
         assert images.image_size(files[name]) == (60, 80), name
 
