@@ -28,7 +28,9 @@ def plot_predictions(predictions: Sequence[Prediction], path: Path) -> Path:
     """
     predictions = some_of(predictions, "images")
     columns = min(8, len(predictions))
-    figure, grid = panels(len(predictions), columns, 1.0, width=1.6 * columns)
+    figure, grid = panels(
+        len(predictions), columns, 1.0, width=1.6 * columns, title=0.45
+    )
     for axes, shown in zip(grid, predictions, strict=True):
         name = shortened(shown.predicted, _TITLE)
         title, color = f"{name} {shown.probability:.0%}", "black"
