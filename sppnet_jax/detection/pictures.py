@@ -6,6 +6,7 @@ image, and may cross its border.
 """
 
 import functools
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -37,8 +38,11 @@ from sppnet_jax.run.figures import (
 )
 from sppnet_jax.run.files import fitting, whole_file
 
+log = logging.getLogger(__name__)
+
 PAGE_WIDTH = 12.0  # inches
 POINTS = 72 / DPI  # of a pixel
+MOST_BOXES = 300  # in an image; nobody can tell more apart
 
 
 class Shown(NamedTuple):
@@ -76,7 +80,7 @@ def draw_detections(
     """A copy of an image with boxes in their classes' colours, each with its score.
 
     Labels lie inside the image, as far as possible not on each other; names that are
-    too long for it are shortened.
+    too long for it are shortened. Of more than 300 boxes the best are drawn.
 
     `image`: uint8 [h, w, 3]. `boxes`: float [N, 4]. `labels`: int [N], numbers of
     `class_names`. `scores`: float [N].
@@ -284,6 +288,10 @@ def _draw(axes: Axes, shown: Shown, class_names: Sequence[str]) -> None:
 
     # The best box is drawn last, above the others, but chooses its label's place first.
     order = np.argsort(-shown.scores, kind="stable")
+    if len(order) > MOST_BOXES:
+        told = "the picture shows the best %d of an image's %d detections"
+        log.info(told, MOST_BOXES, len(order))
+    order = order[:MOST_BOXES]
     for k in order[::-1]:
         frame(shown.boxes[k], color_of(shown.labels[k]), line)
     thin = max(1, line // 2)

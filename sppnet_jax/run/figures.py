@@ -178,7 +178,7 @@ def draw_label(
     style["fontfamily"] = font_of(name)
     label = axes.text(0, 0, "", clip_on=True, parse_math=False, **style)
     border = pad * axes.figure.dpi / 72
-    picture, name = axes.bbox, " ".join(name.split())
+    picture, name = axes.bbox, shortened(name, 80)
     for length in range(len(name), -1 if value else 0, -1):
         start = name if length == len(name) else name[:length] + "…"
         label.set_text(f"{start if length else ''} {value}".strip())

@@ -29,7 +29,7 @@ def whole_file(path: Path) -> Iterator[IO[bytes]]:
     Makes its folder. A process that is killed leaves no more than a hidden `.partial`.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.partial")
+    partial = path.with_name(f".{uuid.uuid4().hex[:8]}.partial")
     try:
         with partial.open("wb") as file:
             yield file
