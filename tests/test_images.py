@@ -182,6 +182,17 @@ def test_a_jpeg_that_lacks_its_end_marker_only_is_read_and_named(
     assert [name in line for line in caplog.messages].count(True) == 2
 
 
+@pytest.mark.parametrize("name", [n for n in complete_files() if "JPEG" in n])
+def test_zeros_that_fill_the_end_of_a_jpeg_are_no_data(name):
+    """As of a file that was downloaded in part: all of it, or half of it."""
+    encoded = complete_files()[name]
+    found = images.decode_image(encoded[:-2] + bytes(999))
+    np.testing.assert_array_equal(found, images.decode_image(encoded))
+    for length in np.linspace(len(encoded) // 2, len(encoded) - 8, 20, dtype=int):
+        with pytest.raises(ValueError, match="truncated"):
+            images.decode_image(encoded[:length] + bytes(9999))
+
+
 @pytest.mark.parametrize("seed", range(4))
 def test_a_jpeg_that_lacks_data_is_never_completed(seed):
     """Wherever it ends: in a run of one colour, at a restart, between two scans."""
@@ -196,11 +207,12 @@ def test_a_jpeg_that_lacks_data_is_never_completed(seed):
     ):
         whole = images.decode_image(encoded)
         for length in range(len(encoded) - 3, len(encoded) - 40, -1):
-            try:
-                found = images.decode_image(encoded[:length])
-            except ValueError:
-                continue
-            np.testing.assert_array_equal(found, whole)  # all was there, after all
+            for filled in (0, 9999):  # as of a file that was downloaded in part
+                try:
+                    found = images.decode_image(encoded[:length] + bytes(filled))
+                except ValueError:
+                    continue
+                np.testing.assert_array_equal(found, whole)  # all was there, after all
 
 
 def transparent():

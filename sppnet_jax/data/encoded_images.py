@@ -276,6 +276,16 @@ def _jpeg_segments(encoded: bytes) -> Iterator[tuple[int, int, int]]:
 def _completed(encoded: bytes) -> bytes:
     """A JPEG without its end marker, with it; b"" if any of its data is missing."""
     body = encoded.rstrip(b"\xff")
+    # Zeros fill what was never written of a file, unless about as many are data.
+    if body.endswith(bytes(4)) and _has_all_data(body[:-4]):
+        body = body.rstrip(b"\0")
+        body += b"\0" if body.endswith(b"\xff") else b""
+    return body + _JPEG_END if _has_all_data(body) else b""
+
+
+def _has_all_data(body: bytes) -> bool:
+    """Whether a JPEG lacks no more than its end marker."""
+    end = 0
     sent: dict[int, set[int]] = {}  # which coefficients of which components are whole
     for kind, start, end in _jpeg_segments(body):
         if kind == 0xDA:
@@ -285,7 +295,7 @@ def _completed(encoded: bytes) -> bytes:
                 whole = range(first, last + 1) if bits & 15 == 0 else ()
                 sent.setdefault(one, set()).update(whole)
     if not sent or any(len(coefficients) < 64 for coefficients in sent.values()):
-        return b""
+        return False
     # Where data is missing, what is appended becomes part of the picture.
     count = len(_JPEG_RESTART.findall(body, end))
     more = [bytes([byte]) * 64 for byte in (0, 0x55, 0xAA, 0xFE)]
@@ -296,8 +306,8 @@ def _completed(encoded: bytes) -> bytes:
             with PIL.Image.open(io.BytesIO(body + appended + _JPEG_END)) as image:
                 pictures.add(image.tobytes())
         except Exception:  # of many types for odd files
-            return b""
-    return body + _JPEG_END if len(pictures) == 1 else b""
+            return False
+    return len(pictures) == 1
 
 
 def _png_ends(encoded: bytes) -> bool:
