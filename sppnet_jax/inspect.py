@@ -8,6 +8,7 @@ by class and split, sizes, what was put right or left out and why, and a contact
 """
 
 import argparse
+import io
 import logging
 import sys
 from pathlib import Path
@@ -31,6 +32,8 @@ def main() -> None:
     parser.add_argument(
         "--kind", default="", choices=kinds, help="where it could be several kinds"
     )
+    if isinstance(sys.stdout, io.TextIOWrapper):  # names of files may be no text
+        sys.stdout.reconfigure(errors="backslashreplace")
     given = parser.parse_args()
     # The report has the notes that are logged elsewhere.
     logging.getLogger("sppnet_jax").setLevel(logging.ERROR)

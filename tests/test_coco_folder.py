@@ -3,6 +3,7 @@
 import io
 import json
 import re
+import unicodedata
 
 import numpy as np
 import PIL.Image
@@ -15,6 +16,7 @@ from sppnet_jax.data.images import decode_image
 from sppnet_jax.data.sources import available_splits, open_detection_source, open_source
 
 SIZE = (24, 32)
+FILES = ((1, "odd.png"), (2, "good.png"))
 CATEGORIES = [{"id": 7, "name": "cat"}, {"id": 90, "name": "dog"}]
 
 
@@ -83,6 +85,9 @@ BIG = "1" + "0" * 5000  # more digits than Python reads at once
         ([14, 9, -10, -7], (2, 4, 9, 14), "swapped"),
         ([40, 2, 10, 7], None, "outside"),
         ([4, 2, 0, 7], None, "empty"),
+        ([0.1, 0.2, 0.5, 0.5], None, "shares"),
+        ([0, 0, 1, 1], None, "shares"),
+        ([4, 2, "1_0", 7], None, "no number"),
         ([0, 0, 0, 0], None, "empty"),
         ([4, 2, 10], None, "no number"),
         ([4, 2, 10, 7, 1], None, "no number"),
@@ -115,6 +120,42 @@ def test_numbers_that_no_float_holds_cost_their_box_only(tmp_path, hostile):
     found = read_folder(tmp_path)
     assert [one.box for one in found.images["odd.png"].objects] == [(2, 4, 9, 14)]
     assert any(EVENTS["no number"] in note for note in found.notes)
+
+
+@pytest.mark.parametrize(
+    "number", ["NaN", "Infinity", "-Infinity", "1e999", '"x"', "null"]
+)
+def test_a_size_that_is_no_finite_number_is_none(tmp_path, number):
+    write_images(tmp_path, "odd.png", "good.png")
+    images = [{"id": n, "file_name": f, "width": 777, "height": 777} for n, f in FILES]
+    value = coco(images, [thing(1), thing(2)])
+    write(tmp_path, json.dumps(value).replace("777", number))
+    found = read_folder(tmp_path)
+    assert [one.box for one in found.images["odd.png"].objects] == [(2, 4, 9, 14)]
+    assert not [note for note in found.notes if "gave a size" in note]
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda text: "\ufeff\n\n" + text,
+        lambda text: "\n\ufeff" + text + "\0" * 99 + "\n",
+        lambda text: ("\ufeff" + text).encode("utf-16-le"),
+    ],
+)
+def test_json_may_be_written_in_many_ways(tmp_path, wrap):
+    """And both forms of an accent are one name, of files and of classes."""
+    one, other = (unicodedata.normalize(form, "B\xe4r") for form in ("NFC", "NFD"))
+    write_images(tmp_path, f"{one}.png", "good.png")
+    categories = [{"id": 7, "name": one}, {"id": 90, "name": other}]
+    things = [thing(1), thing(2, category=90)]
+    text = json.dumps(coco([f"{other}.png", "good.png"], things, categories))
+    wrapped = wrap(text)
+    data = wrapped if isinstance(wrapped, bytes) else wrapped.encode()
+    (tmp_path / "annotations.json").write_bytes(data)
+    found = read_folder(tmp_path)
+    assert found.class_names == (one,)
+    assert len(found.images) == 2
 
 
 @pytest.mark.parametrize(

@@ -315,3 +315,26 @@ def test_arguments_that_do_not_fit_are_errors(tmp_path):
         plot_times({}, path)
     with pytest.raises(ValueError, match=r"drawn\.gif: its suffix must be"):
         save_image(image, path.with_suffix(".gif"))
+
+
+@pytest.mark.filterwarnings("ignore:Glyph")
+def test_thousands_of_boxes_are_the_best_few_hundred(figures, caplog, monkeypatch):
+    monkeypatch.setattr(pictures, "MOST_BOXES", 20)
+    caplog.set_level("INFO")
+    shown = some_detections(40, 50, count=21)
+    boxes, numbers, scores = shown.boxes, shown.labels, shown.scores
+    best = np.argsort(-scores)[:-1]
+    drawn = draw_detections(shown.image, boxes, numbers, scores, NAMES)
+    assert "best 20 of an image's 21 detections" in caplog.text
+    caplog.clear()
+    of_best = boxes[best], numbers[best], scores[best]
+    fewer = draw_detections(shown.image, *of_best, NAMES)
+    assert not caplog.messages
+    np.testing.assert_array_equal(drawn, fewer)
+
+
+def test_a_name_of_any_length_can_be_saved(tmp_path):
+    for stem in ("熊" * 84, "x" * 251):
+        path = save_image(picture(8, 9), tmp_path / f"{stem}_detections.jpg")
+        assert path.suffix == ".jpg"
+        assert len(path.name.encode()) <= 255

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from test_boxes import greedy
 
+from sppnet_jax.detection.box_regression import regress_boxes
 from sppnet_jax.detection.detector import Scored, Suppression, suppress, vote
 from sppnet_jax.detection.hard_negatives import NEVER
 
@@ -103,3 +104,19 @@ def test_a_class_that_was_never_trained_is_never_detected():
     one.scores[:] = NEVER
     nothing = suppress([one], Suppression(0.3, 100))
     assert [part.shape for part in nothing] == [(0, 4), (0,), (0,)]
+
+
+@pytest.mark.parametrize("side", range(4))
+def test_a_box_that_regression_moved_out_of_the_image_is_no_detection(side):
+    """Nor does it take the place of one in the image; one that only crosses stays."""
+    start = np.array([[10, 10, 20, 20]] * 3, np.float32)
+    away = np.zeros(4, np.float32)
+    away[side % 2] = 9 if side < 2 else -9  # heights or widths of the box
+    deltas = np.zeros((3, CLASSES, 4), np.float32)
+    deltas[0] = away
+    deltas[1] = away * (1.5 if side < 2 else 1) / 9  # half of it is left, or all
+    boxes = regress_boxes(start, deltas, 30, 30).astype(np.float32)
+    scores = np.repeat([[9], [5], [7]], CLASSES, axis=1).astype(np.float32)
+    found = suppress([Scored(boxes, scores)], Suppression(1.0, 2))
+    assert found.scores.tolist() == [7] * CLASSES + [5] * CLASSES
+    assert (found.boxes[:, 2:] - found.boxes[:, :2] >= 5).all()

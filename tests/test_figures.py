@@ -7,8 +7,11 @@ import cv2
 import matplotlib.pyplot
 import numpy as np
 import pytest
+from matplotlib import font_manager
 from matplotlib.figure import Figure
+from matplotlib.ft2font import FT2Font
 
+from sppnet_jax.run import figures
 from sppnet_jax.run.figures import COLORS, color_of, draw_label, panels, save_figure
 from sppnet_jax.run.figures import show_image as show
 
@@ -94,3 +97,41 @@ def test_a_label_has_its_box_s_left_side_in_any_resolution(box, place, dpi):
     assert left == pytest.approx(20, abs=1)
     assert (low if place == "above" else high) == pytest.approx(box[0], abs=1)
     assert axes.texts[0].get_text() == "a 1"
+
+
+def test_letters_that_the_usual_font_lacks_are_drawn_in_one_that_has_them(
+    recwarn, caplog
+):
+    """U+E000, of private use, is in a font that comes with matplotlib."""
+    usual = figures.font_of("traffic_light $5")
+    assert figures.font_of("Bär") == usual
+    found = figures.font_of("a \ue000")
+    assert found[: len(usual)] == usual
+    (other,) = found[len(usual) :]
+    path = font_manager.findfont(other)
+    assert 0xE000 in FT2Font(path).get_charmap()
+    figures._tell_boxes.cache_clear()
+    for text in ("\U000f1234", "\U000f1235"):  # in none
+        assert figures.font_of(text) == usual
+    assert len([line for line in caplog.messages if "boxes are drawn" in line]) == 1
+    figure, (axes,) = figures.panels(1, 1, 1.0)
+    figures.show_image(axes, np.zeros((9, 9, 3), np.uint8), "a \ue000 \U000f1234")
+    figure.canvas.draw()
+
+
+@pytest.mark.parametrize(
+    "name", ["Ünïcode" * 40, "a/b" * 99, " \n ", "$", "x" * 255, "ワ" * 85]
+)
+def test_a_name_is_in_one_line_and_short_enough(name):
+    short = figures.shortened(name, 20)
+    assert len(short) <= 20
+    assert len(short.splitlines()) <= 1
+    assert " ".join(name.split()).startswith(short.removesuffix("…"))
+
+
+def test_a_picture_shows_so_many_panels_at_most_and_says_so(caplog):
+    caplog.set_level("INFO")
+    assert figures.some_of(range(64), "images") == range(64)
+    assert not caplog.messages
+    assert figures.some_of(range(2000), "images") == range(64)
+    assert caplog.messages == ["the picture shows the first 64 of 2000 images"]

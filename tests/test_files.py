@@ -1,13 +1,16 @@
 """Files are whole or not there, whoever writes them at the same time."""
 
 import json
+import os
 import threading
 
 import numpy as np
 import pytest
 
 from sppnet_jax.run.files import (
+    fitting,
     read_arrays,
+    table_cell,
     whole_file,
     write_array,
     write_arrays,
@@ -107,3 +110,35 @@ def test_what_was_written_is_read(tmp_path):
         "a": (3,),
         "b": (0, 2),
     }
+
+
+@pytest.mark.parametrize("name", ["a" * 251 + ".txt", "é" * 125 + ".txt", "b.c"])
+def test_a_name_that_a_file_can_have_stays_as_it_is(name, tmp_path):
+    assert fitting(tmp_path / name) == tmp_path / name
+
+
+@pytest.mark.parametrize("letter", ["a", "é", "熊", "𝄞", os.fsdecode(b"\xe9")])
+def test_a_name_that_is_too_long_for_a_file_is_cut_and_stays_different(
+    letter, tmp_path
+):
+    paths = [tmp_path / f"{letter * 300}{number}.txt" for number in range(3)]
+    cut = [fitting(path) for path in paths]
+    assert len(set(cut)) == 3
+    for path in cut:
+        path.write_text("x")  # the file system takes it
+        assert path.suffix == ".txt"
+
+
+@pytest.mark.parametrize(
+    ("text", "cell"),
+    [
+        ("traffic_light", "traffic_light"),
+        ("_x_", r"\_x\_"),
+        ("a|b\\c", r"a\|b\\c"),
+        ("5$ *b* `c` <d> ~e~", r"5\$ \*b\* \`c\` \<d> \~e\~"),
+        ("two\nlines", "two lines"),
+        ("ワニ", "ワニ"),
+    ],
+)
+def test_no_name_is_taken_for_markup_in_a_table(text, cell):
+    assert table_cell(text) == cell

@@ -1,11 +1,13 @@
 """A folder of class folders is a data set, or a clear error before training."""
 
+import errno
 import logging
 import os
 import pickle
 import subprocess
 import sys
 import tracemalloc
+import unicodedata
 from pathlib import Path
 from typing import ClassVar
 
@@ -14,7 +16,7 @@ import pytest
 import tensorflow_datasets as tfds
 from data_helpers import encode, exchange, picture, write_class_folders, write_images
 
-from sppnet_jax.data.batches import train_batches
+from sppnet_jax.data.batches import describe_broken, train_batches
 from sppnet_jax.data.folders import printable
 from sppnet_jax.data.image_folder import scan_folder
 from sppnet_jax.data.images import decode_image
@@ -204,6 +206,12 @@ def test_hidden_and_other_files_are_left_out(tmp_path):
         "cat/.hidden.png",
         "cat/._01.png",
         "__MACOSX/cat/a.png",
+        "@eaDir/a.png",
+        "cat/@eaDir/a.png/thumbnail.jpg",
+        "dog/Thumbs.db",
+        "dog/.DS_Store",
+        "dog/.ipynb_checkpoints/a.png",
+        "lost+found/a.png",
     ):
         (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / path).write_bytes(b"x")
@@ -224,6 +232,86 @@ def test_linked_folders_are_followed_but_not_in_circles(tmp_path):
     (root / "dog").symlink_to(tmp_path / "elsewhere/dog")
     (tmp_path / "elsewhere/dog/self").symlink_to(tmp_path / "elsewhere/dog")
     assert split_sizes(root) == {"train": 8, "test": 2}
+
+
+@pytest.mark.parametrize("suffix", [".jfif", ".JFIF", ".JPeG", ".tiff"])
+def test_images_have_suffixes_in_any_case(tmp_path, suffix):
+    write_class_folders(tmp_path, 5)
+    for path in list(tmp_path.rglob("*.png")):
+        path.rename(path.with_suffix(suffix))
+    assert split_sizes(tmp_path) == {"train": 8, "test": 2}
+
+
+def test_links_back_to_the_root_and_to_nowhere_are_not_followed(tmp_path):
+    """Below the root, in a class of its own, and in a linked class."""
+    write_class_folders(tmp_path / "pets", 5)
+    write_class_folders(tmp_path / "far", 5, "bird")
+    root = tmp_path / "pets"
+    for link, target in (
+        ("again", root),
+        ("cat/root", root),
+        ("cat/above", tmp_path),
+        ("bird", tmp_path / "far/bird"),
+        ("bird/back", root),
+        ("bird/up", tmp_path / "far"),
+        ("dog/round", root / "dog/round"),
+        ("dog/round.png", root / "dog/round.png"),
+    ):
+        (root / link).symlink_to(target)
+    scan = scan_folder(root)
+    assert scan.class_names == ("bird", "cat", "dog")
+    assert split_sizes(root) == {"train": 12, "test": 3}
+    (root / "loop").symlink_to(root / "loop")
+    assert scan_folder(root).class_names == scan.class_names
+
+
+def test_accents_in_both_forms_are_one_name(tmp_path):
+    """As from a Mac and from elsewhere: splits and classes are the same."""
+    roots = [tmp_path / form for form in ("NFC", "NFD")]
+    for root in roots:
+        for split in ("train", "test"):
+            form = root.name if split == "train" else "NFC"
+            name = unicodedata.normalize(form, "caf\u00e9")
+            write_images(root / split, f"{name}/{name}.png", f"tea/{name}.png")
+    scans = [scan_folder(root) for root in roots]
+    assert scans[0].class_names == scans[1].class_names == ("caf\u00e9", "tea")
+    sources = [open_source("image_folder", "train", root=str(root)) for root in roots]
+    assert sources[0].digest == sources[1].digest
+    both = tmp_path / "both"
+    for form in ("NFC", "NFD"):
+        name = unicodedata.normalize(form, "caf\u00e9")
+        write_images(both, *(f"{name}/{form}{number}.png" for number in range(3)))
+    write_images(both, *(f"tea/{number}.png" for number in range(5)))
+    assert split_sizes(both) == {"train": 9, "test": 2}
+
+
+def test_what_cannot_be_read_is_a_broken_image_that_says_why(tmp_path, monkeypatch):
+    write_class_folders(tmp_path, 10)
+    source = open_source("image_folder", "train", root=str(tmp_path))
+    paths = [tmp_path / record["name"] for record in source.records]
+    paths[0].unlink()
+    os.mkfifo(paths[0])
+    paths[1].unlink()
+    paths[1].mkdir()
+    real = Path.read_bytes
+
+    def refuse(path):
+        if path == paths[2]:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return real(path)
+
+    monkeypatch.setattr(Path, "read_bytes", refuse)
+    reasons = ("a pipe or a device", "but a folder", "Permission denied")
+    for number, reason in enumerate(reasons):
+        record = pickle.loads(pickle.dumps(source.records[number]))
+        with pytest.raises(ValueError, match=reason):
+            decode_image(record["image"])
+        told = describe_broken(source, number)
+        assert reason in told
+        assert record["name"] in told
+    # From the next start on the first two are no images.
+    assert "ignored 2 files that are not images" in scan_folder(tmp_path).notes[0]
+    assert sum(split_sizes(tmp_path).values()) == 18
 
 
 def test_a_class_may_be_called_train(tmp_path):

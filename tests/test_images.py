@@ -1,6 +1,10 @@
 """Whatever an image file holds, the pipeline gets 8-bit RGB or a clear error."""
 
+import ctypes
 import io
+import struct
+import zlib
+from concurrent.futures import ThreadPoolExecutor
 
 import cv2
 import numpy as np
@@ -8,7 +12,8 @@ import pytest
 from data_helpers import encode, picture
 from PIL import Image, ImageOps
 
-from sppnet_jax.data import images
+from sppnet_jax.data import encoded_images, images
+from sppnet_jax.data.library_lines import caught
 
 FORMATS = ("JPEG", "PNG", "BMP", "GIF", "WEBP", "TIFF")
 IMAGE = picture(60, 80)
@@ -93,7 +98,7 @@ def test_the_size_is_read_without_decoding(monkeypatch):
     exif = Image.Exif()
     exif[0x0112] = 3
     files["JPEG upside down"] = saved(Image.fromarray(IMAGE), "JPEG", exif=exif)
-    monkeypatch.setattr(images, "decode_image", None)
+    monkeypatch.setattr(encoded_images, "decode", None)
     for name in ("JPEG", "progressive JPEG", "JPEG upside down", "PNG", "BMP", "WEBP"):
         assert images.image_size(files[name]) == (60, 80), name
 
@@ -136,10 +141,218 @@ def test_a_truncated_file_is_an_error_wherever_it_ends(name):
     images.decode_image(encoded)
     # An animation is whole as soon as its first frame is.
     end = len(encoded) // 2 if name == "animated GIF" else len(encoded) - 1
+    # A JPEG's last two bytes are its end marker, which isn't missed.
+    end -= 2 * ("JPEG" in name)
     for length in {1, 2, 11, 30, 100, *np.linspace(1, end - 1, 25, dtype=int), end}:
         for read in (images.decode_image, images.image_size):
             with pytest.raises(ValueError, match=r"truncated|not an image"):
                 read(encoded[:length])
+
+
+@pytest.fixture
+def none_told(monkeypatch):
+    monkeypatch.setattr(encoded_images, "_odd", {})
+
+
+def test_many_odd_images_are_counted_and_some_are_named(caplog, none_told):
+    encoded = saved(Image.fromarray(IMAGE[:8, :8]), "JPEG")[:-2]
+    for number in range(201):
+        images.decode_image(encoded_images.EncodedImage(encoded, f"{number}.jpg"))
+    named = [line.partition("): ")[2] for line in caplog.messages if "): " in line]
+    names = [name.partition(":")[0] for name in named]
+    assert names == [f"{number}.jpg" for number in (*range(20), 99, 199)]
+    assert "odd, but read (no. 200): 199.jpg" in caplog.text
+
+
+@pytest.mark.parametrize("name", [n for n in complete_files() if "JPEG" in n])
+def test_a_jpeg_that_lacks_its_end_marker_only_is_read_and_named(
+    name, caplog, none_told
+):
+    encoded = complete_files()[name]
+    for cut in (1, 2):
+        file = encoded_images.EncodedImage(encoded[:-cut], f"{name} {cut}.jpg")
+        for _ in range(3):
+            assert images.image_size(file) == (60, 80)
+            np.testing.assert_array_equal(
+                images.decode_image(file), images.decode_image(encoded)
+            )
+    assert [line for line in caplog.messages if "no end marker" in line] == [
+        line for line in caplog.messages if line.startswith("odd, but read (no. ")
+    ]
+    assert [name in line for line in caplog.messages].count(True) == 2
+
+
+@pytest.mark.parametrize("name", [n for n in complete_files() if "JPEG" in n])
+def test_zeros_that_fill_the_end_of_a_jpeg_are_no_data(name):
+    """As of a file that was downloaded in part: all of it, or half of it."""
+    encoded = complete_files()[name]
+    found = images.decode_image(encoded[:-2] + bytes(999))
+    np.testing.assert_array_equal(found, images.decode_image(encoded))
+    for length in np.linspace(len(encoded) // 2, len(encoded) - 8, 20, dtype=int):
+        with pytest.raises(ValueError, match="truncated"):
+            images.decode_image(encoded[:length] + bytes(9999))
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_jpeg_that_lacks_data_is_never_completed(seed):
+    """Wherever it ends: in a run of one colour, at a restart, between two scans."""
+    flat = np.full((40, 40, 3), (0, 77, 128, 255)[seed], np.uint8)
+    image = Image.fromarray(flat)
+    restarts = [cv2.IMWRITE_JPEG_RST_INTERVAL, 1]
+    for encoded in (
+        saved(image, "JPEG", optimize=True),
+        saved(image, "JPEG", progressive=True),
+        cv2.imencode(".jpg", flat, restarts)[1].tobytes(),
+        cv2.imencode(".jpg", picture(33, 47, seed), restarts)[1].tobytes(),
+    ):
+        whole = images.decode_image(encoded)
+        for length in range(len(encoded) - 3, len(encoded) - 40, -1):
+            for filled in (0, 9999):  # as of a file that was downloaded in part
+                try:
+                    found = images.decode_image(encoded[:length] + bytes(filled))
+                except ValueError:
+                    continue
+                np.testing.assert_array_equal(found, whole)  # all was there, after all
+
+
+def transparent():
+    """Every alpha beside every other one, over a picture."""
+    alpha = np.arange(60 * 80).reshape(60, 80) % 256
+    return Image.fromarray(np.dstack([IMAGE, alpha.astype(np.uint8)]), "RGBA")
+
+
+@pytest.mark.parametrize("orientation", [1, 3, 6])
+@pytest.mark.parametrize(
+    ("file_format", "options"),
+    [
+        ("PNG", {}),
+        ("WEBP", {"lossless": True, "exact": True}),
+        ("TIFF", {}),
+        ("TIFF", {"compression": "tiff_lzw"}),
+        ("TIFF", {"compression": "tiff_adobe_deflate", "big_tiff": True}),
+    ],
+)
+def test_what_is_transparent_keeps_its_colours(file_format, options, orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    encoded = saved(transparent(), file_format, exif=exif, **options)
+    expected = np.rot90(IMAGE, {1: 0, 3: 2, 6: 3}[orientation])
+    np.testing.assert_array_equal(images.decode_image(encoded), expected)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64", "int32"])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_a_tiff_of_numbers_that_are_no_colours_is_named_as_what_it_is(dtype, channels):
+    array = IMAGE[..., :channels].astype(dtype)
+    encoded = cv2.imencode(".tif", array)[1].tobytes()
+    bits = np.dtype(dtype).itemsize * 8
+    kind = "floats" if dtype.startswith("float") else "signed integers"
+    for read in (images.decode_image, images.image_size):
+        with pytest.raises(ValueError, match=f"a TIFF of {bits}-bit {kind}.* convert"):
+            read(encoded)
+
+
+@pytest.fixture
+def limit(monkeypatch):
+    def set_limit(text):
+        monkeypatch.setenv(encoded_images.MAX_PIXELS, text)
+        encoded_images.max_pixels.cache_clear()
+
+    yield set_limit
+    encoded_images.max_pixels.cache_clear()
+
+
+@pytest.mark.parametrize("name", complete_files())
+def test_an_image_of_more_pixels_than_the_limit_is_broken(name, limit):
+    encoded = complete_files()[name]
+    limit(str(60 * 80))
+    assert images.decode_image(encoded).shape == (60, 80, 3)
+    limit(str(60 * 80 - 1))
+    for read in (images.decode_image, images.image_size):
+        with pytest.raises(ValueError, match=r"60×80 pixels .* more than the 4,799"):
+            read(encoded)
+
+
+def test_a_small_file_of_very_many_pixels_is_not_decoded(monkeypatch):
+    monkeypatch.setattr(cv2, "imdecode", None)
+    row = zlib.compress(bytes(4096 * 1024), 1)
+    header = struct.pack(">IIBBBBB", 32_768, 32_768, 8, 0, 0, 0, 0)
+    chunks = ((b"IHDR", header), (b"IDAT", row), (b"IEND", b""))
+    encoded = b"\x89PNG\r\n\x1a\n" + b"".join(png_chunk(*one) for one in chunks)
+    with pytest.raises(ValueError, match=r"32,768×32,768 .* 200,000,000"):
+        images.decode_image(encoded)
+
+
+@pytest.mark.parametrize("text", ["0", "-5", "many", "1e9", "nan"])
+def test_a_limit_that_is_no_number_of_pixels_is_said_to_be_none(text, limit):
+    limit(text)
+    with pytest.raises(
+        RuntimeError, match=f"{encoded_images.MAX_PIXELS} must be a whole"
+    ):
+        images.decode_image(encode(IMAGE))
+
+
+def png_chunk(kind, data):
+    checked = kind + data
+    length, check = (struct.pack(">I", n) for n in (len(data), zlib.crc32(checked)))
+    return length + checked + check
+
+
+def test_what_libraries_print_is_told_once_with_the_files_name(
+    capfd, caplog, none_told
+):
+    """By several threads at once; what others print is not held back."""
+    jpeg, png = saved(Image.fromarray(IMAGE), "JPEG"), encode(IMAGE)
+    bad = png_chunk(b"iCCP", b"icc\0\0" + zlib.compress(b"junk"))
+    printing = {
+        "junk.jpg": jpeg[:-2] + b"junkjunk" + jpeg[-2:],
+        "old.jpg": jpeg.replace(b"JFIF\0\x01", b"JFIF\0\x07", 1),
+        "profile.png": png[:33] + bad + png[33:],
+        "whole.png": png,
+    }
+    files = [encoded_images.EncodedImage(data, name) for name, data in printing.items()]
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(images.decode_image, files * 20))
+    with caught() as pieces:
+        ctypes.CDLL(None).perror(b"mine")
+        with ThreadPoolExecutor(1) as pool:
+            pool.submit(ctypes.CDLL(None).perror, b"another's").result()
+    assert b"".join(pieces).startswith(b"mine")
+    ctypes.CDLL(None).perror(b"later")
+    told = capfd.readouterr().err.splitlines()
+    assert [line.partition(":")[0] for line in told] == ["another's", "later"]
+    lines = sorted(line.partition("): ")[2] for line in caplog.messages)
+    assert [line.partition(": ")[0] for line in lines] == sorted(printing)[:3]
+    for line, words in zip(lines, ("extraneous", "JFIF revision", "iCCP"), strict=True):
+        assert words in line
+
+
+def test_an_error_of_a_library_is_part_of_what_is_raised(capfd):
+    encoded = encode(IMAGE)
+    chunk = png_chunk(b"IDAT", zlib.compress(b"\0" * 99)[:-9])
+    start = encoded.index(b"IDAT") - 4
+    with pytest.raises(ValueError, match=r"not an image .*: libpng error: "):
+        images.decode_image(encoded[:start] + chunk + encoded[-12:])
+    assert not capfd.readouterr().err
+
+
+@pytest.mark.parametrize("name", complete_files())
+def test_a_damaged_file_is_an_image_or_a_value_error_and_prints_nothing(name, capfd):
+    encoded = complete_files()[name]
+    rng = np.random.default_rng(len(name))
+    errors = 0
+    for number in range(60):
+        damaged = bytearray(encoded)
+        places = rng.integers(len(encoded) if number % 2 else 100, size=3)
+        for place in places:
+            damaged[place] = rng.integers(256)
+        for read in (images.decode_image, images.image_size):
+            try:
+                read(bytes(damaged))
+            except ValueError:
+                errors += 1
+    assert errors
+    assert not capfd.readouterr().err
 
 
 @pytest.mark.parametrize("name", complete_files())

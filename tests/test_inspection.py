@@ -1,5 +1,8 @@
 """What people look at before they train says what is in a folder, and shows it."""
 
+import os
+import re
+
 import cv2
 import numpy as np
 import pytest
@@ -136,3 +139,39 @@ def test_a_folder_that_is_read_as_boxes_has_odd_images_in_the_sheet(tmp_path):
         (tmp_path / f"JPEGImages/{key}.png").write_bytes(encode(picture(*size)))
     found = inspect_folder(tmp_path)
     assert cv2.imread(str(draw_contact_sheet(found, tmp_path / "x.png"))) is not None
+
+
+ODD_NAMES = ("a|b", "$x_$", "_y_", "traffic_light", "w*", "images", "ワニ", "é" * 115)
+
+
+def test_any_class_name_is_right_in_the_tables(tmp_path):
+    """GitHub's tables: an unescaped bar ends a cell, a backslash takes markup away."""
+    write_class_folders(tmp_path, 5, " ".join(ODD_NAMES))
+    lines = report(inspect_folder(tmp_path)).splitlines()
+    rows = [re.split(r"(?<!\\)\|", line)[1:-1] for line in lines if "|" in line]
+    cells = [row[0].strip() for row in rows if row[1:] == [" 4 ", " 1 "]]
+    assert sorted(re.sub(r"\\(.)", r"\1", cell) for cell in cells) == sorted(ODD_NAMES)
+    assert {r"a\|b", r"\$x\_\$", r"\_y\_", "traffic_light", r"w\*"} <= set(cells)
+
+
+def test_images_that_are_odd_but_read_are_noted_once(tmp_path):
+    write_boxes(tmp_path)
+    image = encode(picture(), ".jpg")
+    (tmp_path / "JPEGImages/a.png").write_bytes(image[:-2])
+    notes = [note for note in inspect_folder(tmp_path).notes if "but odd" in note]
+    assert len(notes) == 1
+    assert "JPEGImages/a.png: read, but odd: a JPEG with all its data" in notes[0]
+
+
+def test_a_terminal_that_lacks_letters_ends_no_command(tmp_path, command_line):
+    name = os.fsdecode(b"caf\xe9")  # no text in UTF-8
+    write_class_folders(tmp_path / "ワニ×", 5, f"{name} ワニ")
+    result = command_line(
+        "inspect",
+        tmp_path / "ワニ×",
+        f"--picture={tmp_path}/ワニ×.png",
+        environment={"PYTHONIOENCODING": "ascii"},
+        imported=False,  # Python reads it when it starts
+    )
+    assert r"| caf\\xe9 | 4 | 1 |" in result.stdout
+    assert (tmp_path / "ワニ×.png").exists()

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import re
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from sppnet_jax import cli
 from sppnet_jax.buckets.table import smallest_bucket
 from sppnet_jax.buckets.whole_images import photo_buckets
 from sppnet_jax.data.images import whole_size
+from sppnet_jax.data.photographs import read_image, read_images
 from sppnet_jax.run.photo_results import photo_results
 from tests.conftest import REPOSITORY
 
@@ -26,6 +28,17 @@ def photos(tmp_path, monkeypatch):
         (tmp_path / name).touch()
     monkeypatch.chdir(tmp_path)
     return tmp_path
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir, lambda p: p.symlink_to(p)])
+def test_what_is_no_file_is_said_to_be_none_and_holds_nobody_up(make, tmp_path):
+    path = tmp_path / os.fsdecode(b"caf\xe9.jpg")
+    make(path)
+    with pytest.raises(ValueError, match=r"a pipe or a device|a folder|symbolic links"):
+        read_image(path)
+    ((given, error),) = read_images([str(path)])
+    assert given == str(path)
+    assert isinstance(error, ValueError)
 
 
 @pytest.mark.parametrize(

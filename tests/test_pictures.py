@@ -50,3 +50,10 @@ def test_the_curves_say_where_the_training_loss_is_of_smoothed_labels(
     plot_training(tmp_path)
     (label,) = drawn[0].axes[0].get_legend_handles_labels()[1]
     assert ("smoothed labels" in label) == bool(smoothing)
+
+
+@pytest.mark.filterwarnings("ignore:Glyph")
+def test_thousands_of_predictions_are_a_picture_of_the_first(tmp_path):
+    shown = [plots.Prediction(picture(8, 8), "$_|" * 77, 0.5, "猫" * 76)] * 2000
+    drawn = cv2.imread(str(plots.plot_predictions(shown, tmp_path / "drawn.png")))
+    assert max(drawn.shape) < 3000

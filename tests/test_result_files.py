@@ -130,6 +130,17 @@ def test_names_that_no_file_can_hold_are_written_as_in_urls(tmp_path):
     assert [read_lines(path, ids)[0].tolist() for path in paths] == [[i] for i in rows]
 
 
+def test_classes_of_long_names_have_files_of_their_own(tmp_path):
+    """Of 230 bytes a name is whole in the file's; longer ones are cut and marked."""
+    names = ["a" * 230, "熊" * 90, "熊" * 91]
+    paths = write_voc_results(tmp_path, few(), IDS, names)
+    assert paths[0].name == f"comp4_det_test_{names[0]}.txt"
+    assert len({path.name for path in paths}) == 3
+    for path in paths:
+        assert path.name.startswith("comp4_det_test_")
+        assert path.exists()
+
+
 @pytest.mark.parametrize(
     ("ids", "names", "message"),
     [

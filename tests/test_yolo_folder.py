@@ -1,6 +1,7 @@
 """Any folder in YOLO's layout becomes a data set, and nothing is lost silently."""
 
 import io
+import unicodedata
 
 import numpy as np
 import PIL.Image
@@ -103,6 +104,8 @@ def test_other_pixels_stay_as_they_are(tmp_path):
         ("0", None, "broken line"),
         ("0,0.5,0.5,0.5,0.5", None, "broken line"),
         ("0 0.5 0.5 0.5 nan", None, "broken line"),
+        ("0 0.5 0.5 0.5 -inf", None, "broken line"),
+        ("0 0.5 0.5 0.5 0_5", None, "broken line"),
         ("0 0.5 0.5 1e309 0.5", None, "broken line"),
         ("0 0.5 0.5 0.5 wide", None, "broken line"),
         ("0 0.25 0.25 0.75 0.25 0.5 0.75", BOX, "extent"),
@@ -128,12 +131,44 @@ def test_keypoints_behind_a_box_are_no_polygon(tmp_path):
 
 @pytest.mark.parametrize(
     "text",
-    [b"\xef\xbb\xbf" + GOOD.encode(), GOOD.encode("utf-16"), GOOD.encode() + b"\n\n"],
+    [
+        b"\xef\xbb\xbf" + GOOD.encode(),
+        GOOD.encode("utf-16"),
+        GOOD.encode("utf-16-be"),
+        GOOD.encode() + b"\n\n",
+        GOOD.encode() + bytes(99),
+    ],
 )
 def test_text_may_be_written_in_many_ways(tmp_path, text):
     image, notes = read_one(tmp_path, text)
     assert [one.box for one in image.objects] == [BOX]
     assert not notes
+
+
+def test_accents_in_both_forms_are_one_name(tmp_path):
+    """Of images, label files, lists, folders and classes."""
+    one, other = (unicodedata.normalize(form, "B\xe4r") for form in ("NFC", "NFD"))
+    write_images(tmp_path, f"images/{one}/{one}.png", "images/good.png")
+    label, good = f"labels/{other}/{other}.txt", "labels/good.txt"
+    write_texts(tmp_path, {label: GOOD, good: GOOD.replace("0", "1", 1)})
+    for names, lists in (
+        (f"names: [{one}, {other}]\ntrain: images/{other}\nval: images", {}),
+        (
+            f"names: [{one}, {other}]\ntrain: a.txt\nval: b.txt",
+            {"a.txt": f"./images/{other}/{other}.png", "b.txt": "good.png"},
+        ),
+    ):
+        write_texts(tmp_path, {"data.yaml": names, **lists})
+        scan = scan_folder(tmp_path)
+        assert [len(files) for files in scan.splits.values()] == [
+            1,
+            2 - len(lists) // 2,
+        ]
+        found = read_annotations(scan)
+        assert found.class_names == (one,)
+        assert [len(image.objects) for image in found.images.values()] == [1, 1]
+    write_images(tmp_path, f"images/{one}/{other}.png")  # of the same name: left out
+    assert len(read_folder(tmp_path).images) == len(found.images)
 
 
 @pytest.mark.parametrize("orientation", [1, 3, 6])

@@ -6,9 +6,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from sppnet_jax.run.figures import panels, save_figure, show_image
+from sppnet_jax.run.figures import panels, save_figure, shortened, show_image, some_of
 
 RIGHT, WRONG = "#2a7f3f", "#c0392b"
+_TITLE = 20  # letters of a class
 
 
 class Prediction(NamedTuple):
@@ -21,15 +22,22 @@ class Prediction(NamedTuple):
 
 
 def plot_predictions(predictions: Sequence[Prediction], path: Path) -> Path:
-    """Draws images in a grid, each at its aspect ratio, under its predicted class."""
+    """Draws images in a grid, each at its aspect ratio, under its predicted class.
+
+    The first 64, see `some_of`.
+    """
+    predictions = some_of(predictions, "images")
     columns = min(8, len(predictions))
-    figure, grid = panels(len(predictions), columns, 1.0, width=1.6 * columns)
+    figure, grid = panels(
+        len(predictions), columns, 1.0, width=1.6 * columns, title=0.45
+    )
     for axes, shown in zip(grid, predictions, strict=True):
-        title, color = f"{shown.predicted} {shown.probability:.0%}", "black"
+        name = shortened(shown.predicted, _TITLE)
+        title, color = f"{name} {shown.probability:.0%}", "black"
         if shown.label is not None:
             right = shown.label == shown.predicted
             color = RIGHT if right else WRONG
-            title += "" if right else f"\nnot {shown.label}"
+            title += "" if right else f"\nnot {shortened(shown.label, _TITLE)}"
         show_image(axes, shown.image, title)
         axes.axis("off")
         axes.title.set_color(color)

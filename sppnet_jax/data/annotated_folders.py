@@ -321,13 +321,22 @@ def index_paths(root: Path) -> PathIndex:
     images: list[str] = []
     others: list[str] = []
     for path in folders.walk_files(root):
-        which = images if folders.is_image(path) else others
-        which.append(os.path.relpath(path, root))
-    return PathIndex(tuple(sorted(images)), tuple(sorted(others)))
+        if folders.is_image(path):
+            images.append(os.path.relpath(path, root))
+        elif path.is_file():
+            others.append(os.path.relpath(path, root))
+    named: dict[str, str] = {}
+    for image in sorted(images):
+        first = named.setdefault(folders.printable(image), image)
+        if first != image:
+            folders.warn_once(
+                f"{root}: two images are {image}: one of them is left out"
+            )
+    return PathIndex(tuple(named.values()), tuple(sorted(others)))
 
 
 def by_name(paths: Iterable[str], near: Sequence[str] = ()) -> dict[str, list[str]]:
-    """Paths by their last part.
+    """Paths by their last part, `printable`.
 
     `near`: names of folders; if there are paths in a folder of the first of these
     names, or of the next, they are all that counts.
@@ -340,7 +349,8 @@ def by_name(paths: Iterable[str], near: Sequence[str] = ()) -> dict[str, list[st
             break
     named: dict[str, list[str]] = {}
     for path in paths:
-        named.setdefault(os.path.basename(path), []).append(path)
+        name = folders.printable(os.path.basename(path))
+        named.setdefault(name, []).append(path)
     return named
 
 
@@ -350,13 +360,14 @@ def find_listed(listed: str, named: Mapping[str, Sequence[str]]) -> str | None:
     A listed path may begin elsewhere, and have slashes of either kind. Of several that
     end as it does, the one nearest to the root is meant.
     """
-    wanted = [part for part in re.split(r"[/\\]+", listed.strip()) if part != "."]
+    listed = folders.printable(listed.strip())
+    wanted = [part for part in re.split(r"[/\\]+", listed) if part != "."]
     for first in range(len(wanted)):
         ending = wanted[first:]
         found = [
             (path.count(os.sep), path)
             for path in named.get(wanted[-1], ())
-            if path.split(os.sep)[-len(ending) :] == ending
+            if folders.printable(path).split(os.sep)[-len(ending) :] == ending
         ]
         found = [one for one in found if one[0] == min(found)[0]]
         if found:

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 import PIL.Image
 
-from sppnet_jax.data.images import ORIENTATION
+from sppnet_jax.data.encoded_images import ORIENTATION
 
 # What may happen to a box or a file, as the notes say it.
 EVENTS = {
@@ -25,6 +25,10 @@ EVENTS = {
     "outside": "boxes lay wholly outside the image: dropped",
     "empty": "boxes had xmin = xmax or ymin = ymax, a line or a point: dropped",
     "swapped": "boxes had xmin > xmax or ymin > ymax: put right",
+    "shares": (
+        "boxes lay between 0 and 1, as shares of the image's sides do and no pixels: "
+        "dropped"
+    ),
     "no number": "boxes lacked a coordinate, or it was no finite number: dropped",
     "no name": "objects had no name: dropped",
     "no difficult": (
@@ -82,13 +86,15 @@ def fit_box(
     events: list[str],
     change: Change | None = None,
     origin: int = 0,
+    in_pixels: bool = True,
 ) -> tuple[float, float, float, float] | None:
     """A box as it was annotated, put right and clamped to its image.
 
     `sides`: ymin, xmin, ymax, xmax, however they are; None for one that is no number.
     `size`: of the image, (height, width). `events`: what happened is added to them.
     `change`: see `change_of_size`. `origin`: the number of the first pixel; where it is
-    1, as in VOC, the last pixel is part of the box.
+    1, as in VOC, the last pixel is part of the box. `in_pixels`: whether the file has
+    pixels, so that a box between 0 and 1 (and a hundredth) can't be meant.
 
     Returns: the box, or None if it is dropped.
     """
@@ -102,6 +108,7 @@ def fit_box(
     dropped = (
         (not np.isfinite(given).all(), "no number"),
         ((first == last).any(), "empty"),
+        (in_pixels and np.abs(given - 0.5).max() <= 0.51 and min(size) > 1, "shares"),
         (not (clamped[:2] < clamped[2:]).all(), "outside"),
     )
     for happened, event in dropped:
@@ -132,7 +139,7 @@ def change_of_size(
     Returns: how its boxes change, None for not at all; and the event that it is, or "".
     """
     (height, width), (rows, columns) = size, told
-    if rows is None or columns is None or not (rows > 0 and columns > 0):
+    if not (rows and columns and 0 < rows < np.inf and 0 < columns < np.inf):
         return None, ""
     given = (rows, columns)
     if given == size:
@@ -152,6 +159,8 @@ def change_of_size(
 def number(value: object) -> float | None:
     """A number as it stands in a file, also as text; None for what is none."""
     if isinstance(value, bool) or not isinstance(value, int | float | str):
+        return None
+    if isinstance(value, str) and "_" in value:  # of Python's own numbers
         return None
     try:
         return float(value)

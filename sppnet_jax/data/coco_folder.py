@@ -216,7 +216,8 @@ def _load(path: Path) -> list[list[Any]]:
     try:
         # Thousands of digits would be an error of the whole file.
         value = json.loads(
-            path.read_bytes(), parse_int=lambda t: int(t) if len(t) < 400 else math.inf
+            folders.read_text(path).strip(folders.BLANK),
+            parse_int=lambda t: int(t) if len(t) < 400 else math.inf,
         )
     except (ValueError, RecursionError) as error:
         raise ValueError(f"no JSON: {error}") from error
@@ -338,8 +339,8 @@ def _find_files(
 
 def names_lists(path: Path) -> bool:
     """Whether a file has the words of COCO's lists in it, be it whole or not."""
-    data = path.read_bytes()
-    return all(f'"{name}"'.encode() in data for name in ("images", "annotations"))
+    text = folders.read_text(path)
+    return all(f'"{name}"' in text for name in ("images", "annotations"))
 
 
 def _name_splits(paths: Sequence[str]) -> dict[str, str]:
@@ -389,7 +390,7 @@ def _read_image(
     path: Path, entries: Sequence[tuple[CocoFile, str]]
 ) -> tuple[AnnotatedImage | None, list[str]]:
     """An image's size, and the objects of all its entries, files and ids in them."""
-    encoded = path.read_bytes()
+    encoded = folders.read_image_file(path)
     try:
         size = image_size(encoded)
     except ValueError:

@@ -4,20 +4,34 @@ Their files are read where they lie: nothing is copied, and nothing is kept.
 """
 
 import codecs
+import errno
 import functools
 import hashlib
 import logging
 import os
 import re
+import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
+from sppnet_jax.data.encoded_images import EncodedImage
 from sppnet_jax.data.sources import Record, split_spans
 
 log = logging.getLogger(__name__)
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff")
+IMAGE_SUFFIXES = (
+    *(".jpg", ".jpeg", ".jfif", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff"),
+)
+# What systems and tools leave in folders, in lower case, beside names with a dot.
+LITTER = {
+    *("__macosx", "desktop.ini", "thumbs.db", "ehthumbs.db", "icon\r", "__pycache__"),
+    *("@eadir", "@recycle", "@recently-snapshot", "#recycle", "#snapshot"),
+    *("$recycle.bin", "system volume information", "lost+found"),
+}
+# What may lie around the text of a file: its mark, blanks, and zeros, which fill what
+# was never written.
+BLANK = "\ufeff\0 \t\r\n\f"
 # Splits by the folders, lists or files that they are in.
 SPLIT_OF = {
     **dict.fromkeys(("train", "training"), "train"),
@@ -46,10 +60,9 @@ class FileRecords:
 
     def __getitem__(self, index: int) -> Record:
         path = self._paths[index]
-        image = (self._root / path).read_bytes()
-        return cast(
-            Record, {"image": image, "name": printable(path), **self._told[index]}
-        )
+        image = read_image_file(self._root / path)
+        told = {"image": image, "name": printable(path), **self._told[index]}
+        return cast(Record, told)
 
 
 def existing_folder(root: str | os.PathLike[str], kind: str, layout: str) -> Path:
@@ -137,43 +150,102 @@ def hold_out(paths: Iterable[str]) -> set[str]:
     return set(order[HOLD_OUT_EVERY - 1 :: HOLD_OUT_EVERY])
 
 
-def walk_files(folder: Path, above: tuple[str, ...] = ()) -> Iterator[Path]:
+def walk_files(folder: Path) -> Iterator[Path]:
     """Yields every visible file at any depth, following links, but not in circles."""
-    real = os.path.realpath(folder)
-    if real in above:
-        return
     folders, files = list_folder(folder)
     yield from (folder / name for name in files)
+    if not folders and not files and folder.name.lower().endswith(IMAGE_SUFFIXES):
+        yield folder  # to be counted with what is no image
     for name in folders:
-        yield from walk_files(folder / name, (*above, real))
+        yield from walk_files(folder / name)
 
 
 def list_folder(folder: Path) -> tuple[list[str], list[str]]:
-    """The names of a folder's visible folders and files, sorted."""
-    with os.scandir(folder) as entries:
-        visible = [e for e in entries if e.name[0] != "." and e.name != "__MACOSX"]
-    folders = sorted(entry.name for entry in visible if entry.is_dir())
-    return folders, sorted(entry.name for entry in visible if not entry.is_dir())
+    """The names of a folder's visible folders and files, sorted.
+
+    Without what systems and tools leave there (`LITTER`), and without links to a folder
+    that this one lies in. One that can't be listed is empty, and the log says so.
+    """
+    try:
+        with os.scandir(folder) as entries:
+            visible = [e for e in entries if e.name[0] != "."]
+    except PermissionError as error:
+        warn_once(f"{folder} can't be listed ({error.strerror}): left out")
+        return [], []
+    visible = [entry for entry in visible if entry.name.lower() not in LITTER]
+    folders = {entry.name for entry in visible if _is_folder(entry)}
+    files = sorted(entry.name for entry in visible if entry.name not in folders)
+    links = [entry for entry in visible if entry.is_symlink() and entry.name in folders]
+    if links:
+        own = Path(os.path.abspath(folder))
+        above = {os.path.realpath(path) for path in (own, *own.parents)}
+        above |= set(map(str, own.resolve().parents))
+        folders -= {link.name for link in links if os.path.realpath(link) in above}
+    return sorted(folders), files
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself, or to where nobody may look
+        return False
 
 
 def is_image(path: Path) -> bool:
     """Whether there is a file of this path with the suffix of an image."""
     # A broken link or a pipe is no image, whatever its name.
-    return path.name.lower().endswith(IMAGE_SUFFIXES) and path.is_file()
+    return path.name.lower().endswith(IMAGE_SUFFIXES) and os.path.isfile(path)
+
+
+def read_file(path: Path) -> bytes:
+    """The bytes of a file; OSError for what is none, as a pipe may have no end."""
+    if os.path.exists(path) and not os.path.isfile(path):
+        what = "a folder" if os.path.isdir(path) else "a pipe or a device"
+        raise OSError(errno.EINVAL, f"it is no file, but {what}", str(path))
+    return path.read_bytes()
+
+
+def read_image_file(path: Path) -> EncodedImage:
+    """The bytes of an image's file with its path, or with why it can't be read.
+
+    Raises: FileNotFoundError for a file that is not there.
+    """
+    name = printable(str(path))
+    try:
+        return EncodedImage(read_file(path), name)
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        return EncodedImage(b"", name, error.strerror or str(error))
 
 
 def read_text(path: Path) -> str:
-    """A list's text, in UTF-8 or UTF-16; other bytes as in the names of files."""
-    data = path.read_bytes()
+    """A file's text; see `text_of`."""
+    return text_of(read_file(path))
+
+
+def text_of(data: bytes) -> str:
+    """Text by its bytes: UTF-16, with a mark or not, or UTF-8; see `os.fsdecode`.
+
+    Marks and zeros around it are no part of it.
+    """
+    pairs = data[: len(data) // 2 * 2]
     if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-        return data.decode("utf-16", "replace")
-    return os.fsdecode(data.removeprefix(codecs.BOM_UTF8))
+        text = pairs.decode("utf-16", "replace")
+    elif 0 in pairs[:2] and any(pairs[:2]):  # every other byte of plain letters
+        text = pairs.decode("utf-16-le" if data[0] else "utf-16-be", "replace")
+    else:
+        text = os.fsdecode(data)
+    return text.strip("\ufeff\0")
 
 
 def printable(path: str) -> str:
-    """A path as text: file names are bytes, and names are text."""
+    """A path as text: file names are bytes, and names are text, in one form (NFC).
+
+    So names are the same on systems that store the accents of letters by themselves.
+    """
     try:
         encoded = os.fsencode(path)
     except UnicodeEncodeError:  # half a character, as JSON may hold
         encoded = path.encode("utf-8", "backslashreplace")
-    return encoded.decode("utf-8", "backslashreplace")
+    return unicodedata.normalize("NFC", encoded.decode("utf-8", "backslashreplace"))

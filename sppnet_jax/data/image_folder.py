@@ -161,7 +161,7 @@ def _scan_classes(
                 f"({len(others)} other files). Remove it, or add images named "
                 f"{', '.join('*' + suffix for suffix in folders.IMAGE_SUFFIXES)}"
             )
-        classes[folders.printable(name)] = sorted(images)
+        classes.setdefault(folders.printable(name), []).extend(sorted(images))
         ignored += others
     return classes
 

@@ -4,16 +4,13 @@ Images are uint8 arrays [H, W, 3], RGB, values 0–255. Encoded images are bytes
 format that OpenCV reads: JPEG, PNG, BMP, WebP, GIF (first frame), TIFF.
 """
 
-import io
 import math
-import re
-import struct
-import warnings
 from typing import Any
 
 import cv2
 import numpy as np
-import PIL.Image
+
+from sppnet_jax.data import encoded_images
 
 CROPS = ("paper", "center", "random", "random_resized")
 CENTER_AND_CORNERS = ("center", "top_left", "top_right", "bottom_left", "bottom_right")
@@ -22,44 +19,22 @@ POSITIONS = (*CENTER_AND_CORNERS, "top", "bottom", "left", "right")
 # Longest side that `resize_shorter_side` makes: a needle of an image would fill memory.
 _LONGEST_SIDE = 32_767
 _MOST_IN_FLOAT = 1_000_000  # pixels
-_HEADER_FORMATS = ("BMP", "JPEG", "PNG", "WEBP")
-ORIENTATION = 0x0112  # the tag of EXIF
-_JPEG_MARKER = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")
-
-# The pipeline decodes in its own threads and processes; more would only compete.
-cv2.setNumThreads(0)
-# Broken files raise an error that names them; OpenCV's own lines name nothing.
-cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
-# Nor do Pillow's, about EXIF blocks with a fault that changes nothing.
-warnings.filterwarnings("ignore", category=UserWarning, module="PIL.TiffImagePlugin")
 
 
 def decode_image(encoded: bytes) -> np.ndarray:
     """Decodes an image file of any colour type and bit depth to 8-bit RGB.
 
     Applies the EXIF orientation, spreads grayscale over the three channels, converts
-    CMYK, palettes and 16-bit channels, and drops an alpha channel. Bytes after the end
-    of a JPEG or PNG are ignored.
+    CMYK, palettes and 16-bit channels, and drops an alpha channel: what is transparent
+    keeps its colours. Bytes after the end of a JPEG or PNG are ignored. A JPEG that has
+    all its data but no end marker is read; the log counts and names it, and what the
+    libraries say of others (see `EncodedImage`).
 
     Returns: uint8 [H, W, 3].
-    Raises: ValueError if the bytes are no image, or a truncated one.
+    Raises: ValueError if the bytes are no image, a truncated one, one of more than
+    `max_pixels()`, or a TIFF of numbers that are no colours.
     """
-    if not encoded:
-        raise ValueError("the file is empty (0 bytes)")
-    missing = _missing_end(encoded)
-    if missing:
-        raise ValueError(f"truncated after {len(encoded):,} bytes: {missing}")
-    buffer = np.frombuffer(encoded, np.uint8)
-    try:
-        image = cv2.imdecode(buffer, cv2.IMREAD_COLOR_RGB)
-    except cv2.error as error:
-        raise ValueError(f"OpenCV can't decode it: {error}") from error
-    if image is None:
-        raise ValueError(
-            f"not an image that OpenCV can decode ({len(encoded):,} bytes, "
-            f"beginning with {encoded[:8]!r})"
-        )
-    return image
+    return encoded_images.decode(encoded_images.check(encoded))
 
 
 def image_size(encoded: bytes) -> tuple[int, int]:
@@ -69,13 +44,13 @@ def image_size(encoded: bytes) -> tuple[int, int]:
     is whole but damaged inside has a size all the same.
 
     Returns: (height, width) in pixels, after the EXIF orientation.
-    Raises: ValueError if the bytes are no image, or a truncated one.
+    Raises: ValueError as `decode_image` does.
     """
-    if encoded and not _missing_end(encoded):
-        size = _size_in_header(encoded)
-        if size:
-            return size
-    height, width = decode_image(encoded).shape[:2]
+    whole = encoded_images.check(encoded)
+    size = encoded_images.size_in_header(whole)
+    if size:
+        return size
+    height, width = encoded_images.decode(whole).shape[:2]
     return height, width
 
 
@@ -241,62 +216,3 @@ def _room(image: np.ndarray, size: int) -> tuple[int, int]:
             f"{image.shape}; resize the shorter side to at least {size} first"
         )
     return rows, columns
-
-
-def _size_in_header(encoded: bytes) -> tuple[int, int] | None:
-    """The (height, width) that a header tells; None where only decoding can tell.
-
-    TIFF and GIF are left to the decoder, because nothing else finds the broken ones. So
-    are files that may be turned by 90°: OpenCV and Pillow don't read all EXIF alike.
-    """
-    try:
-        with PIL.Image.open(io.BytesIO(encoded), formats=_HEADER_FORMATS) as image:
-            default = 0 if "exif" in image.info else 1
-            unturned = image.getexif().get(ORIENTATION, default) in (1, 2, 3, 4)
-            return (image.height, image.width) if unturned else None
-    except Exception:
-        # Pillow raises errors of many types for odd files; OpenCV decides.
-        return None
-
-
-def _missing_end(encoded: bytes) -> str:
-    """Says what is missing at the end of a truncated file; "" for a whole one.
-
-    OpenCV fills what a truncated file lacks with gray, without an error.
-    """
-    if encoded.startswith(b"\xff\xd8"):
-        return "" if _jpeg_ends(encoded) else "no end-of-image marker"
-    if encoded.startswith(b"\x89PNG\r\n\x1a\n"):
-        return "" if _png_ends(encoded) else "no IEND chunk"
-    if encoded.startswith(b"RIFF") and encoded[8:12] == b"WEBP":
-        length = 8 + int.from_bytes(encoded[4:8], "little")
-        return f"its header promises {length:,}" if len(encoded) < length else ""
-    if encoded.startswith((b"GIF87a", b"GIF89a", b"BM")):
-        try:
-            with PIL.Image.open(io.BytesIO(encoded), formats=("GIF", "BMP")) as image:
-                image.load()
-        except Exception as error:  # of many types for odd files
-            return f"Pillow can't read its (first) picture: {error}"
-    return ""
-
-
-def _jpeg_ends(encoded: bytes) -> bool:
-    # Segment by segment, because an embedded thumbnail has an end marker of its own.
-    position = 2
-    while marker := _JPEG_MARKER.search(encoded, position):
-        kind, position = encoded[marker.start() + 1], marker.end()
-        if kind == 0xD9:
-            return True
-        if kind not in (0x01, 0xD8):
-            position += int.from_bytes(encoded[position : position + 2], "big")
-    return False
-
-
-def _png_ends(encoded: bytes) -> bool:
-    position = 8
-    while position + 12 <= len(encoded):
-        length, kind = struct.unpack(">I4s", encoded[position : position + 8])
-        position += 12 + length
-        if kind == b"IEND":
-            return position <= len(encoded)
-    return False

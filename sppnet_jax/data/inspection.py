@@ -10,6 +10,7 @@ from matplotlib.axes import Axes
 
 from sppnet_jax.data import box_folder, image_folder
 from sppnet_jax.data.annotated_folders import read_once
+from sppnet_jax.data.encoded_images import odd_images
 from sppnet_jax.data.folders import existing_folder, printable
 from sppnet_jax.data.images import decode_image, image_size
 from sppnet_jax.data.sources import Objects, Source, open_detection_source, open_source
@@ -19,8 +20,10 @@ from sppnet_jax.run.figures import (
     draw_label,
     panels,
     save_figure,
+    shortened,
     show_image,
 )
+from sppnet_jax.run.files import table_cell
 from sppnet_jax.run.progress import map_in_threads
 
 SHOWN = 24  # images in the contact sheet
@@ -74,7 +77,7 @@ def inspect_folder(root: str | Path, kind: str = "", threads: int = 8) -> Inspec
     known kind, or of several, and as its kind's `scan_folder` does.
     """
     layouts = f"Give class folders, or boxes. {box_folder.LAYOUTS}"
-    folder = existing_folder(root, "folder", layouts)
+    folder, before = existing_folder(root, "folder", layouts), len(odd_images())
     if not kind:
         has_boxes = box_folder.find_kinds(folder)
         kind = box_folder.guess_kind(folder) if has_boxes else "image_folder"
@@ -90,6 +93,7 @@ def inspect_folder(root: str | Path, kind: str = "", threads: int = 8) -> Inspec
     splits.sort(key=lambda name: (*_ORDER, name).index(name))
     sources = {split: open_any(kind, split, root=str(folder)) for split in splits}
     images = {split: _see(source, threads) for split, source in sources.items()}
+    notes += tuple(f"{k}: read, but odd: {v}" for k, v in odd_images()[before:])
     class_names = next(iter(sources.values())).class_names
     return Inspected(folder, kind, class_names, sources, images, notes)
 
@@ -101,26 +105,28 @@ def report(found: Inspected) -> str:
     count = len(found.class_names)
     splits = found.images.values()
     columns = [_counts(images, count) for images in splits]
-    rows = dict(zip(found.class_names, zip(*columns, strict=True), strict=True))
-    rows[f"all {what}"] = tuple(map(sum, columns))
+    names = map(table_cell, found.class_names)
+    rows = list(zip(names, zip(*columns, strict=True), strict=True))
+
+    def add(name: str, count: Callable[[list[Seen]], int]) -> None:
+        rows.append((name, tuple(map(count, splits))))
+
+    rows.append((f"all {what}", tuple(map(sum, columns))))
     if boxes:
-        rows["difficult"] = tuple(
-            sum(int(one.objects.difficult.sum()) for one in images) for images in splits
-        )
-        rows["images"] = tuple(map(len, splits))
-        rows["images without objects"] = tuple(
-            sum(not len(one.objects.labels) for one in images) for images in splits
-        )
-    broken = tuple(sum(one.size is None for one in images) for images in splits)
-    if any(broken):
-        rows["images that can't be opened"] = broken
+        add("difficult", lambda s: sum(int(one.objects.difficult.sum()) for one in s))
+        add("images", len)
+        without = "images without objects"
+        add(without, lambda s: sum(not len(one.objects.labels) for one in s))
+    if any(one.size is None for images in splits for one in images):
+        broken = "images that can't be opened"
+        add(broken, lambda s: sum(one.size is None for one in s))
     lines = [
         f"{printable(str(found.root))}: {found.kind}, {count} "
         f"{'class' if count == 1 else 'classes'}",
         "",
         f"| {what} of each class | {' | '.join(found.sources)} |",
         f"|---|{'---|' * len(found.sources)}",
-        *(f"| {k} | {' | '.join(f'{n:,}' for n in row)} |" for k, row in rows.items()),
+        *(f"| {k} | {' | '.join(f'{n:,}' for n in row)} |" for k, row in rows),
         "",
         "| pixels | least | 5 % | median | 95 % | most |",
         "|---|---|---|---|---|---|",
@@ -150,33 +156,33 @@ def draw_contact_sheet(found: Inspected, path: Path) -> Path:
     Returns: the path of the picture.
     Raises: ValueError if no image can be decoded.
     """
-    shown: list[tuple[np.ndarray, Seen]] = []
+    shown: list[tuple[np.ndarray, tuple[int, int], Seen]] = []
     for split, number, one in _choose(found):
         try:
             image = decode_image(found.sources[split].records[number]["image"])
         except ValueError:
             continue
-        shown.append((image, one))
+        height, width = image.shape[:2]
+        times = min(1.0, _LONGEST / max(height, width))
+        size = max(1, round(width * times)), max(1, round(height * times))
+        small = cv2.resize(image, size, interpolation=cv2.INTER_AREA)
+        shown.append((small, (height, width), one))
         if len(shown) == SHOWN:
             break
     if not shown:
         raise ValueError(f"none of the images in {str(found.root)!r} can be decoded")
     columns = min(6, len(shown))
-    ratio = float(np.median([np.divide(*image.shape[:2]) for image, _ in shown]))
+    ratio = float(np.median([np.divide(*size) for _, size, _ in shown]))
     figure, grid = panels(len(shown), columns, ratio, width=2.0 * columns, title=0.25)
-    for axes, (image, one) in zip(grid, shown, strict=True):
-        height, width = image.shape[:2]
-        times = min(1.0, _LONGEST / max(height, width))
-        size = max(1, round(width * times)), max(1, round(height * times))
-        small = cv2.resize(image, size, interpolation=cv2.INTER_AREA)
+    for axes, (small, (height, width), one) in zip(grid, shown, strict=True):
         title = Path(one.name).name
         if found.kind == "image_folder":
             title = found.class_names[one.objects.labels[0]]
-        title = title if len(title) <= _TITLE else f"{title[: _TITLE - 1]}…"
+        title = shortened(title, _TITLE)
         show_image(axes, small, title, extent=(0, width, height, 0))
         axes.axis("off")
     figure.draw_without_rendering()
-    for axes, (_, one) in zip(grid, shown, strict=True):
+    for axes, (*_, one) in zip(grid, shown, strict=True):
         _draw_objects(axes, one.objects, found.class_names)
     return save_figure(figure, path)
 

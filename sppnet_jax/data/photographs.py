@@ -6,15 +6,17 @@ from pathlib import Path
 
 import numpy as np
 
+from sppnet_jax.data.folders import read_image_file
 from sppnet_jax.data.images import decode_image
 
 
 def read_image(path: str | Path) -> np.ndarray:
     """An image file as uint8 [height, width, 3], RGB, turned as its EXIF says.
 
-    Raises: OSError if it can't be read, ValueError if it is no whole image.
+    Raises: FileNotFoundError if it is not there; ValueError if it can't be read, or is
+    no whole image.
     """
-    return decode_image(Path(path).expanduser().read_bytes())
+    return decode_image(read_image_file(Path(path).expanduser()))
 
 
 def read_images(

@@ -24,6 +24,7 @@ from tensorflow_datasets.core.features.bounding_boxes_utils import BBoxFormat
 
 from sppnet_jax.data import digit_scenes
 from sppnet_jax.data.annotations import clamp_boxes
+from sppnet_jax.data.encoded_images import EncodedImage
 from sppnet_jax.data.images import image_size
 from sppnet_jax.data.sources import (
     FOLDERS,
@@ -104,7 +105,8 @@ class TfdsRecords:
     def _to_record(self, example: dict[str, Any], name: str) -> Record:
         if self._keys.name:
             name = bytes(example[self._keys.name]).decode("utf-8", "replace")
-        record: Record = {"image": bytes(example[self._keys.image]), "name": name}
+        image = EncodedImage(bytes(example[self._keys.image]), name)
+        record: Record = {"image": image, "name": name}
         if self._keys.multi_label:
             record["labels"] = self._read_labels(example, self._place(name))
         else:

@@ -9,6 +9,7 @@ counted in the notes that are logged. What changes nothing isn't: no or another
 XML that declares entities counts as not to be parsed, so that none can expand.
 """
 
+import contextlib
 import re
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
@@ -23,6 +24,13 @@ from sppnet_jax.data.annotations import (
     number,
     truth,
 )
+from sppnet_jax.data.folders import (
+    BLANK,
+    printable,
+    read_file,
+    read_image_file,
+    text_of,
+)
 from sppnet_jax.data.images import image_size
 
 POSES = ("frontal", "rear", "left", "right", "unspecified")
@@ -31,6 +39,9 @@ EVENTS = annotations.EVENTS | {
     "touching": (
         "boxes reached past the image's border by at most a pixel, as those of tools "
         "that count from 0 do: clamped"
+    ),
+    "other encoding": (
+        "annotations declared an encoding that isn't theirs: read by their bytes"
     ),
     "not text": "annotations held bytes that are no text: shown as \\xNN",
     "broken xml": "annotations could not be parsed: their images were left out",
@@ -45,14 +56,14 @@ def read_image(
     Returns: the image, or None if it is left out; and what happened on the way, as keys
     of `EVENTS`, one for each box, object or file.
     """
-    encoded = image.read_bytes()
+    encoded = read_image_file(image)
     try:
         size = image_size(encoded)
     except ValueError:
         return None, ["broken image"]
     try:
-        root, events = _parse(annotation.read_bytes())
-    except (ElementTree.ParseError, ValueError, LookupError):
+        root, events = _parse(read_file(annotation))
+    except (ElementTree.ParseError, ValueError, OSError):
         return None, ["broken xml"]
     told = _number(root.find("size"), "height"), _number(root.find("size"), "width")
     change, size_event = change_of_size(told, size, encoded)
@@ -68,28 +79,38 @@ def read_image(
 def _parse(data: bytes) -> tuple[ElementTree.Element, list[str]]:
     """The root of an annotation, tags in lower case without namespaces; events.
 
-    Raises: ParseError, ValueError or LookupError for one that can't be parsed.
+    Raises: ParseError or ValueError for one that can't be parsed.
     """
-    data = data.lstrip()
-    events = []
+    text, events = _decode(data)
     # Entities could expand without end; expat of 2.4 or later bounds it on its own.
-    if b"<!ENTITY" in data:
+    if "<!ENTITY" in text:
         raise ValueError("it declares entities")
-    try:
-        root = ElementTree.fromstring(data)
-    except (ElementTree.ParseError, ValueError, LookupError):
-        # expat knows few encodings, and some tools write text in others undeclared.
-        declared = re.match(rb"<\?xml[^>]*encoding=[\"']([\w.-]+)", data)
-        encoding = declared[1].decode() if declared else "utf-8"
-        text = data.decode(encoding, "backslashreplace")
-        if text.encode(encoding, "replace") != data:
-            events.append("not text")
-        root = ElementTree.fromstring(text)
+    root = ElementTree.fromstring(text)
     for element in root.iter():
         element.tag = element.tag.rpartition("}")[2].lower()
     if root.tag != "annotation":
         raise ValueError(f"its root is <{root.tag}>, not <annotation>")
     return root, events
+
+
+def _decode(data: bytes) -> tuple[str, list[str]]:
+    """An annotation's text without its declaration, which may be wrong; events.
+
+    What its bytes are by themselves, UTF-8 or UTF-16, counts before what is declared.
+    """
+    text, declared, events = text_of(data).strip(BLANK), "", []
+    encoding = re.match(r"<\?xml\b[^>]*\bencoding\s*=\s*[\"']([^\"']*)", text)
+    if encoding:
+        with contextlib.suppress(LookupError, ValueError):
+            declared = data.decode(encoding[1]).strip(BLANK)
+    if not re.search("[\ud800-\udfff]", text):
+        events += ["other encoding"] * (encoding is not None and declared != text)
+    elif declared:
+        text = declared
+    else:
+        events.append("not text")
+        text = printable(text)
+    return re.sub(r"^<\?xml\b[^>]*>", "", text), events
 
 
 def _read_object(
@@ -98,7 +119,7 @@ def _read_object(
     size: tuple[int, int],
     events: list[str],
 ) -> AnnotatedObject | None:
-    name = " ".join((element.findtext("name") or "").split())
+    name = printable(" ".join((element.findtext("name") or "").split()))
     if not name:
         events.append("no name")
         return None

@@ -130,8 +130,9 @@ def _index(
     ignored, doubled = [], []
     for path in folders.walk_files(subfolder):
         relative = os.path.relpath(path, folder)
-        key = os.path.splitext(os.path.relpath(path, subfolder))[0]
-        if not wanted(path):
+        inside = folders.printable(os.path.relpath(path, subfolder))
+        key = os.path.splitext(inside)[0]
+        if not (wanted(path) and path.is_file()):
             ignored.append(relative)
         elif index.setdefault(key, relative) != relative:
             doubled.append(relative)
@@ -192,6 +193,7 @@ def _is_of_a_class(
 
 def _find(listed: str, files: dict[str, str]) -> str | None:
     """The id that a line of a list means: with a suffix or not, with a path or not."""
+    listed = folders.printable(listed)
     for name in (listed, re.split(r"[/\\]", listed)[-1]):
         stem, suffix = os.path.splitext(name)
         if name in files:

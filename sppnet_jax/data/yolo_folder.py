@@ -161,7 +161,7 @@ def read_image(
     of `EVENTS`, one for each box, object or file.
     """
     try:
-        size = image_size(image.read_bytes())
+        size = image_size(folders.read_image_file(image))
     except ValueError:
         return None, ["broken image"]
     if labels is None:
@@ -201,7 +201,7 @@ def _read_line(
     # What the last digit leaves open: pixels that were whole are so again.
     digits = min(len(word.partition(".")[2]) for word in words[1 : len(shares) + 1])
     sides = _to_pixels(shares, is_polygon, size, 10.0**-digits)
-    box = fit_box(sides, size, events)
+    box = fit_box(sides, size, events, in_pixels=False)
     if box is None:
         return None
     events += ["score"] * (len(words) == 6) + ["extent"] * is_polygon
@@ -281,7 +281,7 @@ def _listed(value: Any) -> list[Any]:
 def _text(value: Any) -> str:
     if not isinstance(value, str):
         raise ValueError(f"{type(value).__name__} in place of text")
-    return " ".join(value.split())
+    return folders.printable(" ".join(value.split()))
 
 
 def names_file(index: PathIndex) -> str | None:
@@ -366,10 +366,8 @@ def _images_of(
     for first in range(max(1, len(parts))):
         if first and parts[first - 1].lower() in folders.SPLIT_OF:
             break  # what is left would be another split's
-        inside = os.sep.join(parts[first:])
-        images = [
-            i for i in index.images if not inside or i.startswith(inside + os.sep)
-        ]
+        inside = folders.printable(os.sep.join([*parts[first:], ""]))
+        images = [i for i in index.images if folders.printable(i).startswith(inside)]
         if images:
             return images
     return None
@@ -397,15 +395,16 @@ def _read_list(
 
 def _label_files(index: PathIndex, images: Iterable[str]) -> dict[str, str]:
     """Each image's label file, "" for none: in labels/ for images/, or beside it."""
-    there = set(index.others)
+    there = {folders.printable(path): path for path in index.others}
     found = {}
     for image in sorted(images):
-        stem = os.path.splitext(image)[0]
+        stem = os.path.splitext(folders.printable(image))[0]
         parts = stem.split(os.sep)
         ways = [stem, os.path.join("labels", stem)]
         for place in (k for k, p in enumerate(parts[:-1]) if p.lower() == "images"):
             ways.insert(0, os.sep.join([*parts[:place], "labels", *parts[place + 1 :]]))
-        found[image] = next((f"{w}.txt" for w in ways if f"{w}.txt" in there), "")
+        labels = (there.get(f"{way}.txt", "") for way in ways)
+        found[image] = next(filter(None, labels), "")
     return found
 
 

@@ -25,6 +25,8 @@ from sppnet_jax.run.settings import at_least, share
 
 # How much a box counts in a vote: e^(score / this), with margins of SVMs in mind.
 VOTE_SOFTNESS = 0.3
+# A side of a detection, at least, in pixels: written with two digits it is not 0.
+LEAST_SIDE = 0.01
 
 
 class Suppression(NamedTuple):
@@ -154,7 +156,8 @@ def suppress(
 ) -> Detections:
     """Greedy non-maximum suppression for each class over the union of scored boxes.
 
-    `scored`: of one image, by one detector or several.
+    `scored`: of one image, by one detector or several. A box of which less than 0.01
+    pixels is left in the image, as where regression moved it out, is no detection.
     """
     boxes = np.concatenate([part.boxes for part in scored])
     scores = np.concatenate([part.scores for part in scored])
@@ -166,6 +169,8 @@ def suppress(
     all_boxes[:count], all_scores[:count] = boxes, scores
     # A class that was never trained is not there, whatever is asked of it.
     valid = (np.arange(padded) < count)[:, None] & (all_scores > NEVER / 2)
+    sides = all_boxes[..., 2:] - all_boxes[..., :2]
+    valid &= (sides >= LEAST_SIDE).all(axis=-1)
     kept = _suppress(all_boxes, all_scores, settings.nms, valid)
     rows, labels = np.nonzero(np.asarray(kept)[:count])
     order = np.argsort(-scores[rows, labels], kind="stable")

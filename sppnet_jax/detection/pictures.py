@@ -6,6 +6,7 @@ image, and may cross its border.
 """
 
 import functools
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,15 +28,21 @@ from sppnet_jax.run.figures import (
     color_of,
     draw_box,
     draw_label,
+    font_of,
     panels,
     save_figure,
+    shortened,
     show_image,
+    some_of,
     tidy,
 )
-from sppnet_jax.run.files import whole_file
+from sppnet_jax.run.files import fitting, whole_file
+
+log = logging.getLogger(__name__)
 
 PAGE_WIDTH = 12.0  # inches
 POINTS = 72 / DPI  # of a pixel
+MOST_BOXES = 300  # in an image; nobody can tell more apart
 
 
 class Shown(NamedTuple):
@@ -73,7 +80,7 @@ def draw_detections(
     """A copy of an image with boxes in their classes' colours, each with its score.
 
     Labels lie inside the image, as far as possible not on each other; names that are
-    too long for it are shortened.
+    too long for it are shortened. Of more than 300 boxes the best are drawn.
 
     `image`: uint8 [h, w, 3]. `boxes`: float [N, 4]. `labels`: int [N], numbers of
     `class_names`. `scores`: float [N].
@@ -100,8 +107,11 @@ def draw_detections(
 def save_image(image: np.ndarray, path: Path) -> Path:
     """Writes an RGB image, uint8 [h, w, 3], as PNG or JPEG; returns its path.
 
+    A name that is too long for a file is cut, see `fitting`.
+
     Raises: ValueError for other suffixes.
     """
+    path = fitting(path)
     if path.suffix.lower() not in (".png", ".jpg", ".jpeg"):
         raise ValueError(f"can't write {path}: its suffix must be .png, .jpg or .jpeg")
     quality = [cv2.IMWRITE_JPEG_QUALITY, 92]
@@ -116,14 +126,14 @@ def plot_detections(
     """Draws images in a grid, with their detections and, thin and dashed, the truth.
 
     Difficult objects are dotted. An object is named where no detection of its class
-    overlaps it by an IoU of 0.5.
+    overlaps it by an IoU of 0.5. Of more than 64 images the first are drawn.
 
     Returns: the path of the picture.
     Raises: ValueError without an image, and for arguments that do not fit.
     """
     if not shown:
         raise ValueError("there is no image to draw")
-    shown = [_checked(one, len(class_names)) for one in shown]
+    shown = [_checked(one, len(class_names)) for one in some_of(shown, "images")]
     columns = next((n for n in (1, 2, 3) if len(shown) <= n * n), 4)
     ratio = float(np.median([np.divide(*one.image.shape[:2]) for one in shown]))
     page = min(PAGE_WIDTH, columns * PAGE_WIDTH / 2)
@@ -151,12 +161,14 @@ def plot_precision_recall(curves: Sequence[Curve], path: Path) -> Path:
     """Draws precision over recall, up to six classes in one diagram, more in a grid.
 
     Light dots are VOC 2007's 11 points: the highest precision at each recall or beyond.
+    Of more than 64 classes the first are drawn.
 
     Returns: the path of the picture.
     Raises: ValueError without a curve.
     """
     if not curves:
         raise ValueError("there is no curve to draw")
+    curves = some_of(curves, "classes")
     together = len(curves) <= 6
     lines = 1 if together else -(-len(curves) // 5)
     columns = 1 if together else -(-len(curves) // lines)
@@ -174,10 +186,11 @@ def plot_precision_recall(curves: Sequence[Curve], path: Path) -> Path:
             style = {"color": color, "alpha": 0.35, "markersize": 3.5, "mew": 0}
             axes.plot(points, highest, "o", **style)
         percent = "no AP" if ap is None else f"{ap:.1%}"
-        names.append(f"{percent}  {curve.name}")
+        name = shortened(curve.name, 40 if together else 24)
+        names.append(f"{percent}  {name}")
         if not together:
-            title = f"{curve.name}\n{percent}"
-            axes.set_title(title, fontsize=TITLE, parse_math=False)
+            style = {"fontsize": TITLE, "fontfamily": font_of(name)}
+            axes.set_title(f"{name}\n{percent}", parse_math=False, **style)
     if together:
         legend = figure.legend(
             handles,
@@ -188,6 +201,7 @@ def plot_precision_recall(curves: Sequence[Curve], path: Path) -> Path:
         )
         for text in legend.get_texts():
             text.set_parse_math(False)
+            text.set_fontfamily(font_of(text.get_text()))
     for axes in grid.flat[len(curves) :]:
         axes.axis("off")
     for axes in grid.flat:
@@ -274,6 +288,10 @@ def _draw(axes: Axes, shown: Shown, class_names: Sequence[str]) -> None:
 
     # The best box is drawn last, above the others, but chooses its label's place first.
     order = np.argsort(-shown.scores, kind="stable")
+    if len(order) > MOST_BOXES:
+        told = "the picture shows the best %d of an image's %d detections"
+        log.info(told, MOST_BOXES, len(order))
+    order = order[:MOST_BOXES]
     for k in order[::-1]:
         frame(shown.boxes[k], color_of(shown.labels[k]), line)
     thin = max(1, line // 2)

@@ -5,7 +5,8 @@ detection: `image_id score xmin ymin xmax ymax`, the pixels 1-based, the last on
 included. Numbers have all the digits that it takes to rank and overlap the same when
 they are read. A space can't be in an image's id there, nor a slash in a class's file
 name: whitespace, control characters, / and \\ are written as in URLs, "a b" as "a%20b",
-and so is % itself. Other names stay as they are.
+and so is % itself. Other names stay as they are; a file's name of more than 255 bytes
+is cut, and marked by a hash.
 
 COCO has JSON: boxes [x, y, width, height] are 0-based, and images and classes are
 numbers, here 1 for the first.
@@ -30,7 +31,7 @@ from sppnet_jax.detection.detection_table import (
     check_detections,
     check_ground_truth,
 )
-from sppnet_jax.run.files import whole_file, write_text
+from sppnet_jax.run.files import fitting, whole_file, write_text
 
 
 def write_voc_results(
@@ -57,7 +58,7 @@ def write_voc_results(
     ids = _encode_names(image_ids, "image ids")
     (start,) = _encode_names([f"comp4_det_{split}"], "the split")
     names = _encode_names(class_names, "class names")
-    paths = [folder / f"{start}_{name}.txt" for name in names]
+    paths = [fitting(folder / f"{start}_{name}.txt") for name in names]
     for label, path in enumerate(paths):
         rows = np.flatnonzero(table.labels == label)
         _write_lines(path, _voc_lines(table, rows, ids))

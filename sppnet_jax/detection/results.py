@@ -21,7 +21,7 @@ from sppnet_jax.detection.coco_precision import HOW_TO_GET, coco_precision
 from sppnet_jax.detection.detection_table import join_detections
 from sppnet_jax.detection.detector import Detections
 from sppnet_jax.detection.proposals import proposal_recall
-from sppnet_jax.run.files import write_json, write_text
+from sppnet_jax.run.files import table_cell, write_json, write_text
 
 EXAMPLES = 12  # images in the picture
 CURVES = ("recall", "precision")  # too long for results.json
@@ -123,7 +123,8 @@ def markdown_table(report: dict[str, Any]) -> str:
             for name in ("ap_11_point", "ap_area")
         ]
         counts = [f"{row[n]:,}" for n in ("ground_truths", "difficult", "detections")]
-        lines.append(f"| {' | '.join([row['name'], *precisions, *counts])} |")
+        cells = [table_cell(row["name"]), *precisions, *counts]
+        lines.append(f"| {' | '.join(cells)} |")
     lines.append(
         f"| mean | {100 * report['map_11_point']:.1f} | {100 * report['map_area']:.1f} "
         "| | | |"

@@ -4,18 +4,32 @@ Figures are matplotlib's own, never pyplot's, which keeps them.
 Boxes are half-open (ymin, xmin, ymax, xmax) in pixels of the image that they lie on.
 """
 
+import functools
+import logging
 import sys
+import warnings
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+import matplotlib
 import numpy as np
+from matplotlib import font_manager
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
+from matplotlib.font_manager import FontProperties
+from matplotlib.ft2font import FT2Font
 from matplotlib.patches import Rectangle
 
 from sppnet_jax.run.files import whole_file
+
+log = logging.getLogger(__name__)
+_Item = TypeVar("_Item")
+
+# `font_of` says once what matplotlib says of each letter each time.
+warnings.filterwarnings("ignore", r"Glyph \d+ .* missing from", UserWarning)
 
 # As far from each other as 20 colours can be, those that can be read on white first.
 COLORS = (
@@ -26,6 +40,7 @@ COLORS = (
 DARK = "#202020"
 DPI = 150  # of files
 TITLE, SMALL = 9, 7  # points
+MOST = 64  # panels in a picture
 
 
 def color_of(number: Any) -> str:
@@ -60,7 +75,71 @@ def show_image(axes: Axes, image: np.ndarray, title: str = "", **style: Any) -> 
     axes.imshow(image, **{"extent": (0, width, height, 0), **style})
     axes.autoscale(False)
     axes.set(xticks=[], yticks=[])
-    axes.set_title(title, fontsize=TITLE, parse_math=False)
+    style = {"fontsize": TITLE, "fontfamily": font_of(title)}
+    axes.set_title(title, parse_math=False, **style)
+
+
+def some_of(items: Sequence[_Item], what: str) -> Sequence[_Item]:
+    """The first `MOST` of what is to be drawn; the log says so where there are more.
+
+    Thousands of panels would take minutes and gigabytes.
+    """
+    if len(items) > MOST:
+        log.info("the picture shows the first %d of %d %s", MOST, len(items), what)
+    return items[:MOST]
+
+
+def shortened(name: str, most: int) -> str:
+    """A name in one line of at most so many letters, with … where it goes on."""
+    name = " ".join(name.split())
+    return name if len(name) <= most else f"{name[: most - 1]}…"
+
+
+def font_of(text: str) -> list[str]:
+    """The families of fonts to draw a text with: the usual, and others of this system.
+
+    These have letters that the usual one lacks. Where no font has them, the log says
+    so, and they are boxes.
+    """
+    usual = list(matplotlib.rcParams["font.family"])
+    if text.isascii():
+        return usual
+    known = _letters_of(font_manager.findfont(FontProperties(family=usual)))
+    lacking = frozenset(text) - known - set("\n")
+    return usual + _families_with(lacking) if lacking else usual
+
+
+@functools.cache
+def _families_with(letters: frozenset[str]) -> list[str]:
+    """Families of the system's fonts that have the letters between them."""
+    families: list[str] = []
+    fonts = [one for one in font_manager.fontManager.ttflist if "Last" not in one.name]
+    # Fonts with serifs, or of one language's forms, come after those for all.
+    fonts.sort(key=lambda one: ("Sans" not in one.name, one.weight != 400, one.name))
+    for font in fonts:
+        found = letters & _letters_of(font.fname)
+        if found and font.name not in families:
+            families.append(font.name)
+            letters -= found
+    if letters:
+        _tell_boxes()
+    return families
+
+
+@functools.cache
+def _tell_boxes() -> None:
+    log.warning(
+        "no font of this system has some of the letters in the names: boxes are drawn "
+        "in their place. Install one that has them, such as Noto Sans CJK"
+    )
+
+
+@functools.cache
+def _letters_of(path: str) -> frozenset[str]:
+    try:
+        return frozenset(map(chr, FT2Font(path).get_charmap()))
+    except (OSError, RuntimeError, ValueError):  # gone, or of a kind that isn't drawn
+        return frozenset()
 
 
 def draw_box(axes: Axes, box: np.ndarray, color: str, **style: Any) -> None:
@@ -96,9 +175,10 @@ def draw_label(
     pad = size / 8
     frame = {"facecolor": paper, "edgecolor": "none", "pad": pad}
     style: dict[str, Any] = {"color": ink, "fontsize": size, "bbox": frame}
+    style["fontfamily"] = font_of(name)
     label = axes.text(0, 0, "", clip_on=True, parse_math=False, **style)
     border = pad * axes.figure.dpi / 72
-    picture, name = axes.bbox, " ".join(name.split())
+    picture, name = axes.bbox, shortened(name, 80)
     for length in range(len(name), -1 if value else 0, -1):
         start = name if length == len(name) else name[:length] + "…"
         label.set_text(f"{start if length else ''} {value}".strip())

@@ -6,6 +6,7 @@ import hashlib
 import importlib.metadata
 import json
 import os
+import re
 import shutil
 import uuid
 import zipfile
@@ -16,6 +17,10 @@ from typing import IO, Any
 
 import numpy as np
 
+_LONGEST_NAME = 255  # bytes
+# An underscore within a word, as in traffic_light, is none.
+_MARKUP = re.compile(r"[\\`*<|$~\[\]]|(?<![^\W_])_|_(?![^\W_])")
+
 
 @contextlib.contextmanager
 def whole_file(path: Path) -> Iterator[IO[bytes]]:
@@ -24,7 +29,7 @@ def whole_file(path: Path) -> Iterator[IO[bytes]]:
     Makes its folder. A process that is killed leaves no more than a hidden `.partial`.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.partial")
+    partial = path.with_name(f".{uuid.uuid4().hex[:8]}.partial")
     try:
         with partial.open("wb") as file:
             yield file
@@ -37,6 +42,24 @@ def write_text(path: Path, text: str) -> None:
     """Writes text."""
     with whole_file(path) as file:
         file.write(text.encode())
+
+
+def fitting(path: Path) -> Path:
+    """A path whose last part is cut, and marked by a hash, where it has over 255 bytes.
+
+    File systems have none that are longer.
+    """
+    name = os.fsencode(path.name)
+    if len(name) <= _LONGEST_NAME:
+        return path
+    mark = f"~{hashlib.sha256(name).hexdigest()[:8]}{path.suffix}"
+    kept = name[: _LONGEST_NAME - len(os.fsencode(mark))]
+    return path.with_name(kept.decode("utf-8", "ignore") + mark)
+
+
+def table_cell(text: str) -> str:
+    """Text as it stands in a cell of a Markdown table, which takes none for markup."""
+    return _MARKUP.sub(r"\\\g<0>", " ".join(text.split()))
 
 
 def write_json(path: Path, value: Any) -> None:
