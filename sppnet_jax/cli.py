@@ -1,5 +1,6 @@
 """What the command lines share: flags, settings, and errors a person can read."""
 
+import functools
 import glob
 import io
 import logging
@@ -17,8 +18,9 @@ from ml_collections import ConfigDict, config_flags
 from tqdm import tqdm
 
 from sppnet_jax.run import caches, parallel
+from sppnet_jax.run.interrupt import Interrupted
 from sppnet_jax.run.photo_results import check_suffix
-from sppnet_jax.run.settings import MOVED, plain, read, unknown_field
+from sppnet_jax.run.settings import MOVED, fields_of, plain, read, unknown_field
 from sppnet_jax.run.shares import Share, check_share, cluster_share
 from sppnet_jax.training.network_settings import NetworkSettings
 
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
     from sppnet_jax.network.trained import Network
 
 Kind = TypeVar("Kind", bound=tuple)
+WRONG_USAGE = 2  # the exit code, as argparse has it; 1 is a failure
 
 WORKDIR = flags.DEFINE_string("workdir", None, "The folder of the run.")
 _COORDINATOR = flags.DEFINE_string(
@@ -54,8 +57,14 @@ OUT = flags.DEFINE_string(
     "",
     "Also writes what is found into this file, .json or .csv, after each photograph.",
 )
+# Settings that may differ between the processes of one training.
+_OF_ONE_PROCESS = ("root", "data_dir", "cache", "network", "workers", "threads")
 _CONFIG_HELP = "The settings of a run, a file such as configs/digits.py."
 _WHERE_CONFIGS_ARE = "the project's own are in configs/ of its repository"
+
+
+class UsageError(ValueError):
+    """A command line that can't be meant; the command exits with 2."""
 
 
 def base_config() -> ConfigDict:
@@ -96,12 +105,21 @@ def run(
         caches.use_compilation_cache()
         try:
             main(argv[1:])
-        except KeyboardInterrupt as error:
-            sys.exit(str(error) or "interrupted; the same command goes on from there")
-        except (ValueError, OSError, RuntimeError) as error:
+        except Interrupted as error:  # by all processes, that have saved
+            sys.exit(str(error))
+        except KeyboardInterrupt:
+            _fail("interrupted; the same command goes on from there")
+        except (ValueError, OSError, RuntimeError, MemoryError) as error:
             if _TRACEBACK.value:
                 traceback.print_exc()
-            sys.exit(f"error: {error}\n(--traceback shows where it came from)")
+            if isinstance(error, UsageError):
+                _fail(f"error: {error}", WRONG_USAGE)
+            _fail(
+                f"error: {parallel.reason(error)} (--traceback shows where it came "
+                "from)"
+            )
+        except Exception:  # a fault of this program
+            _fail(traceback.format_exc())
 
     given = _given_flags(sys.argv)
     try:
@@ -166,12 +184,19 @@ def given_settings(kind: type[Kind]) -> Kind:
     return read(kind, values)
 
 
-def join_processes() -> None:
-    """Joins the processes that the flags name; before any other use of JAX."""
-    check_share(_PROCESS_INDEX.value, _PROCESS_COUNT.value)
-    parallel.join_processes(
-        _COORDINATOR.value, _PROCESS_INDEX.value, _PROCESS_COUNT.value
-    )
+def join_processes(settings: Any) -> None:
+    """Joins the processes that the flags name; before any other use of JAX.
+
+    Raises: ValueError where they can't be joined, and where another has other settings.
+    """
+    share = given_share()
+    parallel.join_processes(_COORDINATOR.value, share.index, share.count)
+    values = {
+        name: functools.reduce(getattr, name.split("."), settings)
+        for name, _ in fields_of(type(settings))
+        if name.rpartition(".")[2] not in _OF_ONE_PROCESS
+    }
+    parallel.check_alike("settings", {f"config.{n}": v for n, v in values.items()})
 
 
 def has_coordinator() -> bool:
@@ -305,6 +330,13 @@ def show_own_log() -> None:
         logger.handlers = [handler]
         logger.setLevel(logging.INFO)
         logger.propagate = False
+
+
+def _fail(message: str, code: int = 1) -> NoReturn:
+    """Ends the command, and with it those of processes that were joined."""
+    print(message, file=sys.stderr, flush=True)
+    parallel.end_together(code)
+    sys.exit(code)
 
 
 def _given_flags(argv: Sequence[str]) -> dict[str, str]:

@@ -78,7 +78,7 @@ def main(argv: Sequence[str]) -> None:
     share = cli.given_share()
     if command == "train":
         if settings.system == "end_to_end" and cli.has_coordinator():
-            cli.join_processes()
+            cli.join_processes(settings)
         from sppnet_jax.detection.detector_training import train_detector
 
         train_detector(settings, cli.given_workdir(), share)

@@ -91,6 +91,14 @@ def train_network(
         **_this_process(),
     )
     check_can_resume(settings, source, workdir)
+    told = {
+        f"{name} of split {one.split!r}": value
+        for one in (source, held_out)
+        for name, value in training_data(data, one)._asdict().items()
+        if name != "root"  # each process may have them in its own place
+    }
+    told["the newest checkpoint"] = run_folder.newest_step(workdir)
+    parallel.check_alike("data, or folders of the run", told)
     first = parallel.is_first_process()
     with run_folder.locked(workdir) if first else contextlib.nullcontext():
         return _train(settings, workdir, source, held_out, batches, features)
