@@ -50,7 +50,7 @@ flags.declare_key_flag(cli.OUT.name)
 def main(argv: Sequence[str]) -> None:
     if not argv or argv[0] not in COMMANDS:
         given = f", not {argv[0]!r}" if argv else ""
-        raise ValueError(
+        raise cli.UsageError(
             f"say what to do: python -m sppnet_jax.detect {'|'.join(COMMANDS)} "
             f"--workdir=…{given}"
         )
@@ -59,7 +59,7 @@ def main(argv: Sequence[str]) -> None:
     if command == "image":
         cli.check_single_process()
         if not files:
-            raise ValueError(
+            raise cli.UsageError(
                 "give images: python -m sppnet_jax.detect image --workdir=… photo.jpg"
             )
         photos = cli.given_photos(files)

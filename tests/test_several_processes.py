@@ -130,7 +130,7 @@ def test_flags_that_name_no_process_are_told(
     if name == "detect":
         given += ("--config.network=runs/digits",)
     result = command_line(name, *arguments, *given, check=False)
-    assert result.returncode == 1
+    assert result.returncode == 2
     assert message in result.stderr
     assert "Traceback" not in result.stderr
 

@@ -24,8 +24,8 @@ from jax.experimental import multihost_utils
 Tree = TypeVar("Tree")
 AXIS = "devices"
 LOST = (
-    "another process has ended, or can't be reached: its own output says why. The same "
-    "command in all processes goes on from the newest checkpoint"
+    "another process has ended, did not come, or can't be reached: its own output says "
+    "why. The same command in all processes goes on from the newest checkpoint"
 )
 
 _ALIVE_SECONDS = 15  # without a sign of life, after which a process counts as ended
@@ -45,7 +45,7 @@ def join_processes(coordinator: str, process_index: int, process_count: int) -> 
     `coordinator`: host:port of process 0, the same in all of them; "auto" where the
     cluster (TPU pod, Slurm, Open MPI) tells JAX all three; "" for a single process.
 
-    Raises: ValueError for an address that is none, and for processes that don't come.
+    Raises: ValueError for an address that is none, or that is taken.
     """
     if not coordinator:
         if process_count > 1:
@@ -66,18 +66,11 @@ def join_processes(coordinator: str, process_index: int, process_count: int) -> 
         if process_index == 0:
             _check_port(coordinator)
     ctypes.CDLL(None).signal(signal.SIGABRT, _END_WITH_ANOTHER)
-    try:
-        jax.distributed.initialize(
-            **given,
-            initialization_timeout=_MEET_SECONDS,
-            heartbeat_timeout_seconds=_ALIVE_SECONDS,
-        )
-    except RuntimeError as error:
-        raise ValueError(
-            f"the processes didn't all meet at --coordinator={coordinator}, where "
-            "process 0 must listen, each with its own --process_index and the same "
-            f"--process_count: {str(error).splitlines()[0]}"
-        ) from error
+    jax.distributed.initialize(
+        **given,
+        initialization_timeout=_MEET_SECONDS,
+        heartbeat_timeout_seconds=_ALIVE_SECONDS,
+    )
 
 
 def end_together(code: int) -> None:
