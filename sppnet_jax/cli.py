@@ -443,7 +443,7 @@ def _check_place(data: Mapping[str, Any]) -> None:
         raise UsageError(
             f"config.data.root={data['root']!r} is for {', '.join(FOLDERS)}, but "
             f"config.data.name is {data['name']!r}, which is no folder: leave out the "
-            "root, or give the name that fits"
+            "root, or give its kind, --config.data.name=image_folder"
         )
 
 

@@ -291,7 +291,7 @@ def test_weights_of_a_run_that_measured_its_own_mean_are_refused(
             "scores no classes",
         ),
         ("features", [], "or a pretrained network: --trunk=efficientnet_lite0"),
-        ("features", [LITE], "give the images: --config.data.name=image_folder"),
+        ("features", [LITE], "--config.data.name=image_folder"),
         (
             "features",
             [TINY, "--weights=TINY", "--config.data.name=image_folder", "--layer=fc7"],
