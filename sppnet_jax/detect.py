@@ -13,6 +13,7 @@ the folder share the images: --process_index=I --process_count=N on each. With
 """
 
 import logging
+import math
 import sys
 from collections import Counter
 from collections.abc import Sequence
@@ -55,6 +56,8 @@ def main(argv: Sequence[str]) -> None:
             f"--workdir=…{given}"
         )
     command, *files = argv
+    if _SCORE.value is not None and not math.isfinite(_SCORE.value):
+        raise cli.UsageError(f"--score must be a finite number, got {_SCORE.value}")
     settings = cli.given_settings(DetectorSettings)
     if command == "image":
         cli.check_single_process()
