@@ -6,6 +6,7 @@ import re
 import shutil
 import signal
 import socket
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -409,7 +410,7 @@ def test_two_command_lines_share_a_classifiers_images(
     assert "process 1 of 2 is done; process 0 goes on" in second.stderr
 
 
-def start_two(workdir, *arguments, own=((), ())):
+def start_two(workdir, *arguments, own=((), ()), only=(0, 1)):
     """Two processes that train a network together, each with arguments of its own."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
@@ -428,7 +429,7 @@ def start_two(workdir, *arguments, own=((), ())):
             ],
             devices=1,
         )
-        for index in range(2)
+        for index in only
     ]
 
 
@@ -506,6 +507,18 @@ def test_an_error_in_one_of_two_ends_the_other(digit_scenes_dir, tmp_path):
     assert (first.returncode, second.returncode) == (1, 1)
     assert "another process has ended" in first.stderr
     assert "another process has ended" not in second.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("index", [0, 1])
+def test_ctrl_c_ends_a_process_that_waits_for_another(index, tmp_path):
+    waiting = start_two(tmp_path, only=[index])[0]
+    waiting.wait_until(lambda: "waiting for 2 processes" in waiting.printed("stderr"))
+    time.sleep(1)  # for JAX to wait, too
+    waiting.send(signal.SIGINT)
+    ended = waiting.end(60)
+    assert ended.returncode == 1
+    assert ended.stderr.splitlines()[-1].startswith("interrupted")
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ import socket
 import sys
 import time
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
 import jax
@@ -66,11 +67,14 @@ def join_processes(coordinator: str, process_index: int, process_count: int) -> 
         if process_index == 0:
             _check_port(coordinator)
     ctypes.CDLL(None).signal(signal.SIGABRT, _END_WITH_ANOTHER)
-    jax.distributed.initialize(
+    # In a thread, for JAX hears no Ctrl-C while it waits.
+    joined = ThreadPoolExecutor(1).submit(
+        jax.distributed.initialize,
         **given,
         initialization_timeout=_MEET_SECONDS,
         heartbeat_timeout_seconds=_ALIVE_SECONDS,
     )
+    joined.result()
 
 
 def end_together(code: int) -> None:
