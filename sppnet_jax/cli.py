@@ -380,10 +380,10 @@ def _show_help(kind: Any, shared: Sequence[flags.FlagHolder]) -> None:
     own = flags.FLAGS.get_key_flags_for_module(sys.argv[0])
     for flag in (*own, *(flags.FLAGS[holder.name] for holder in shared)):
         default = f" Default: {flag.default}." if flag.default else ""
-        print(f"--{'[no]' * flag.boolean}{flag.name}")
-        print(flags.text_wrap(flag.help + default, 88, "    "))
-    print(f"--config\n    {_CONFIG_HELP}\n--config.FIELD=VALUE")
-    print("    Changes a setting of these, which are here as the paper has them:")
+        told = f"--{'[no]' * flag.boolean}{flag.name}: {flag.help}{default}"
+        print(flags.text_wrap(told, 88, "    ", ""))
+    print(f"--config: {_CONFIG_HELP}")
+    print("--config.FIELD=VALUE: changes a setting; these, with the paper's values:")
     for name, _ in fields_of(kind):
         value = functools.reduce(getattr, name.split("."), kind())
         print(f"    {name}={value!r}")

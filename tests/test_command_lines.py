@@ -317,8 +317,7 @@ def test_help_says_what_a_command_does_and_begins_with_its_own_flags(
     if command in ("inspect", "bench"):  # argparse's
         assert own in result.stdout
         return
-    flags = [line for line in result.stdout.splitlines() if re.match(r"--\S+$", line)]
-    assert flags[0] == own
+    assert re.findall(r"^(--\S+): ", result.stdout, re.MULTILINE)[0] == own
     assert "    seed=0\n" in result.stdout
 
 
