@@ -1,5 +1,7 @@
 """What the command lines share: flags, settings, and errors a person can read."""
 
+import contextlib
+import functools
 import glob
 import io
 import logging
@@ -7,7 +9,7 @@ import os
 import re
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
@@ -16,9 +18,11 @@ from absl import app, flags
 from ml_collections import ConfigDict, config_flags
 from tqdm import tqdm
 
+from sppnet_jax.data.sources import FOLDERS
 from sppnet_jax.run import caches, parallel
+from sppnet_jax.run.interrupt import Interrupted
 from sppnet_jax.run.photo_results import check_suffix
-from sppnet_jax.run.settings import MOVED, plain, read, unknown_field
+from sppnet_jax.run.settings import MOVED, fields_of, plain, read, unknown_field
 from sppnet_jax.run.shares import Share, check_share, cluster_share
 from sppnet_jax.training.network_settings import NetworkSettings
 
@@ -26,6 +30,9 @@ if TYPE_CHECKING:
     from sppnet_jax.network.trained import Network
 
 Kind = TypeVar("Kind", bound=tuple)
+WRONG_USAGE = 2  # the exit code, as argparse has it; 1 is a failure
+
+log = logging.getLogger(__name__)
 
 WORKDIR = flags.DEFINE_string("workdir", None, "The folder of the run.")
 _COORDINATOR = flags.DEFINE_string(
@@ -55,8 +62,14 @@ OUT = flags.DEFINE_string(
     "The file that is written: what is found in photographs, .json or .csv, after each "
     "of them; of an export, the file or folder that is made.",
 )
+# Settings that may differ between the processes of one training.
+_OF_ONE_PROCESS = ("root", "data_dir", "cache", "network", "workers", "threads")
 _CONFIG_HELP = "The settings of a run, a file such as configs/digits.py."
 _WHERE_CONFIGS_ARE = "the project's own are in configs/ of its repository"
+
+
+class UsageError(ValueError):
+    """A command line that can't be meant; the command exits with 2."""
 
 
 def base_config() -> ConfigDict:
@@ -83,7 +96,9 @@ def run(
     saved: Callable[[Path], Any] | None = None,
     published: Callable[[str, str], Any] | None = None,
 ) -> None:
-    """Runs a command line; user errors print their message and exit with 1.
+    """Runs a command line; errors print their message and exit with 1.
+
+    A command line that can't be meant exits with 2.
 
     `kind`: the NamedTuple of the command's settings.
     `saved`: reads those that a --workdir was trained with, where there is no --config.
@@ -91,32 +106,50 @@ def run(
     """
 
     def guarded(argv: Sequence[str]) -> None:
-        show_own_log()
-        if isinstance(sys.stdout, io.TextIOWrapper):  # names of files may be no text
-            sys.stdout.reconfigure(errors="backslashreplace")
         caches.use_compilation_cache()
+        names = [part.partition("=")[0] for part in sys.argv if part.startswith("--")]
+        for name in dict.fromkeys(n for n in names[1:] if names.count(n) > 1):
+            log.warning(
+                "%s is given %d times: the last counts", name, names.count(name)
+            )
         try:
             main(argv[1:])
-        except KeyboardInterrupt as error:
-            sys.exit(str(error) or "interrupted; the same command goes on from there")
-        except (ValueError, OSError, RuntimeError) as error:
+        except Interrupted as error:  # by all processes, that have saved
+            sys.exit(str(error))
+        except KeyboardInterrupt:
+            _fail("interrupted; the same command goes on from there")
+        except (ValueError, OSError, RuntimeError, MemoryError) as error:
             if _TRACEBACK.value:
                 traceback.print_exc()
-            sys.exit(f"error: {error}\n(--traceback shows where it came from)")
+            if isinstance(error, UsageError):
+                _fail(f"error: {error}", WRONG_USAGE)
+            _fail(
+                f"error: {parallel.reason(error)} (--traceback shows where it came "
+                "from)"
+            )
+        except Exception:  # a fault of this program
+            _fail(traceback.format_exc())
 
+    for stream in (sys.stdout, sys.stderr):  # names of files may be no text
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+    show_own_log()
     given = _given_flags(sys.argv)
+    shown = [WORKDIR, _COORDINATOR, _PROCESS_INDEX, _PROCESS_COUNT, _TRACEBACK]
+    shown += [TRUNK, WEIGHTS] if published else []
+    if {"help", "helpshort", "h", "?"} & set(given):
+        _show_help(kind, shown)
+        sys.exit(0)
     try:
-        if saved and not {"config", "workdir", "trunk", "help", "helpfull"} & set(
-            given
-        ):
+        if saved and not {"config", "workdir", "trunk", "helpfull"} & set(given):
             other = " or a pretrained network: --trunk=efficientnet_lite0"
-            raise ValueError(
+            raise UsageError(
                 "give the folder of the run: --workdir=runs/NAME"
                 + (other if published else "")
             )
         if "trunk" in given:
             if published is None or {"workdir", "config"} & set(given):
-                raise ValueError(
+                raise UsageError(
                     "--trunk takes the place of --workdir and --config"
                     if published
                     else "this command takes no --trunk: give the folder of a run, "
@@ -126,7 +159,7 @@ def run(
             config = ConfigDict(plain(published(given["trunk"], weights)))
             config_flags.DEFINE_config_dict("config", config, _CONFIG_HELP)
         elif "weights" in given:
-            raise ValueError(
+            raise UsageError(
                 "--weights are of a --trunk: name it, too; for a training, give "
                 "--config.model.weights"
             )
@@ -137,42 +170,48 @@ def run(
         else:
             path = given.get("config", "").partition(":")[0]
             if path and not Path(path).is_file():
-                raise FileNotFoundError(
+                raise UsageError(
                     f"there is no config file {Path(path).absolute()}: give its path; "
                     f"{_WHERE_CONFIGS_ARE}"
                 )
             config_flags.DEFINE_config_file("config", None, _CONFIG_HELP)
     except Exception as error:  # a config file may raise any
         _refuse(error, kind)
-    shown = [WORKDIR, _COORDINATOR, _PROCESS_INDEX, _PROCESS_COUNT, _TRACEBACK]
-    shown += [TRUNK, WEIGHTS] if published else []
-    for name in ("config", *(flag.name for flag in shown)):
-        # By --help, although the main module doesn't define them.
-        flags.FLAGS.register_key_flag_for_module(sys.argv[0], flags.FLAGS[name])
     app.run(guarded, flags_parser=lambda argv: _parse_flags(argv, kind))
 
 
 def given_settings(kind: type[Kind]) -> Kind:
     """The settings of the command line, checked."""
     config = flags.FLAGS.config
-    if config is None:
-        raise ValueError(
+    if config is None and "config" not in _given_flags(sys.argv):
+        raise UsageError(
             "give a config: --config=configs/digits.py, or the path of any other; "
             f"{_WHERE_CONFIGS_ARE}"
         )
     if not isinstance(config, ConfigDict):
-        raise ValueError(_why_unreadable(config))
+        raise UsageError(_why_unreadable(config))
     values = config.to_dict()
     _check_kind(kind, values)
-    return read(kind, values)
+    with _wrong_usage():
+        settings = read(kind, values)
+    _check_place(values["data"])
+    return settings
 
 
-def join_processes() -> None:
-    """Joins the processes that the flags name; before any other use of JAX."""
-    check_share(_PROCESS_INDEX.value, _PROCESS_COUNT.value)
-    parallel.join_processes(
-        _COORDINATOR.value, _PROCESS_INDEX.value, _PROCESS_COUNT.value
-    )
+def join_processes(settings: Any) -> None:
+    """Joins the processes that the flags name; before any other use of JAX.
+
+    Raises: ValueError where they can't be joined, and where another has other settings.
+    """
+    share = given_share()
+    with _wrong_usage():
+        parallel.join_processes(_COORDINATOR.value, share.index, share.count)
+    values = {
+        name: functools.reduce(getattr, name.split("."), settings)
+        for name, _ in fields_of(type(settings))
+        if name.rpartition(".")[2] not in _OF_ONE_PROCESS
+    }
+    parallel.check_alike("settings", {f"config.{n}": v for n, v in values.items()})
 
 
 def has_coordinator() -> bool:
@@ -185,15 +224,16 @@ def given_share() -> Share:
 
     Raises: ValueError for numbers that are none, and for "auto" outside a cluster.
     """
-    if _COORDINATOR.value == "auto":
-        return cluster_share()
-    return check_share(_PROCESS_INDEX.value, _PROCESS_COUNT.value)
+    with _wrong_usage():
+        if _COORDINATOR.value == "auto":
+            return cluster_share()
+        return check_share(_PROCESS_INDEX.value, _PROCESS_COUNT.value)
 
 
 def check_single_process() -> None:
     """Raises ValueError if the flags ask for several processes."""
     if _COORDINATOR.value or _PROCESS_COUNT.value > 1:
-        raise ValueError(
+        raise UsageError(
             "this command runs in one process, on all devices of this machine: leave "
             "out --coordinator and --process_count"
         )
@@ -205,9 +245,9 @@ def refuse_arguments(argv: Sequence[str]) -> None:
     For commands that take no photographs.
     """
     if argv:
-        raise ValueError(f"unexpected arguments: {' '.join(argv)}")
+        raise UsageError(f"unexpected arguments: {' '.join(argv)}")
     if OUT.value:
-        raise ValueError(
+        raise UsageError(
             "--out writes what is found in photographs: it is of predict and of detect "
             "image"
         )
@@ -216,10 +256,10 @@ def refuse_arguments(argv: Sequence[str]) -> None:
 def given_workdir() -> Path:
     """The folder of the run."""
     if not WORKDIR.value:
-        raise ValueError("give the folder of the run: --workdir=runs/NAME")
+        raise UsageError("give the folder of the run: --workdir=runs/NAME")
     workdir = Path(WORKDIR.value).expanduser()
     if workdir.is_file():
-        raise ValueError(f"--workdir={workdir} is a file: give the folder of a run")
+        raise UsageError(f"--workdir={workdir} is a file: give the folder of a run")
     return workdir
 
 
@@ -268,7 +308,7 @@ def given_photos(arguments: Sequence[str]) -> list[str]:
         else:
             found = [given]
         if not found:
-            raise ValueError(
+            raise UsageError(
                 f"{given!r} {why}: give photographs, a folder of them, or a pattern "
                 "such as 'photos/**/*.jpg'"
             )
@@ -308,19 +348,54 @@ def show_own_log() -> None:
         logger.propagate = False
 
 
+@contextlib.contextmanager
+def _wrong_usage() -> Iterator[None]:
+    """Faults in here are the command line's."""
+    try:
+        yield
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+
+
+def _fail(message: str, code: int = 1) -> NoReturn:
+    """Ends the command, and with it those of processes that were joined."""
+    print(message, file=sys.stderr, flush=True)
+    parallel.end_together(code)
+    sys.exit(code)
+
+
 def _given_flags(argv: Sequence[str]) -> dict[str, str]:
     """The flags of a command line before they are parsed, by name."""
-    given = {}
+    given: dict[str, str] = {}
     for name, value in zip(argv, [*argv[1:], ""], strict=True):
+        if name == "--":
+            break
         if name.startswith("-"):
             key, equals, inline = name.lstrip("-").partition("=")
             given[key] = inline if equals else value
     return given
 
 
+def _show_help(kind: Any, shared: Sequence[flags.FlagHolder]) -> None:
+    """Prints what a command does, its own flags, those of all, and the settings."""
+    print(sys.modules["__main__"].__doc__)
+    own = flags.FLAGS.get_key_flags_for_module(sys.argv[0])
+    for flag in (*own, *(flags.FLAGS[holder.name] for holder in shared)):
+        default = f" Default: {flag.default}." if flag.default else ""
+        told = f"--{'[no]' * flag.boolean}{flag.name}: {flag.help}{default}"
+        print(flags.text_wrap(told, 88, "    ", ""))
+    print(f"--config: {_CONFIG_HELP}")
+    print("--config.FIELD=VALUE: changes a setting; these, with the paper's values:")
+    for name, _ in fields_of(kind):
+        value = functools.reduce(getattr, name.split("."), kind())
+        print(f"    {name}={value!r}")
+
+
 def _parse_flags(argv: list[str], kind: Any) -> list[str]:
     try:
         return flags.FLAGS(argv)
+    except SystemExit:  # of --helpfull
+        sys.exit(0)
     except Exception as error:  # a config file may raise any
         _refuse(error, kind)
 
@@ -333,26 +408,44 @@ def _refuse(error: Exception, kind: Any) -> NoReturn:
     names = [name for name in given if name.startswith("config.")]
     faults = [unknown_field(kind, name.removeprefix("config.")) for name in names]
     found = next(filter(None, faults), "")
+    missing = _reason(error).strip("\"'")
+    if not found and any(missing in name.split(".") for name in names):
+        found = (
+            f"the config {given.get('config')} has no {missing}: is it another "
+            "command's? A detector's is for python -m sppnet_jax.detect alone"
+        )
     raised = not isinstance(error, flags.Error | ValueError | OSError)
     if not found and (raised or "Traceback" in str(error)):  # by the file's own code
         kind_of_error = f"{type(error).__name__}: " if raised else ""
         reason = kind_of_error + _reason(error).removeprefix("ValueError: ")
         path = given.get("config", "").partition(":")[0]
         found = f"can't read the config {path}: {_with_new_names(reason)}"
-    sys.exit(f"error: {found or _reason(error)}")
+    code = 1 if isinstance(error, OSError) else WRONG_USAGE
+    _fail(f"error: {found or _reason(error)}", code)
 
 
 def _check_kind(kind: Any, values: dict[str, Any]) -> None:
     """Raises ValueError for the config of a detector in place of a network's."""
     if kind is NetworkSettings and "proposals" in values:
-        raise ValueError(
+        raise UsageError(
             "this is the config of a detector, no network: detectors are trained and "
             "tested by python -m sppnet_jax.detect"
         )
     if kind is not NetworkSettings and "model" in values:
-        raise ValueError(
+        raise UsageError(
             "this is the config of a classifier, no detector: take one such as "
             f"configs/detect_folder.py; {_WHERE_CONFIGS_ARE}"
+        )
+
+
+def _check_place(data: Mapping[str, Any]) -> None:
+    """Raises UsageError for a folder, given here, of a data set that isn't one."""
+    given = {"config", "config.data.root"} & set(_given_flags(sys.argv))
+    if given and data["root"] and data["name"] not in FOLDERS:
+        raise UsageError(
+            f"config.data.root={data['root']!r} is for {', '.join(FOLDERS)}, but "
+            f"config.data.name is {data['name']!r}, which is no folder: leave out the "
+            "root, or give its kind, --config.data.name=image_folder"
         )
 
 

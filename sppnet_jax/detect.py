@@ -13,6 +13,7 @@ the folder share the images: --process_index=I --process_count=N on each. With
 """
 
 import logging
+import math
 import os
 import sys
 from collections import Counter
@@ -53,16 +54,18 @@ flags.declare_key_flag(cli.OUT.name)
 def main(argv: Sequence[str]) -> None:
     if not argv or argv[0] not in COMMANDS:
         given = f", not {argv[0]!r}" if argv else ""
-        raise ValueError(
+        raise cli.UsageError(
             f"say what to do: python -m sppnet_jax.detect {'|'.join(COMMANDS)} "
             f"--workdir=…{given}"
         )
     command, *files = argv
+    if _SCORE.value is not None and not math.isfinite(_SCORE.value):
+        raise cli.UsageError(f"--score must be a finite number, got {_SCORE.value}")
     settings = cli.given_settings(DetectorSettings)
     if command == "image":
         cli.check_single_process()
         if not files:
-            raise ValueError(
+            raise cli.UsageError(
                 "give images: python -m sppnet_jax.detect image --workdir=… photo.jpg"
             )
         photos = cli.given_photos(files)
@@ -81,7 +84,7 @@ def main(argv: Sequence[str]) -> None:
     share = cli.given_share()
     if command == "train":
         if settings.system == "end_to_end" and cli.has_coordinator():
-            cli.join_processes()
+            cli.join_processes(settings)
         from sppnet_jax.detection.detector_training import train_detector
 
         train_detector(settings, cli.given_workdir(), share)

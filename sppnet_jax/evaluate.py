@@ -47,7 +47,7 @@ def main(argv: Sequence[str]) -> None:
     settings, workdirs = cli.given_settings(NetworkSettings), cli.given_workdirs()
     share = cli.given_share()
     if _BUCKETS.value < 1:
-        raise ValueError(f"--buckets must be at least 1, got {_BUCKETS.value}")
+        raise cli.UsageError(f"--buckets must be at least 1, got {_BUCKETS.value}")
     scales = [_whole_number(scale) for scale in _SCALES.value]
     from sppnet_jax.classification.evaluation import evaluate_networks, result_name
 
@@ -83,7 +83,9 @@ def _share(report: dict[str, Any], name: str) -> str:
 
 def _whole_number(text: str) -> int:
     if not text.strip().isdigit():
-        raise ValueError(f"--scales takes whole numbers such as 224,256, got {text!r}")
+        raise cli.UsageError(
+            f"--scales takes whole numbers such as 224,256, got {text!r}"
+        )
     return int(text)
 
 

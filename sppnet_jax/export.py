@@ -52,14 +52,14 @@ flags.declare_key_flag(cli.OUT.name)
 def main(argv: Sequence[str]) -> None:
     cli.check_single_process()
     if argv:
-        raise ValueError(f"unexpected arguments: {' '.join(argv)}")
+        raise cli.UsageError(f"unexpected arguments: {' '.join(argv)}")
     kind, default = _FORMAT.value, f"{cli.TRUNK.value or 'model'}"
     folder = Path() if cli.TRUNK.value else cli.given_workdir()
     out = Path(cli.OUT.value or folder / f"{default}{_SUFFIXES[kind]}").expanduser()
     if kind != "stablehlo" and out.is_dir():
-        raise ValueError(f"{out} is a folder: give --out=FILE{_SUFFIXES[kind]}")
+        raise cli.UsageError(f"{out} is a folder: give --out=FILE{_SUFFIXES[kind]}")
     if kind == "stablehlo" and out.is_file():
-        raise ValueError(f"{out} is a file: give --out=FOLDER")
+        raise cli.UsageError(f"{out} is a file: give --out=FOLDER")
     if "proposals" in flags.FLAGS.config:
         told = _export_detector(kind, out)
     else:
@@ -69,7 +69,7 @@ def main(argv: Sequence[str]) -> None:
 
 def _export_detector(kind: str, out: Path) -> str:
     if kind != "onnx":
-        raise ValueError(
+        raise cli.UsageError(
             f"detectors are exported with --format=onnx; the weights of their networks "
             f"with --workdir={cli.given_workdir() / 'network'}"
         )
@@ -85,7 +85,7 @@ def _export_detector(kind: str, out: Path) -> str:
 
 def _export_network(kind: str, out: Path) -> str:
     if _SUPPRESSED.value:
-        raise ValueError("--suppressed is of a detector; this is a network")
+        raise cli.UsageError("--suppressed is of a detector; this is a network")
     network = cli.given_network(cli.given_settings(NetworkSettings))
     backbone = network.settings["model"]["backbone"]
     told = f"{backbone}, {len(network.class_names):,} classes"
@@ -113,7 +113,7 @@ def _export_network(kind: str, out: Path) -> str:
 def _size(given: str) -> tuple[int, int]:
     height, cross, width = given.partition("x")
     if not (cross and height.isdecimal() and width.isdecimal()):
-        raise ValueError(f"--buckets takes sizes such as 256x345, got {given!r}")
+        raise cli.UsageError(f"--buckets takes sizes such as 256x345, got {given!r}")
     return int(height), int(width)
 
 

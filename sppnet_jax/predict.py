@@ -49,7 +49,7 @@ flags.declare_key_flag(cli.OUT.name)
 
 def main(argv: Sequence[str]) -> None:
     if not argv:
-        raise ValueError(
+        raise cli.UsageError(
             "give images: python -m sppnet_jax.predict --workdir=… a.jpg …"
         )
     settings = cli.given_settings(NetworkSettings)

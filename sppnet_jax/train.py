@@ -15,7 +15,7 @@ log = logging.getLogger(__name__)
 def main(argv: Sequence[str]) -> None:
     cli.refuse_arguments(argv)
     settings, workdir = cli.given_settings(NetworkSettings), cli.given_workdir()
-    cli.join_processes()
+    cli.join_processes(settings)
     # Here, not above: a mistake in the settings should show before these are loaded.
     from sppnet_jax.run import parallel
     from sppnet_jax.training.networks import train_network

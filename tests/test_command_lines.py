@@ -88,7 +88,10 @@ def test_views_at_several_scales_average_over_networks_and_devices(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--protocol=full_image", "--scales=big"], "takes whole numbers such as"),
+        (
+            ["--protocol=full_image", "--scales=big"],
+            "--scales takes whole numbers such as",
+        ),
         (["--protocol=full_image", "--scales=9"], "needs at least 29"),
         (["--protocol=full_image", "--views=center"], "one view, the whole image"),
         (["--buckets=0"], "--buckets must be at least 1"),
@@ -98,7 +101,7 @@ def test_a_test_that_cannot_be_is_refused(arguments, message, digits_run, comman
     result = command_line(
         "evaluate", f"--workdir={digits_run}", *arguments, check=False
     )
-    assert result.returncode == 1
+    assert result.returncode == (2 if message.startswith("-") else 1)
     assert message in result.stderr
 
 
@@ -233,6 +236,95 @@ def fails(command_line, *arguments, command="train", **options):
 )
 def test_mistakes_in_the_config_are_named(arguments, message, command_line):
     assert message in fails(command_line, *arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("train --workdir", "Missing value for flag --workdir"),
+        ("train --wordir=x", "Unknown command line flag 'wordir'. Did you mean"),
+        ("train --config={folder}", "there is no config file {folder}"),
+        (
+            "train --config={folder}/nothing.py --config.seed=1",
+            "there is no config file",
+        ),
+        ("train --config={folder}/nothing.txt --config.seed=1", "SyntaxError"),
+        (
+            "train --config={folder}/empty.py --config.seed=1",
+            "no attribute 'get_config'",
+        ),
+        ("train --config={folder}/none.py", "must return an ml_collections.ConfigDict"),
+        ("train --config=configs/detect_digits.py", "the config of a detector"),
+        (
+            "train --config=configs/detect_digits.py --config.epochs=3",
+            "no epochs: is it",
+        ),
+        ("detect train --config=configs/digits.py", "the config of a classifier"),
+        (
+            "detect train --config=configs/digits.py --config.context=3",
+            "no context: is",
+        ),
+        ("train --config=configs/digits.py --process_count=2", "must find each other"),
+        ("train --config=configs/digits.py --coordinator=auto", "clusters that JAX"),
+        ("train --config=configs/digits.py --coordinator=x", "no address of process 0"),
+        ("train --config=configs/digits.py --config.data.root=x", "which is no folder"),
+        ("train --config=configs/digits.py --config.schedule.learning_rate=nan", "nan"),
+        ("train --config=configs/digits.py --config.sizes=64px", "sizes must be sides"),
+        ("detect nonsense --config=configs/digits.py", "say what to do"),
+        ("evaluate", "give the folder of the run: --workdir"),
+        ("predict photo.jpg --trunk=nonsense", "unknown backbone 'nonsense'"),
+        ("inspect", "the following arguments are required: FOLDER"),
+        ("bench nonsense", "unknown suite 'nonsense'"),
+    ],
+)
+def test_a_command_line_that_cannot_be_meant_ends_with_2_and_one_line(
+    arguments, message, command_line, tmp_path
+):
+    (tmp_path / "nothing.txt").write_text("no Python")
+    (tmp_path / "empty.py").touch()
+    (tmp_path / "none.py").write_text("def get_config():\n    return None\n")
+    before = set(tmp_path.iterdir())
+    command, *given = arguments.format(folder=tmp_path).split()
+    if command in ("train", "detect") and given[-1] != "--workdir":
+        given.append(f"--workdir={tmp_path / 'run'}")
+    result = command_line(command, *given, check=False)
+    assert result.returncode == 2
+    *_, error = result.stderr.splitlines()
+    assert message.format(folder=tmp_path) in error
+    assert "Traceback" not in result.stderr
+    assert set(tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize(
+    ("command", "own"),
+    [
+        ("train", "--workdir"),
+        ("evaluate", "--protocol"),
+        ("predict", "--picture"),
+        ("features", "--layer"),
+        ("detect", "--score"),
+        ("export", "--format"),
+        ("inspect", "FOLDER"),
+        ("bench", "SUITE"),
+    ],
+)
+def test_help_says_what_a_command_does_and_begins_with_its_own_flags(
+    command, own, command_line
+):
+    result = command_line(command, "--help")
+    assert result.returncode == 0
+    assert f"python -m sppnet_jax.{command}" in result.stdout
+    if command in ("inspect", "bench"):  # argparse's
+        assert own in result.stdout
+        return
+    assert re.findall(r"^(--\S+): ", result.stdout, re.MULTILINE)[0] == own
+    assert "    seed=0\n" in result.stdout
+
+
+def test_a_flag_that_is_given_twice_is_told(command_line, tmp_path):
+    given = "--config=configs/digits.py", "--config.seed=1", "--config.seed=2"
+    error = fails(command_line, *given, "--coordinator=x", f"--workdir={tmp_path}")
+    assert "--config.seed is given 2 times: the last counts" in error
 
 
 @pytest.mark.parametrize("config", ["configs/nothing.py", "configs/digits.py"])

@@ -900,6 +900,6 @@ def test_the_command_line_trains_tests_and_looks(base, trained, command_line):
     wrong = command_line(
         "detect", "test", f"--workdir={base / 'classifier'}", check=False
     )
-    assert wrong.returncode == 1
+    assert wrong.returncode == 2
     assert "holds a trained classifier, no detector" in wrong.stderr
     assert "Traceback" not in wrong.stderr

@@ -1,5 +1,6 @@
 """Settings: every field of every group is checked, and every config can be read."""
 
+import functools
 import json
 import math
 from typing import Annotated, NamedTuple, get_args, get_origin
@@ -100,6 +101,32 @@ def test_every_field_refuses_what_can_not_be_meant_and_is_named(kind, name, hint
             read(kind, nested(name, value))
 
 
+# What users have tried, and worse.
+ANYTHING = [
+    *(None, "text", "", True, -1, 0, -0.5, 0.0, math.nan, math.inf, -math.inf),
+    *(1e300, 1e-300, 2**31, 2**63, 10**400, [], {}, (), (1,), (0,), (-1,), (1.5,)),
+    *((1,) * 9, ("a", "b"), (None,), (math.nan,), ((1,),), ("text",), ("uniform", 0)),
+]
+
+
+@pytest.mark.parametrize(("kind", "name", "hint"), FIELDS)
+def test_anything_at_all_is_a_valid_setting_or_told_with_its_name(kind, name, hint):
+    """And what is valid is so again when it is read from a run's folder."""
+    whole = plain(kind(network="runs/x") if kind is DetectorSettings else kind())
+    *groups, last = name.split(".")
+    group = functools.reduce(dict.get, groups, whole)
+    told = "config.model, at|" * (groups == ["model"]) + f"config.{name}"
+    for value in ANYTHING:
+        group[last] = value
+        try:
+            settings = read(kind, whole)
+        except ValueError:
+            with pytest.raises(ValueError, match=told):
+                read(kind, whole)
+        else:
+            assert read(kind, json.loads(json.dumps(plain(settings)))) == settings
+
+
 @pytest.mark.parametrize(("kind", "name", "hint"), FIELDS)
 def test_every_number_s_range_is_stated_but_of_those_that_may_be_any(kind, name, hint):
     of_type, valid = type_of(hint)
@@ -115,7 +142,9 @@ def test_every_number_s_range_is_stated_but_of_those_that_may_be_any(kind, name,
         *(("schedule.learning_rate", -0.1), ("optimizer.momentum", 1.0)),
         *(("optimizer.weight_decay", -1e-4), ("optimizer.label_smoothing", 1.5)),
         *(("data.threads", 0), ("data.workers", -1), ("data.min_area", 0.0)),
-        *(("inputs.scale", 0.0), ("keep_checkpoints", 0)),
+        *(("inputs.scale", 0.0), ("keep_checkpoints", 0), ("inputs.scale", 1e-50)),
+        *(("model.width", 1e9), ("batch_size", 2**31), ("data.resize_side", 2**16)),
+        *(("data.train_split", ""), ("data.workers", 10**6)),
     ],
 )
 def test_values_at_the_edge_of_sense_are_refused(name, value):

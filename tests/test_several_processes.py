@@ -4,6 +4,9 @@ import itertools
 import json
 import re
 import shutil
+import signal
+import socket
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -20,11 +23,14 @@ from sppnet_jax.detection.detector_training import train_detector
 from sppnet_jax.detection.rcnn import convolve_windows
 from sppnet_jax.detection.trained_detector import detect_split, load_detector
 from sppnet_jax.network.trained import as_network, load_network
-from sppnet_jax.run import shares
+from sppnet_jax.run import parallel, shares
 from sppnet_jax.run.run_folder import read_json
 from sppnet_jax.run.shares import Share, check_share, cluster_share, in_parts
 from sppnet_jax.training.network_settings import network_settings
+from tests.conftest import SMALL
+from tests.data_helpers import encode, picture
 from tests.network_helpers import run_with_tiny_trunk
+from tests.processes import Started, run_command
 
 FIRST, SECOND = Share(0, 2), Share(1, 2)
 
@@ -125,7 +131,7 @@ def test_flags_that_name_no_process_are_told(
     if name == "detect":
         given += ("--config.network=runs/digits",)
     result = command_line(name, *arguments, *given, check=False)
-    assert result.returncode == 1
+    assert result.returncode == 2
     assert message in result.stderr
     assert "Traceback" not in result.stderr
 
@@ -402,3 +408,131 @@ def test_two_command_lines_share_a_classifiers_images(
     assert "40 images" in first.stdout
     assert not second.stdout
     assert "process 1 of 2 is done; process 0 goes on" in second.stderr
+
+
+def start_two(workdir, *arguments, own=((), ()), only=(0, 1)):
+    """Two processes that train a network together, each with arguments of its own."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    shared = ["--config=configs/digits.py", *SMALL, f"--workdir={workdir}", *arguments]
+    return [
+        Started(
+            run_command,
+            "sppnet_jax.train",
+            [
+                *shared,
+                f"--coordinator=localhost:{port}",
+                "--process_count=2",
+                f"--process_index={index}",
+                *own[index],
+            ],
+            devices=1,
+        )
+        for index in only
+    ]
+
+
+@pytest.fixture
+def training_two(digit_scenes_dir, tmp_path):
+    """Two processes in the midst of a training."""
+    processes = start_two(tmp_path, "--config.log_steps=1")
+    metrics = tmp_path / "metrics.jsonl"
+    processes[0].wait_until(
+        lambda: metrics.exists() and metrics.read_text().count("\n") > 3
+    )
+    return processes
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_at_one_of_two_stops_both_at_the_same_step(
+    number, training_two, tmp_path
+):
+    training_two[1].send(number)
+    ended = [process.end(60) for process in training_two]
+    (checkpoint,) = (tmp_path / "checkpoints").iterdir()
+    told = f"training stopped at step {checkpoint.name} of"
+    for one in ended:
+        assert one.returncode == 1
+        assert told in one.stderr
+        assert "the same command goes on from there" in one.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("killed", [0, 1])
+def test_a_process_that_is_killed_ends_the_other_with_a_sentence(killed, training_two):
+    training_two[killed].send(signal.SIGKILL)
+    training_two[killed].end()
+    other = training_two[1 - killed].end(60)
+    assert other.returncode == 1
+    assert other.stderr.splitlines()[-1].startswith("error: another process has ended")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("own", "message"),
+    [
+        (
+            ["--config.batch_size=16"],
+            "config.batch_size is 8 in process 0, but 16 in process 1",
+        ),
+        (
+            ["--config.data.root={other}"],
+            "different data, or folders of the run: digest of split 'train' is",
+        ),
+    ],
+)
+def test_processes_of_different_settings_or_data_say_so_at_the_start(
+    own, message, tmp_path
+):
+    for index in range(10):
+        for root, name in (("one", index), ("other", index or "renamed")):
+            file = tmp_path / root / ("cat", "dog")[index % 2] / f"{name}.png"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_bytes(encode(picture(40, 40, seed=index)))
+    both = "--config.data.name=image_folder", f"--config.data.root={tmp_path / 'one'}"
+    own = [part.format(other=tmp_path / "other") for part in own]
+    for process in start_two(tmp_path / "run", *both, own=((), own)):
+        ended = process.end(60)
+        assert ended.returncode == 1
+        assert message in ended.stderr
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_an_error_in_one_of_two_ends_the_other(digit_scenes_dir, tmp_path):
+    own = (), [f"--config.data.data_dir={__file__}"]
+    first, second = (process.end(60) for process in start_two(tmp_path, own=own))
+    assert (first.returncode, second.returncode) == (1, 1)
+    assert "another process has ended" in first.stderr
+    assert "another process has ended" not in second.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("index", [0, 1])
+def test_ctrl_c_ends_a_process_that_waits_for_another(index, tmp_path):
+    waiting = start_two(tmp_path, only=[index])[0]
+    waiting.wait_until(lambda: "waiting for 2 processes" in waiting.printed("stderr"))
+    time.sleep(1)  # for JAX to wait, too
+    waiting.send(signal.SIGINT)
+    ended = waiting.end(60)
+    assert ended.returncode == 1
+    assert ended.stderr.splitlines()[-1].startswith("interrupted")
+
+
+@pytest.mark.parametrize(
+    "address", ["nonsense", "localhost", "localhost:x", ":1234", "no.such.host.:1"]
+)
+def test_an_address_that_is_none_is_told(address):
+    with pytest.raises(ValueError, match="is no address of process 0"):
+        parallel.join_processes(address, 0, 2)
+
+
+def test_a_port_that_is_taken_is_told():
+    with socket.socket() as taken:
+        taken.bind(("", 0))
+        taken.listen()
+        address = f"localhost:{taken.getsockname()[1]}"
+        with pytest.raises(ValueError, match="process 0 can't listen at"):
+            parallel.join_processes(address, 0, 2)

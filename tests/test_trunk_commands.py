@@ -291,7 +291,7 @@ def test_weights_of_a_run_that_measured_its_own_mean_are_refused(
             "scores no classes",
         ),
         ("features", [], "or a pretrained network: --trunk=efficientnet_lite0"),
-        ("features", [LITE], "give the images: --config.data.name=image_folder"),
+        ("features", [LITE], "--config.data.name=image_folder"),
         (
             "features",
             [TINY, "--weights=TINY", "--config.data.name=image_folder", "--layer=fc7"],
@@ -311,6 +311,6 @@ def test_what_cannot_be_is_refused_in_words(
     given = [word.replace("=TINY", f"={tiny_trunk}") for word in arguments]
     photos = ["photo.jpg"] if command == "predict" else []
     result = tiny(command, *given, *photos, check=False)
-    assert result.returncode == 1
+    assert result.returncode in (1, 2)  # 2 where the command line tells
     assert message in result.stderr
     assert "Traceback" not in result.stderr

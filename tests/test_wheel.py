@@ -88,6 +88,6 @@ def test_a_config_that_is_not_there_says_where_the_project_s_own_are(
     elsewhere, tmp_path
 ):
     result = elsewhere("-m", "sppnet_jax.train", "--config=configs/digits.py")
-    assert result.returncode == 1
+    assert result.returncode == 2
     assert f"no config file {tmp_path / 'configs' / 'digits.py'}" in result.stderr
     assert "in configs/ of its repository" in result.stderr

@@ -13,7 +13,7 @@ from sppnet_jax.data.sources import (
     open_source,
 )
 from sppnet_jax.run.files import absolute
-from sppnet_jax.run.settings import at_least, one_of, share
+from sppnet_jax.run.settings import helpers, one_of, pixels, share
 
 VIEWS = ("crop", "warp", "full")
 
@@ -43,14 +43,14 @@ class ImageData(NamedTuple):
     train_split: str = "train"
     validation_split: str = ""
     test_split: str = ""
-    image_size: Annotated[int, at_least(1)] = 224
-    resize_side: Annotated[int, at_least(1)] = 256
+    image_size: Annotated[int, pixels()] = 224
+    resize_side: Annotated[int, pixels()] = 256
     crop: Annotated[str, one_of(CROPS)] = "paper"
     min_area: Annotated[float, share(above_zero=True)] = 0.35
     flip: bool = True
     view: Annotated[str, one_of(VIEWS)] = "full"
-    workers: Annotated[int, at_least(0)] = 0
-    threads: Annotated[int, at_least(1)] = 8
+    workers: Annotated[int, helpers()] = 0
+    threads: Annotated[int, helpers(1)] = 8
     strict: bool = False
 
     def check(self) -> None:
@@ -60,6 +60,8 @@ class ImageData(NamedTuple):
                 f"config.data.resize_side, {self.resize_side}, must be at least "
                 f"config.data.image_size, {self.image_size}"
             )
+        if not self.train_split:
+            raise ValueError("config.data.train_split must name a split, such as train")
         if self.name in FOLDERS and not self.root:
             raise ValueError("give the folder of images: --config.data.root=FOLDER")
 
@@ -100,7 +102,7 @@ class BoxData(NamedTuple):
     data_dir: str = ""
     train_split: str = ""
     test_split: str = ""
-    threads: Annotated[int, at_least(1)] = 8
+    threads: Annotated[int, helpers(1)] = 8
 
     def check(self) -> None:
         """Raises ValueError for settings that don't fit together."""

@@ -12,6 +12,7 @@ from sppnet_jax.data.sources import Objects, Source, read_objects, subset
 from sppnet_jax.detection.detector_settings import DetectorSettings
 from sppnet_jax.detection.maps import decodable, image_sizes
 from sppnet_jax.detection.proposals import load_proposals, proposal_recall, propose
+from sppnet_jax.run import parallel
 from sppnet_jax.run.shares import ALONE, Share
 
 log = logging.getLogger(__name__)
@@ -40,6 +41,8 @@ def open_split_of(
     `share`: of several processes that find proposals.
     """
     source, threads = open_box_split(settings.data, purpose), settings.data.threads
+    told = {"digest": source.digest, "images": len(source.records)}
+    parallel.check_alike("data", {**told, "classes": source.class_names})
     objects = read_objects(source, threads)
     proposals = find_proposals(settings, source, purpose, workdir, share)
     recall = proposal_recall(proposals, objects, len(source.class_names))

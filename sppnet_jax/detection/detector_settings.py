@@ -15,7 +15,7 @@ from sppnet_jax.network.trunks import BACKBONES
 from sppnet_jax.pyramid.geometry import RULES
 from sppnet_jax.run.files import absolute
 from sppnet_jax.run.run_folder import load_config
-from sppnet_jax.run.settings import at_least, one_of, read
+from sppnet_jax.run.settings import at_least, between, one_of, pixels, read
 
 SYSTEMS = ("spp", "rcnn", "end_to_end")
 SCORERS = ("svm", "softmax")
@@ -45,7 +45,7 @@ class DetectorSettings(NamedTuple):
     `fc_rank`: of fc6 and fc7, truncated by SVD at test; 0 is whole.
     """
 
-    seed: Annotated[int, at_least(0)] = 0
+    seed: Annotated[int, between(0, 2**31)] = 0
     network: str = ""
     weights: str = PRETRAINED
     cuts: tuple[str, ...] = ()
@@ -55,8 +55,8 @@ class DetectorSettings(NamedTuple):
     cache: str = ""
     data: BoxData = BoxData()
     proposals: ProposalSettings = ProposalSettings()
-    scales: tuple[Annotated[int, at_least(1)], ...] = (688,)
-    window_side: Annotated[int, at_least(0)] = 0
+    scales: tuple[Annotated[int, pixels()], ...] = (688,)
+    window_side: Annotated[int, pixels(0)] = 0
     rule: Annotated[str, one_of(RULES)] = "paper"
     buckets: Annotated[int, at_least(1)] = 4
     batch_size: Annotated[int, at_least(1)] = 16

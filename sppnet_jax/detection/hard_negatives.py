@@ -73,13 +73,13 @@ class Mining(NamedTuple):
         """Raises ValueError for a score that would miss negatives with a loss."""
         if not self.hard_score < -1:
             raise ValueError(
-                f"hard_score must be below -1, not {self.hard_score}: negatives above "
-                "-1 have a loss, and would be missed"
+                f"config.svm.hard_score must be below -1, not {self.hard_score}: "
+                "negatives above -1 have a loss, and would be missed"
             )
         if self.calibration_parts == 1:
             raise ValueError(
-                "calibration_parts is 1: SVMs without the only part have no images. "
-                "Give 2 or more, or 0 for no calibration"
+                "config.svm.calibration_parts is 1: SVMs without the only part have no "
+                "images. Give 2 or more, or 0 for no calibration"
             )
 
 

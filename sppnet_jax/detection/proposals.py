@@ -33,7 +33,7 @@ from sppnet_jax.detection.proposers import (
 )
 from sppnet_jax.run.files import whole_file, write_array
 from sppnet_jax.run.progress import progress_bar
-from sppnet_jax.run.settings import at_least, one_of
+from sppnet_jax.run.settings import at_least, between, helpers, one_of, pixels
 from sppnet_jax.run.shares import ALONE, Share
 
 log = logging.getLogger(__name__)
@@ -57,10 +57,10 @@ class ProposalSettings(NamedTuple):
 
     method: Annotated[str, one_of(METHODS)] = "selective_search"
     max_windows: Annotated[int, at_least(1)] = 2000
-    width: Annotated[int, at_least(0)] = 500
+    width: Annotated[int, pixels(0)] = 500
     min_side: Annotated[int, at_least(1)] = 20
-    seed: Annotated[int, at_least(0)] = 0
-    workers: Annotated[int, at_least(0)] = 0
+    seed: Annotated[int, between(0, 2**31)] = 0
+    workers: Annotated[int, helpers()] = 0
     file: str = ""
     test_file: str = ""
     model: str = ""

@@ -35,7 +35,7 @@ from sppnet_jax.network.trunks import BACKBONES, Backbone, Published, get_backbo
 from sppnet_jax.pyramid.geometry import Geometry, Sliding
 from sppnet_jax.pyramid.pooling import check_levels, spatial_pyramid_pool
 from sppnet_jax.pyramid.windows import window_pyramid_pool
-from sppnet_jax.run.settings import above, at_least, between, one_of
+from sppnet_jax.run.settings import Valid, at_least, between, one_of
 
 Images = Float[Array, "batch height width 3"]
 Intermediates = dict[str, Array]
@@ -72,7 +72,7 @@ class Architecture(NamedTuple):
     levels: tuple[Annotated[int, at_least(1)], ...] = (6, 3, 2, 1)
     reducer: Annotated[str, one_of(REDUCERS)] = "max"
     head: Annotated[str, one_of(HEADS)] = "fc"
-    width: Annotated[float, above(0)] = 1.0
+    width: Annotated[float, Valid(0, 100, low_in=False)] = 1.0
     dropout: Annotated[float, between(0, 1)] = 0.5
     weight_init: Annotated[str, one_of(WEIGHT_INITS)] = "paper"
     bfloat16: bool = False

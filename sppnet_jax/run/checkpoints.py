@@ -30,8 +30,9 @@ class Checkpoints:
     def __enter__(self) -> "Checkpoints":
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self._manager.close()
+    def __exit__(self, kind: object, *_: object) -> None:
+        if kind is None or jax.process_count() == 1:  # closing waits for all processes
+            self._manager.close()
 
     def save(
         self, step: int, *, params: Any, training: Any, host: dict[str, Any]

@@ -2,10 +2,12 @@
 
 import contextlib
 import logging
+import os
 import signal
 from typing import Any
 
 import jax
+from jax.experimental import multihost_utils
 
 log = logging.getLogger(__name__)
 
@@ -17,16 +19,18 @@ class Interrupted(KeyboardInterrupt):
 class Interrupt:
     """Notes Ctrl-C and SIGTERM, so that the step under way can end and be saved.
 
-    A second Ctrl-C interrupts at once. Of several processes each would stop at a step
-    of its own and wait for the others forever, so there nothing is caught.
+    A second Ctrl-C interrupts at once. Of several processes all stop at the same step,
+    whichever was told; JAX agrees on it, and catches SIGTERM for that.
     """
 
     def __init__(self) -> None:
         self.requested = False
+        self._noted = False
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> "Interrupt":
-        numbers = (signal.SIGINT, signal.SIGTERM) if jax.process_count() == 1 else ()
+        alone = jax.process_count() == 1
+        numbers = (signal.SIGINT, signal.SIGTERM) if alone else (signal.SIGINT,)
         with contextlib.suppress(ValueError):  # only the main thread may set handlers
             for number in numbers:
                 self._previous[number] = signal.signal(number, self._note)
@@ -36,8 +40,18 @@ class Interrupt:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 
+    def stops_after(self, step: int) -> bool:
+        """Whether to stop after a step; to be asked after every one."""
+        if jax.process_count() > 1:
+            self.requested |= multihost_utils.reached_preemption_sync_point(step)
+        return self.requested
+
     def _note(self, number: int, frame: object) -> None:
-        if self.requested:
+        if self._noted:
             raise KeyboardInterrupt
-        self.requested = True
+        self._noted = True
         log.info("interrupted: saving a checkpoint after this step")
+        if jax.process_count() > 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        else:
+            self.requested = True

@@ -78,6 +78,16 @@ def between(low: float, high: float) -> Valid:
     return Valid(low, high, high_in=False)
 
 
+def pixels(low: int = 1) -> Valid:
+    """Sides of images in pixels, up to what image files can have."""
+    return Valid(low, 2**15)
+
+
+def helpers(low: int = 0) -> Valid:
+    """Numbers of threads or processes."""
+    return Valid(low, 1024)
+
+
 def share(*, above_zero: bool = False) -> Valid:
     """Numbers from 0 to 1, both included; 0 itself not if `above_zero`."""
     return Valid(0, 1, low_in=not above_zero)
@@ -199,6 +209,13 @@ def _read_value(hint: Any, value: Any, where: str) -> Any:
         raise ValueError(f"{where} must be {wanted}, got {value!r}")
     if type(value) is float and not math.isfinite(value):
         raise ValueError(f"{where} must be a finite number, got {value}")
+    if type(value) is float and value and not 1e-37 < abs(value) < 1e38:
+        raise ValueError(
+            f"{where} must be 0, or a number that float32 has, from 1e-37 to 1e38, got "
+            f"{value}"
+        )
+    if type(value) is int and value >= 2**31 and valid.high == math.inf:
+        raise ValueError(f"{where} must be at most 2,147,483,647, got {value!r:.30}")
     fault = valid.fault(value) if valid != Valid() else ""
     if fault:
         raise ValueError(f"{where} must be {fault}, got {value!r}")

@@ -119,7 +119,7 @@ def train(
                     step_log.end_epoch(step, size)
                     if validate is not None:
                         step_log.validated(step, validate(state.params))
-                stopping = interrupt.requested or step == last_step
+                stopping = interrupt.stops_after(step) or step == last_step
                 every = pace.checkpoint_steps
                 if epoch_ends or stopping or (every and step % every == 0):
                     step_log.flush()

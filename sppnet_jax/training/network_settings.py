@@ -57,7 +57,13 @@ class NetworkSettings(NamedTuple):
 
     def check(self) -> None:
         """Raises ValueError for settings that don't fit together."""
-        make_model(self.model, 1, self.data.image_size)
+        side = self.data.image_size
+        try:
+            make_model(self.model, 1, side)
+        except ValueError as error:
+            raise ValueError(
+                f"config.model, at config.data.image_size={side}: {error}"
+            ) from None
         if self.schedule.warmup_epochs > self.epochs:
             raise ValueError(
                 f"config.schedule.warmup_epochs, {self.schedule.warmup_epochs}, is "
@@ -79,20 +85,24 @@ class NetworkSettings(NamedTuple):
                 "frozen trunk (config.model.trainable='head') sees each image once"
             )
         if self.sizes:
-            self._check_sizes(possible_sizes(self.sizes, self.size_multiple))
+            try:
+                self._check_sizes()
+            except ValueError as error:
+                raise ValueError(f"config.sizes: {error}") from None
 
-    def _check_sizes(self, sides: tuple[int, ...]) -> None:
+    def _check_sizes(self) -> None:
+        sides = possible_sizes(self.sizes, self.size_multiple)
         largest = self.data.image_size
         if sides[-1] > largest:
             raise ValueError(
-                f"config.sizes has {sides[-1]}, more than config.data.image_size, "
+                f"{sides[-1]} is more than config.data.image_size, "
                 f"{largest}: crops are only made smaller, so that must be the largest "
                 "size"
             )
         if not self.model.levels and sides != (largest,):
             raise ValueError(
-                f"config.sizes is {self.sizes}, but without a pyramid (model.levels="
-                f"()) the network takes images of data.image_size, {largest}, only"
+                "without a pyramid (model.levels=()) the network takes images of "
+                f"data.image_size, {largest}, only; got {self.sizes}"
             )
         backbone = get_backbone(self.model.backbone)
         joined_geometry(backbone, self.model.cuts).map_size(sides[0])

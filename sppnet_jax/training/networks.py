@@ -20,6 +20,7 @@ from sppnet_jax.data.broken import BrokenImages
 from sppnet_jax.data.datasets import ImageData, open_split
 from sppnet_jax.data.sources import Source
 from sppnet_jax.data.statistics import kept_statistics
+from sppnet_jax.network.exported import PRETRAINED
 from sppnet_jax.network.model import (
     HEAD_ONLY,
     SPPNet,
@@ -31,6 +32,7 @@ from sppnet_jax.network.model import (
 from sppnet_jax.network.preprocess import Preprocessing, make_preprocessing
 from sppnet_jax.network.pretrained import with_pretrained
 from sppnet_jax.network.trained import load_network
+from sppnet_jax.network.weight_files import find_weights
 from sppnet_jax.run import caches, parallel, run_folder
 from sppnet_jax.run.checkpoints import Checkpoints
 from sppnet_jax.run.settings import plain
@@ -91,6 +93,17 @@ def train_network(
         **_this_process(),
     )
     check_can_resume(settings, source, workdir)
+    named = settings.model.weights not in ("", PRETRAINED)
+    if named and not run_folder.has_checkpoint(workdir):  # which has them by then
+        find_weights(settings.model.weights)
+    told = {
+        f"{name} of split {one.split!r}": value
+        for one in (source, held_out)
+        for name, value in training_data(data, one)._asdict().items()
+        if name != "root"  # each process may have them in its own place
+    }
+    told["the newest checkpoint"] = run_folder.newest_step(workdir)
+    parallel.check_alike("data, or folders of the run", told)
     first = parallel.is_first_process()
     with run_folder.locked(workdir) if first else contextlib.nullcontext():
         return _train(settings, workdir, source, held_out, batches, features)
