@@ -1,13 +1,16 @@
 """What the command lines share: flags, settings, and errors a person can read."""
 
+import atexit
+import contextlib
 import glob
 import io
 import logging
 import os
 import re
 import sys
+import threading
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
@@ -148,7 +151,28 @@ def run(
     for name in ("config", *(flag.name for flag in shown)):
         # By --help, although the main module doesn't define them.
         flags.FLAGS.register_key_flag_for_module(sys.argv[0], flags.FLAGS[name])
-    app.run(guarded, flags_parser=lambda argv: _parse_flags(argv, kind))
+    with _ends_after_errors():
+        app.run(guarded, flags_parser=lambda argv: _parse_flags(argv, kind))
+
+
+@contextlib.contextmanager
+def _ends_after_errors() -> Iterator[None]:
+    """Ends the process with an error, also where threads of libraries would go on.
+
+    One that writes a checkpoint waits forever where it could not begin.
+    """
+    try:
+        yield
+    except SystemExit as ended:
+        others = [thread for thread in threading.enumerate() if not thread.daemon]
+        if not ended.code or others == [threading.main_thread()]:
+            raise
+        if isinstance(ended.code, str):
+            print(ended.code, file=sys.stderr)
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(ended.code if isinstance(ended.code, int) else 1)
 
 
 def given_settings(kind: type[Kind]) -> Kind:

@@ -9,12 +9,14 @@ import socket
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
 
 from configs import digits, folder, imagenet
+from sppnet_jax.run import progress
 from sppnet_jax.run.settings import read
 from sppnet_jax.training.network_settings import NetworkSettings
 from tests.conftest import REPOSITORY, SMALL
@@ -193,6 +195,41 @@ def test_a_run_killed_at_any_moment_goes_on_with_the_same_losses(
     result = command_line("train", *arguments, f"--workdir={killed}")
     assert "training goes on at step" in result.stderr
     assert losses(killed) == losses(whole)
+
+
+def run_and_lose_the_folder(module, arguments, folder):
+    """A command, whose folder of checkpoints becomes a file after its first step."""
+
+    def lose(bar, count):
+        path = Path(folder)
+        if path.is_dir() and bar == "training" and count:
+            path.rename(path.with_name("lost"))
+            path.touch()
+
+    progress.WATCHERS.append(lose)
+    run_command(module, arguments)
+
+
+def test_a_process_ends_after_a_checkpoint_that_can_t_be_written(
+    few_scenes, command_line, tmp_path
+):
+    folder = str(tmp_path / "checkpoints")
+    arguments = [
+        "--config=configs/digits.py",
+        *SMALL,
+        f"--config.data.data_dir={few_scenes}",
+        "--config.max_steps=2",
+        "--config.checkpoint_steps=1",
+        f"--workdir={tmp_path}",
+    ]
+    ended = Started(run_and_lose_the_folder, "sppnet_jax.train", arguments, folder).end(
+        60
+    )
+    assert ended.returncode == 1
+    assert f"{folder} can't be written" in ended.stderr
+    error = fails(command_line, *arguments)  # a file is in its place from the start
+    assert f"error: {folder} can't be written" in error
+    assert "training:" not in error
 
 
 def start_training(workdir, *arguments):

@@ -1,6 +1,7 @@
 """Files that are whole or not there, whoever else writes or reads them."""
 
 import contextlib
+import errno
 import functools
 import hashlib
 import importlib.metadata
@@ -8,9 +9,7 @@ import json
 import os
 import shutil
 import uuid
-import zipfile
-import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
@@ -18,19 +17,92 @@ import numpy as np
 
 
 @contextlib.contextmanager
-def whole_file(path: Path) -> Iterator[IO[bytes]]:
+def whole_file(path: Path, size: int = 0) -> Iterator[IO[bytes]]:
     """Opens a file to write, which is put in its place when all is written.
 
     Makes its folder. A process that is killed leaves no more than a hidden `.partial`.
+    `size`: in bytes, where it is known.
+
+    Raises: OSError that names the file, and its size where the disk is full.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.partial")
+    partial = _partial(path)
+    with named(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        check_space(path, size)
+        try:
+            with partial.open("wb") as file:
+                yield file
+            os.replace(partial, path)
+        finally:
+            with contextlib.suppress(OSError):
+                partial.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def named(path: Path) -> Iterator[None]:
+    """Errors of the system say which file or folder could not be written."""
     try:
-        with partial.open("wb") as file:
-            yield file
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+        yield
+    except OSError as error:
+        if error.errno is None:  # says so by itself
+            raise
+        raise OSError(f"{path} can't be written: {error.strerror}") from error
+
+
+def check_can_write(path: Path) -> None:
+    """Raises OSError if a file can't be written, before the work that it is made by.
+
+    Makes its folder.
+    """
+    with named(path):
+        if os.path.isdir(path):
+            raise IsADirectoryError(errno.EISDIR, "it is a folder")
+        with contextlib.suppress(FileNotFoundError):
+            os.lstat(path)  # refuses a name that is too long
+    check_folder(path.parent)
+
+
+def check_folder(folder: Path) -> None:
+    """Raises OSError if no file can be written into a folder; makes it."""
+    with named(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        partial = _partial(folder / "any")
+        partial.touch()
+        partial.unlink()
+
+
+def check_space(path: Path, size: int) -> None:
+    """Raises OSError if the disk has fewer bytes left than a file or folder takes.
+
+    The folder that it lies in is there.
+    """
+    free = shutil.disk_usage(path.parent).free
+    if free < size:
+        raise OSError(
+            f"{path} can't be written: it takes {size / 1e6:,.1f} MB, and the disk has "
+            f"{free / 1e6:,.1f} MB left. Make room there, or write elsewhere"
+        )
+
+
+@contextlib.contextmanager
+def all_tried() -> Iterator[Callable[..., Any]]:
+    """Gives `attempt(write, *arguments)`: files of which one that fails loses no other.
+
+    It returns what `write` does, or None where that raises an OSError, which is raised
+    when all are tried.
+    """
+    errors: list[str] = []
+
+    def attempt(write: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+        try:
+            return write(*arguments, **options)
+        except OSError as error:
+            errors.append(str(error))
+            return None
+
+    yield attempt
+    if errors:
+        raise OSError("; ".join(dict.fromkeys(errors)))
 
 
 def write_text(path: Path, text: str) -> None:
@@ -46,22 +118,28 @@ def write_json(path: Path, value: Any) -> None:
 
 def write_array(path: Path, array: np.ndarray) -> None:
     """Writes an array as an .npy file."""
-    with whole_file(path) as file:
+    with whole_file(path, array.nbytes) as file:
         np.save(file, array)
 
 
 def write_arrays(path: Path, **arrays: Any) -> None:
     """Writes arrays by name as an .npz file."""
-    with whole_file(path) as file:
+    size = sum(np.asarray(array).nbytes for array in arrays.values())
+    with whole_file(path, size) as file:
         np.savez(file, **arrays)
 
 
-def read_arrays(path: Path) -> dict[str, np.ndarray]:
-    """The arrays of an .npz file, by name; ValueError for a damaged one."""
+def read_arrays(path: Path, kind: Callable[..., Any] = dict) -> Any:
+    """The arrays of an .npz file by name, or what `kind` makes of them so named.
+
+    Raises: FileNotFoundError; ValueError for a damaged file.
+    """
     try:
         with np.load(path) as arrays:
-            return dict(arrays)
-    except (EOFError, ValueError, zipfile.BadZipFile, zlib.error) as error:
+            return kind(**arrays)
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # of zip, zlib, struct, pickle, a missing name, …
         raise ValueError(f"{path} is damaged: {error}") from error
 
 
@@ -76,6 +154,11 @@ def remove_all_but(*folders: Path) -> None:
 def absolute(path: str) -> str:
     """A path as text that is found again from any folder; "" stays ""."""
     return str(Path(path).expanduser().absolute()) if path else ""
+
+
+def _partial(path: Path) -> Path:
+    """Where a file is written at first; its name fits wherever the file's own does."""
+    return path.with_name(f".{uuid.uuid4().hex[:8]}.partial")
 
 
 def own_version() -> str:

@@ -3,6 +3,7 @@
 import contextlib
 import fcntl
 import json
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,6 +12,8 @@ import numpy as np
 
 from sppnet_jax.run.files import read_arrays, write_arrays, write_json
 from sppnet_jax.run.settings import at_new_names
+
+log = logging.getLogger(__name__)
 
 CONFIG_FILE = "config.json"
 DATA_FILE = "data.json"
@@ -22,6 +25,7 @@ class TrainingData(NamedTuple):
     """What a run is trained on; class names are in the order of the labels.
 
     `digest`: of every file's place, size and label; "" where a run knows none.
+    `held_out`: such digests of the splits to test on, by name.
     """
 
     name: str
@@ -30,6 +34,7 @@ class TrainingData(NamedTuple):
     records: int
     class_names: tuple[str, ...]
     digest: str = ""
+    held_out: dict[str, str] = {}  # noqa: RUF012  of a tuple, so never changed
 
     def difference(self, now: "TrainingData") -> str:
         """How data differs from these, in words; "" if it is the same.
@@ -45,6 +50,17 @@ class TrainingData(NamedTuple):
                 "relabelled or changed"
             )
         return ""
+
+    def warn_of_tests(self, now: "TrainingData") -> None:
+        """Says so where the images that were held out are others now."""
+        for split, digest in self.held_out.items():
+            if now.held_out.get(split, digest) != digest:
+                log.warning(
+                    "files of the split %r, which is tested on, have been renamed, "
+                    "exchanged, relabelled or changed since the training began: "
+                    "results of before were of others",
+                    split,
+                )
 
     def __str__(self) -> str:
         names = ", ".join(self.class_names[:5])
@@ -95,10 +111,7 @@ def save_config(workdir: Path, config: dict[str, Any]) -> None:
 
 def load_config(workdir: Path) -> dict[str, Any]:
     """The settings that a run was trained with; FileNotFoundError if there are none."""
-    values = read_json(workdir / CONFIG_FILE)
-    if not isinstance(values, dict) or not {"data", "seed"} <= set(values):
-        raise ValueError(f"{workdir / CONFIG_FILE} holds no settings of a run")
-    return at_new_names(values)
+    return at_new_names(read_json(workdir / CONFIG_FILE, "data", "seed"))
 
 
 def save_training_data(workdir: Path, data: TrainingData) -> None:
@@ -108,13 +121,11 @@ def save_training_data(workdir: Path, data: TrainingData) -> None:
 
 def load_training_data(workdir: Path) -> TrainingData:
     """What a run was trained on; FileNotFoundError if there is none."""
-    stored = read_json(workdir / DATA_FILE)
+    stored = read_json(workdir / DATA_FILE, "class_names")
     try:
         return TrainingData(**{**stored, "class_names": tuple(stored["class_names"])})
-    except (KeyError, TypeError) as error:
-        raise ValueError(
-            f"{workdir / DATA_FILE} doesn't tell what was trained on ({error!r})"
-        ) from error
+    except TypeError as error:
+        raise ValueError(f"{workdir / DATA_FILE} is damaged: {error}") from error
 
 
 def save_statistics(workdir: Path, arrays: dict[str, np.ndarray]) -> None:
@@ -125,17 +136,30 @@ def save_statistics(workdir: Path, arrays: dict[str, np.ndarray]) -> None:
 def load_statistics(workdir: Path) -> dict[str, np.ndarray] | None:
     """The mean image and the colour covariance, or None if they were not computed."""
     path = workdir / STATISTICS_FILE
-    return read_arrays(path) if path.exists() else None
+    if not path.exists():
+        return None
+
+    def both(mean_image: np.ndarray, covariance: np.ndarray) -> dict[str, np.ndarray]:
+        return {"mean_image": mean_image, "covariance": covariance}
+
+    return read_arrays(path, both)
 
 
-def read_json(path: Path) -> Any:
-    """The value of a file in a run's folder; FileNotFoundError if it isn't there."""
+def read_json(path: Path, *names: str) -> Any:
+    """The value of a file in a run's folder, which has these names.
+
+    Raises: FileNotFoundError if it isn't there; ValueError for a damaged one.
+    """
     if not path.exists():
         raise FileNotFoundError(
             f"{path.parent} holds no trained run ({path.name} is missing): train one "
             "first, or check --workdir"
         )
     try:
-        return json.loads(path.read_text())
-    except ValueError as error:
+        value = json.loads(path.read_text())
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is damaged: {error}") from error
+    lacks = [name for name in names if not isinstance(value, dict) or name not in value]
+    if lacks:
+        raise ValueError(f"{path} is damaged: it doesn't tell {', '.join(lacks)}")
+    return value

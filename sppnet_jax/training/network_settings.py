@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
 from sppnet_jax.data.datasets import ImageData
-from sppnet_jax.network.exported import PRETRAINED, exported
+from sppnet_jax.network.exported import PRETRAINED, absolute_weights, exported
 from sppnet_jax.network.model import (
     HEAD_ONLY,
     Architecture,
@@ -80,6 +80,14 @@ class NetworkSettings(NamedTuple):
             )
         if self.sizes:
             self._check_sizes(possible_sizes(self.sizes, self.size_multiple))
+
+    def with_absolute_paths(self) -> "NetworkSettings":
+        """The same, found again from any folder."""
+        weights = absolute_weights(self.model.weights)
+        return self._replace(
+            model=self.model._replace(weights=weights),
+            data=self.data.with_absolute_paths(),
+        )
 
     def _check_sizes(self, sides: tuple[int, ...]) -> None:
         largest = self.data.image_size
