@@ -22,6 +22,20 @@ from sppnet_jax.run import files
 log = logging.getLogger(__name__)
 
 
+# Bytes, at most, that it takes to keep an array beside its own.
+_OVERHEAD = 8192
+
+
+def _is_no_failed_write(record: logging.LogRecord) -> bool:
+    """Orbax's threads log pages of what is raised here, in a sentence, too."""
+    error = str(record.exc_info[1]) if record.exc_info else ""
+    return not error or ".orbax-checkpoint-tmp" not in error
+
+
+for _name in ("absl", "asyncio"):
+    logging.getLogger(_name).addFilter(_is_no_failed_write)
+
+
 class OtherModelError(ValueError):
     """A checkpoint holds parameters of other shapes than are wanted."""
 
@@ -72,6 +86,8 @@ class Checkpoints:
 
         Raises: OSError that says what it takes, where it can't be written.
         """
+        with self._writing():
+            self._manager.wait_until_finished()  # what is written before takes room too
         self.check_space(params, training, step=step)
         with self._writing():
             self._manager.save(
@@ -89,7 +105,8 @@ class Checkpoints:
         Also where its folder can't be written to.
         """
         leaves = jax.tree.leaves(trees)
-        size = sum(int(np.prod(x.shape)) * np.dtype(x.dtype).itemsize for x in leaves)
+        bytes_of = (int(np.prod(x.shape)) * np.dtype(x.dtype).itemsize for x in leaves)
+        size = sum(bytes_of) + _OVERHEAD * len(leaves)
         path = self._folder / str(step)
         self._saved = f"the checkpoint {path}, of {size / 1e6:,.1f} MB,"
         files.check_folder(self._folder)
