@@ -20,6 +20,7 @@ from ml_collections import ConfigDict, config_flags
 from tqdm import tqdm
 
 from sppnet_jax.run import caches, parallel
+from sppnet_jax.run.files import check_can_write
 from sppnet_jax.run.photo_results import check_suffix
 from sppnet_jax.run.settings import MOVED, plain, read, unknown_field
 from sppnet_jax.run.shares import Share, check_share, cluster_share
@@ -302,12 +303,14 @@ def given_photos(arguments: Sequence[str]) -> list[str]:
 def given_out() -> Path | None:
     """The file that --out names; None where none is given.
 
-    Raises: ValueError for a suffix other than .json and .csv.
+    Raises: ValueError for a suffix other than .json and .csv; OSError for a file that
+    can't be written.
     """
     if not OUT.value:
         return None
     out = Path(OUT.value).expanduser()
     check_suffix(out)
+    check_can_write(out)
     return out
 
 

@@ -12,6 +12,7 @@ import pytest
 
 import sppnet_jax as sn
 from sppnet_jax import predict
+from sppnet_jax.classification import evaluation
 from sppnet_jax.classification.evaluation import evaluate_networks
 from sppnet_jax.data import photographs
 from sppnet_jax.data.datasets import ImageData
@@ -160,6 +161,28 @@ def test_predict_decodes_each_photograph_once(run, flowers, tmp_path, monkeypatc
     shown = settings_for(flowers), load_network(run), paths, tmp_path / "drawn.png"
     assert predict.show_images(*shown) == 0
     assert len(decoded) == 3
+
+
+def test_a_test_s_results_are_told_even_if_they_can_t_be_written(
+    run, tmp_path, monkeypatch
+):
+    shutil.copytree(run, tmp_path / "run")
+    result, told = tmp_path / "run" / "evaluate_single.json", []
+    result.mkdir()
+    with monkeypatch.context() as patch:  # it is found before the work
+        patch.setattr(evaluation, "load_network", None)
+        with pytest.raises(OSError, match=r"single\.json can't be written"):
+            evaluate_networks([tmp_path / "run"], "single")
+    result.rmdir()
+
+    def tell(report):
+        told.append(report["count"])
+        result.mkdir()
+
+    with pytest.raises(OSError, match=r"single\.json can't be written"):
+        evaluate_networks([tmp_path / "run"], "single", tell=tell)
+    assert told == [8]
+    assert result.with_suffix(".png").is_file()
 
 
 @pytest.fixture

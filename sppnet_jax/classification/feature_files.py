@@ -2,7 +2,6 @@
 
 import datetime
 import json
-import os
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from sppnet_jax.network.model import Architecture
 from sppnet_jax.network.trained import Network
 from sppnet_jax.run.files import (
     absolute,
+    check_can_write,
     own_code,
     own_version,
     remove_all_but,
@@ -74,12 +74,12 @@ def write_features(
             name = name.replace("features_", f"features_{_trunk_name(settings.model)}_")
         output = (workdir or Path()) / name
     check_request(network.model, layer=layer, side=side, mode=mode)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    if output.is_dir() or not os.access(output.parent, os.W_OK):
+    try:
+        check_can_write(output)
+    except OSError as error:
         raise ValueError(
-            f"can't write {output}: give --output=FILE.npz in a folder that you can "
-            "write to"
-        )
+            f"{error}: give --output=FILE.npz in a folder that you can write to"
+        ) from error
     source = open_source(data.name, split, **data.place, multi_label=multi_label)
     request: dict[str, Any] = {
         "layer": layer,

@@ -14,6 +14,7 @@ from sppnet_jax.detection.trained_detector import (
     detect_split,
     load_detectors,
 )
+from sppnet_jax.run import files
 from sppnet_jax.run.settings import plain
 from sppnet_jax.run.shares import ALONE, Share
 
@@ -39,15 +40,24 @@ def evaluate_detectors(
 
     Returns: what results.json holds; nothing in a process that is not the first, which
     writes none.
-    Raises: ValueError or FileNotFoundError for detectors that can't be tested so.
+    Raises: ValueError or FileNotFoundError for detectors that can't be tested so;
+    OSError for files that can't be written, before the test or when all are tried.
     """
     # Here, not above: a start has no need of it, and it takes a while.
-    from sppnet_jax.detection.results import image_ids, write_results
+    from sppnet_jax.detection.results import FILES, image_ids, write_results
 
     all_settings = settings_together(workdirs, settings)
     first, workdir = all_settings[0], workdirs[0]
     detectors = load_detectors(workdirs, all_settings)
     class_names = detectors[0].class_names
+    trained, given = (
+        {name: plain(settings)[name] for name in TEST_ONLY}
+        for settings in (detector_settings(workdir), first)
+    )
+    combined = f"_of_{len(workdirs)}" if len(workdirs) > 1 else ""
+    folder = workdir / f"test{combined}{'_custom' if given != trained else ''}"
+    for name in FILES:
+        files.check_can_write(folder / name)
     split = open_split_of(first, "test", workdir, share)
     source = split.source
     if source.class_names != class_names:
@@ -69,12 +79,6 @@ def evaluate_detectors(
             max(seen),
             len(split.images),
         )
-    trained, given = (
-        {name: plain(settings)[name] for name in TEST_ONLY}
-        for settings in (detector_settings(workdir), first)
-    )
-    combined = f"_of_{len(workdirs)}" if len(workdirs) > 1 else ""
-    folder = workdir / f"test{combined}{'_custom' if given != trained else ''}"
     kept = folder / "found"
     started = time.perf_counter()
     found = detect_split(detectors, split, kept=kept, share=share)

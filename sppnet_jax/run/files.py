@@ -9,7 +9,7 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -49,11 +49,15 @@ def named(path: Path) -> Iterator[None]:
         raise OSError(f"{path} can't be written: {error.strerror}") from error
 
 
-def check_can_write(path: Path) -> None:
+def check_can_write(path: Path, suffixes: Sequence[str] = ()) -> None:
     """Raises OSError if a file can't be written, before the work that it is made by.
 
-    Makes its folder.
+    Makes its folder. `suffixes`: ValueError for a name with none of these.
     """
+    if suffixes and path.suffix.lower() not in suffixes:
+        raise ValueError(
+            f"can't write {str(path)!r}: give a file {' or '.join(suffixes)}"
+        )
     with named(path):
         if os.path.isdir(path):
             raise IsADirectoryError(errno.EISDIR, "it is a folder")

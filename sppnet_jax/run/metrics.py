@@ -1,6 +1,7 @@
 """What a run writes about itself: metrics.jsonl and TensorBoard events."""
 
 import contextlib
+import errno
 import json
 import os
 from pathlib import Path
@@ -52,8 +53,10 @@ class MetricsLog:
         if not self._enabled:
             return
         row: dict[str, Any] = {"split": split, "step": step, **values}
+        line = f"{json.dumps(row)}\n".encode()
         with named(self._workdir / FILE):
-            os.write(self._file, f"{json.dumps(row)}\n".encode())
+            if os.write(self._file, line) < len(line):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         if self._events is None:
             # Here, not above: it imports PyTorch where there is one, for seconds. The
             # first row is written when the first step is under way on the device.
