@@ -12,8 +12,13 @@ import pytest
 from data_helpers import make_source, write_class_folders
 from network_helpers import drawn_params
 
-from sppnet_jax.classification.feature_files import load_features, save_features
+from sppnet_jax.classification.feature_files import (
+    file_name,
+    load_features,
+    save_features,
+)
 from sppnet_jax.data import images
+from sppnet_jax.data.datasets import ImageData
 from sppnet_jax.data.sources import open_source
 from sppnet_jax.network.model import create_model
 from sppnet_jax.network.preprocess import Preprocessing
@@ -227,6 +232,19 @@ def test_a_file_of_features_gives_back_what_was_saved(tmp_path):
         np.testing.assert_array_equal(getattr(loaded, name), value, err_msg=name)
         assert type(getattr(loaded, name)) is type(value)
     assert [file.name for file in path.parent.iterdir()] == ["features.npz"]
+
+
+def test_folders_of_one_name_have_files_of_their_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    told = "test", "fc7", "full", 256
+    roots = ["a/pets", "b/pets", f"{tmp_path}/a/pets/", "pets", "n" * 250]
+    names = [file_name(ImageData("image_folder", root), *told) for root in roots]
+    assert names[0] == names[2]
+    assert len(set(names)) == 4
+    assert all(name.startswith("features_image_folder-pets-") for name in names[:4])
+    assert max(map(len, names)) < 150
+    boxes = {file_name(ImageData("box_folder", root), *told) for root in roots}
+    assert len(boxes) == 4
 
 
 def test_another_kind_of_file_is_no_file_of_features(tmp_path):

@@ -14,6 +14,7 @@ import sppnet_jax as sn
 from sppnet_jax import predict
 from sppnet_jax.classification import evaluation
 from sppnet_jax.classification.evaluation import evaluate_networks
+from sppnet_jax.classification.feature_files import write_features
 from sppnet_jax.data import photographs
 from sppnet_jax.data.datasets import ImageData
 from sppnet_jax.data.images import crop, resize_whole
@@ -262,6 +263,8 @@ def test_another_way_to_write_a_folder_s_path_hides_no_change(
         given = given._replace(data=given.data._replace(root=same, train_split="x"))
         with pytest.raises(ValueError, match="the data has changed since the training"):
             evaluate_networks([workdir], "single", settings=given)
+    with pytest.raises(ValueError, match="the data has changed since the training"):
+        write_features(given, load_network(workdir), workdir=workdir)
 
 
 def test_a_test_on_another_folder_says_that_it_is_another(run, flowers, moved, caplog):

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 
 from sppnet_jax.data.datasets import ImageData
-from sppnet_jax.data.sources import open_source, subset
+from sppnet_jax.data.sources import FOLDERS, open_source, subset
+from sppnet_jax.network.exported import PRETRAINED, absolute_weights
 from sppnet_jax.network.model import Architecture
 from sppnet_jax.network.trained import Network
 from sppnet_jax.run.files import (
@@ -33,6 +34,7 @@ from sppnet_jax.training.layer_features import (
     row_extractor,
 )
 from sppnet_jax.training.network_settings import NetworkSettings
+from sppnet_jax.training.networks import check_data_is_unchanged
 
 
 def write_features(
@@ -59,8 +61,8 @@ def write_features(
 
     Returns: the file, and what it says of where its features are from; nothing in a
     process that is not the first, which does not write it.
-    Raises: ValueError for a request that can't be met or a file that can't be written,
-    before any work.
+    Raises: ValueError for a request that can't be met, a file that can't be written and
+    data that was changed since the training, before any work.
     """
     data = settings.data
     if side is None:
@@ -81,6 +83,8 @@ def write_features(
             f"{error}: give --output=FILE.npz in a folder that you can write to"
         ) from error
     source = open_source(data.name, split, **data.place, multi_label=multi_label)
+    if workdir is not None:
+        check_data_is_unchanged(data, network.trained_on)
     request: dict[str, Any] = {
         "layer": layer,
         "side": side,
@@ -136,10 +140,14 @@ def write_features(
 
 
 def file_name(data: ImageData, split: str, layer: str, mode: str, side: int) -> str:
-    """What a file of features is called, unless the user says otherwise."""
+    """What a file of features is called, unless the user says otherwise.
+
+    Folders of one name in different places have files of their own.
+    """
     name = data.name
-    if name == "image_folder":
-        name = f"image_folder-{Path(data.root).name}"
+    if name in FOLDERS:
+        root = absolute(data.root)
+        name += f"-{Path(root).name[:64]}-{digest_of({'root': root})[:8]}"
     return f"features_{name}_{split}_{layer}_{mode}_{side}.npz".replace("/", "-")
 
 
@@ -195,4 +203,8 @@ def load_features(path: str | Path) -> tuple[Features, dict[str, Any]]:
 def _trunk_name(model: Architecture) -> str:
     """What differs between the pyramids on a trunk: "vgg16-stride16-3.2.1-max"."""
     levels = ".".join(map(str, model.levels))
-    return "-".join((model.backbone, *model.cuts, levels, model.reducer))
+    told = (model.backbone, *model.cuts, levels, model.reducer)
+    if model.weights == PRETRAINED:
+        return "-".join(told)
+    weights = absolute_weights(model.weights)
+    return "-".join((*told, digest_of({"weights": weights})[:8]))

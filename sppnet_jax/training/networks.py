@@ -370,9 +370,15 @@ def check_data_is_unchanged(
     data = data._replace(train_split=trained_on.split).with_absolute_paths()
     if data.name != trained_on.name:
         return
-    now = training_data(data, open_split(data, "train"))
+    same = os.path.realpath(data.root) == os.path.realpath(trained_on.root)
+    try:
+        now = training_data(data, open_split(data, "train"))
+    except (OSError, ValueError):
+        if same:
+            raise
+        return  # another folder need not have a split to train on
     difference = trained_on.difference(now)
-    if difference and os.path.realpath(data.root) == os.path.realpath(trained_on.root):
+    if difference and same:
         raise ValueError(
             f"the data has changed since the training: {difference}. Images held out "
             "then may not be the same now: restore the data, or train again in another "
