@@ -837,6 +837,58 @@ def test_a_picture_that_can_t_be_written_loses_no_other_image(
         detect.detect_in_files(*given, pictures=out)
 
 
+@pytest.mark.parametrize("name", ["cache", "finetune", "svm", "regression"])
+def test_what_is_in_the_way_of_a_detector_s_files_is_told_before_the_work(
+    name, base, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(detector_training, "open_split_of", None)
+    (tmp_path / name).touch()
+    with pytest.raises((OSError, ValueError), match=f"/{name} .*(can't be wr|a file)"):
+        train(base, tmp_path, cache=str(tmp_path / "cache"))
+
+
+def test_a_changed_split_to_test_on_is_said(base, trained, copy, tmp_path, log):
+    root = shutil.copytree(base / "voc", tmp_path / "voc")
+    known = run_folder.load_training_data(copy)
+    assert known.held_out.keys() == {"test"}
+    run_folder.save_training_data(copy, known._replace(root=str(root)))
+    settings = detector_settings(copy)
+    settings = settings._replace(data=settings.data._replace(root=str(root)))
+    evaluate_detectors([copy], settings=settings)
+    assert "which is tested on" not in log.text
+    (name, *_) = (root / "ImageSets/Main/test.txt").read_text().split()
+    xml = root / f"Annotations/{name}.xml"
+    xml.write_text(xml.read_text().replace("</annotation>", " </annotation>"))
+    evaluate_detectors([copy], settings=settings)
+    assert "files of the split 'test', which is tested on, have" in log.text
+
+
+def test_two_tests_of_a_detector_do_not_share_a_folder(base, trained, copy):
+    with (
+        run_folder.locked(copy / "test" / "found"),
+        pytest.raises(ValueError, match="another process is at work in"),
+    ):
+        evaluate_detectors([copy])
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("detector.json", "{}"),
+        ("detector.json", ""),
+        ("svm/svm.npz", "PK"),
+        ("regression/regression.npz", ""),
+        ("network/statistics.npz", "PK"),
+        ("network/config.json", "[]"),
+        ("config.json", ""),
+    ],
+)
+def test_damaged_files_of_a_detector_are_named(name, content, base, trained, copy):
+    (copy / name).write_text(content)
+    with pytest.raises(ValueError, match=f"{re.escape(name)} is damaged"):
+        load_detector(copy)
+
+
 def test_a_test_tells_its_table_even_if_files_can_t_be_written(
     base, trained, copy, capsys, monkeypatch
 ):

@@ -10,7 +10,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from sppnet_jax.run.files import read_arrays, write_arrays, write_json
+from sppnet_jax.run.files import (
+    check_folder,
+    named,
+    read_arrays,
+    write_arrays,
+    write_json,
+)
 from sppnet_jax.run.settings import at_new_names
 
 log = logging.getLogger(__name__)
@@ -74,20 +80,22 @@ class TrainingData(NamedTuple):
 
 @contextlib.contextmanager
 def locked(workdir: Path) -> Iterator[None]:
-    """Keeps other processes from training in the same folder.
+    """Keeps other processes from writing the same folder's files.
 
     Raises: ValueError if one does.
     """
     if workdir.exists() and not workdir.is_dir():
         raise ValueError(f"{workdir} is a file, no folder: give another --workdir")
-    workdir.mkdir(parents=True, exist_ok=True)
-    with (workdir / ".lock").open("w") as file:
+    check_folder(workdir)
+    with named(workdir):
+        file = (workdir / ".lock").open("w")
+    with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             raise ValueError(
-                f"another process is training in {workdir}: wait for it, or use "
-                "another --workdir"
+                f"another process is at work in {workdir}: wait for it, or use another "
+                "--workdir"
             ) from error
         yield  # released by the system if we are killed
 

@@ -62,8 +62,8 @@ def _run_recorded(
         what = "; ".join(_differences(known["inputs"], inputs))
         log.info("stage %s is redone, for its inputs have changed: %s", name, what)
         known = None
+    check_is_stage(folder)
     if known is None and folder.exists():
-        _check_is_stage(folder)
         # Renamed first: a folder half removed is not taken for a stage begun.
         folder.rename(removed)
         shutil.rmtree(removed)
@@ -99,7 +99,12 @@ def digest_of(inputs: dict[str, Any]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def _check_is_stage(folder: Path) -> None:
+def check_is_stage(folder: Path) -> None:
+    """Raises ValueError if there is something else where a stage's folder would be."""
+    if not folder.exists():
+        return
+    if not folder.is_dir():
+        raise ValueError(f"{folder} would be a stage's folder, and is a file: move it")
     held = {path.name for path in folder.iterdir()}
     # A run killed before its first record leaves an empty folder, or a partial record.
     foreign = {name for name in held if not name.endswith(".partial")}
