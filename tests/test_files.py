@@ -12,6 +12,7 @@ from sppnet_jax.run.files import (
     all_tried,
     check_can_write,
     check_space,
+    read_array,
     read_arrays,
     whole_file,
     write_array,
@@ -180,6 +181,10 @@ def test_one_file_that_fails_loses_no_other(tmp_path):
 def test_a_damaged_file_of_arrays_is_named(content, tmp_path):
     path = tmp_path / "arrays.npz"
     write_arrays(path, a=np.arange(300))
+    write_array(tmp_path / "array.npy", np.arange(300))
+    (tmp_path / "array.npy").write_bytes(content)
+    with pytest.raises(ValueError, match=r"array\.npy is damaged"):
+        read_array(tmp_path / "array.npy")
     whole = path.read_bytes()
     for damaged in (
         content,

@@ -133,18 +133,33 @@ def write_arrays(path: Path, **arrays: Any) -> None:
         np.savez(file, **arrays)
 
 
+def read_array(path: Path, **options: Any) -> np.ndarray:
+    """The array of an .npy file; `options` of `np.load`.
+
+    Raises: FileNotFoundError; ValueError for a damaged file.
+    """
+    with _damage_named(path):
+        found: np.ndarray = np.load(path, **options)
+        return found
+
+
 def read_arrays(path: Path, kind: Callable[..., Any] = dict) -> Any:
     """The arrays of an .npz file by name, or what `kind` makes of them so named.
 
     Raises: FileNotFoundError; ValueError for a damaged file.
     """
+    with _damage_named(path), np.load(path) as arrays:
+        return kind(**arrays)
+
+
+@contextlib.contextmanager
+def _damage_named(path: Path) -> Iterator[None]:
     try:
-        with np.load(path) as arrays:
-            return kind(**arrays)
+        yield
     except FileNotFoundError:
         raise
     except Exception as error:  # of zip, zlib, struct, pickle, a missing name, …
-        raise ValueError(f"{path} is damaged: {error}") from error
+        raise ValueError(f"{path} is damaged: {error}: restore or remove it") from error
 
 
 def remove_all_but(*folders: Path) -> None:

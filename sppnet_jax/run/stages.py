@@ -121,9 +121,12 @@ def _read(path: Path) -> dict[str, Any] | None:
         return None
     try:
         known = json.loads(path.read_text())
-        return known if {"inputs", "done"} <= set(known) else None
+        if {"inputs", "done"} <= set(known):
+            return dict(known)
     except (ValueError, TypeError):
-        return None
+        pass
+    log.warning("%s is damaged: the stage counts as not done", path)
+    return None
 
 
 def _differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
