@@ -16,6 +16,7 @@ from sppnet_jax.network.trained import Network
 from sppnet_jax.run.files import (
     absolute,
     check_can_write,
+    check_space,
     own_code,
     own_version,
     remove_all_but,
@@ -32,6 +33,7 @@ from sppnet_jax.training.layer_features import (
     extract_features,
     label_rows,
     row_extractor,
+    row_length,
 )
 from sppnet_jax.training.network_settings import NetworkSettings
 from sppnet_jax.training.networks import check_data_is_unchanged
@@ -85,6 +87,8 @@ def write_features(
     source = open_source(data.name, split, **data.place, multi_label=multi_label)
     if workdir is not None:
         check_data_is_unchanged(data, network.trained_on)
+    numbers = row_length(network, layer=layer, side=side, mode=mode)
+    check_space(output, 4 * numbers * len(source.records))
     request: dict[str, Any] = {
         "layer": layer,
         "side": side,

@@ -33,6 +33,10 @@ def whole_file(path: Path, size: int = 0) -> Iterator[IO[bytes]]:
             with partial.open("wb") as file:
                 yield file
             os.replace(partial, path)
+        except OSError as error:
+            if error.errno == errno.ENOSPC:
+                check_space(path, max(size, partial.stat().st_size + 1), "more than ")
+            raise
         finally:
             with contextlib.suppress(OSError):
                 partial.unlink(missing_ok=True)
@@ -71,20 +75,22 @@ def check_folder(folder: Path) -> None:
     with named(folder):
         folder.mkdir(parents=True, exist_ok=True)
         partial = _partial(folder / "any")
-        partial.touch()
-        partial.unlink()
+        try:
+            partial.write_bytes(bytes(4096))  # a full disk takes empty files
+        finally:
+            partial.unlink(missing_ok=True)
 
 
-def check_space(path: Path, size: int) -> None:
+def check_space(path: Path, size: int, words: str = "") -> None:
     """Raises OSError if the disk has fewer bytes left than a file or folder takes.
 
-    The folder that it lies in is there.
+    The folder that it lies in is there. `words`: in the message, before the size.
     """
     free = shutil.disk_usage(path.parent).free
     if free < size:
         raise OSError(
-            f"{path} can't be written: it takes {size / 1e6:,.1f} MB, and the disk has "
-            f"{free / 1e6:,.1f} MB left. Make room there, or write elsewhere"
+            f"{path} can't be written: it takes {words}{size / 1e6:,.1f} MB, and the "
+            f"disk has {free / 1e6:,.1f} MB left. Make room there, or write elsewhere"
         )
 
 
