@@ -20,7 +20,7 @@ from sppnet_jax.run import progress
 from sppnet_jax.run.settings import read
 from sppnet_jax.training.network_settings import NetworkSettings
 from tests.conftest import REPOSITORY, SMALL
-from tests.data_helpers import encode, picture
+from tests.data_helpers import encode, picture, write_class_folders
 from tests.mock_imagenet import prepare_mock_imagenet
 from tests.processes import Started, run_command
 
@@ -230,6 +230,34 @@ def test_a_process_ends_after_a_checkpoint_that_can_t_be_written(
     error = fails(command_line, *arguments)  # a file is in its place from the start
     assert f"error: {folder} can't be written" in error
     assert "training:" not in error
+
+
+@pytest.mark.parametrize(
+    ("command", "arguments"),
+    [
+        ("predict", ["--workdir={run}", "--out={long}.json", "a.png"]),
+        ("predict", ["--workdir={run}", "--out={file}/x.csv", "a.png"]),
+        ("predict", ["--workdir={run}", "--picture={file}/x.png", "a.png"]),
+        ("features", ["--workdir={run}", "--output={long}.npz"]),
+        ("features", ["--workdir={run}", "--output={folder}"]),
+        ("inspect", ["{pets}", "--picture={file}/x.png"]),
+        ("bench", ["pyramid", "--out={file}/x"]),
+    ],
+)
+def test_outputs_that_can_t_be_written_are_told_before_the_work(
+    command, arguments, digits_run, command_line, tmp_path
+):
+    places = {name: tmp_path / name for name in ("file", "folder", "pets")}
+    places["file"].touch()
+    places["folder"].mkdir()
+    write_class_folders(places["pets"], 5)
+    places |= {"run": digits_run, "long": tmp_path / ("n" * 255)}
+    given = [part.format(**places) for part in arguments]
+    result = command_line(command, *given, check=False, cwd=tmp_path)
+    assert result.returncode in (1, 2)
+    assert "can't be written" in result.stderr
+    assert "Traceback" not in result.stderr
+    assert not result.stdout
 
 
 def start_training(workdir, *arguments):
