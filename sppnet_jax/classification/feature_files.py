@@ -10,7 +10,7 @@ import numpy as np
 
 from sppnet_jax.data.datasets import ImageData
 from sppnet_jax.data.sources import FOLDERS, open_source, subset
-from sppnet_jax.network.exported import PRETRAINED, absolute_weights
+from sppnet_jax.network.exported import PRETRAINED
 from sppnet_jax.network.model import Architecture
 from sppnet_jax.network.trained import Network
 from sppnet_jax.run.files import (
@@ -66,6 +66,7 @@ def write_features(
     Raises: ValueError for a request that can't be met, a file that can't be written and
     data that was changed since the training, before any work.
     """
+    settings = settings.with_absolute_paths()
     data = settings.data
     if side is None:
         side = default_side(
@@ -128,7 +129,7 @@ def write_features(
         "mode": mode,
         "side": side,
         "data": data.name,
-        "root": absolute(data.root),
+        "root": data.root,
         "split": split,
         "multi_label": multi_label,
         "records": len(source.records),
@@ -210,5 +211,4 @@ def _trunk_name(model: Architecture) -> str:
     told = (model.backbone, *model.cuts, levels, model.reducer)
     if model.weights == PRETRAINED:
         return "-".join(told)
-    weights = absolute_weights(model.weights)
-    return "-".join((*told, digest_of({"weights": weights})[:8]))
+    return "-".join((*told, digest_of({"weights": model.weights})[:8]))

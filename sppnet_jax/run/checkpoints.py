@@ -131,7 +131,8 @@ class Checkpoints:
         damaged = [step for step in self._manager.all_steps() if step != self.step]
         for step in (step for step in damaged if step > (self.step or 0)):
             path = self._folder / str(step)
-            path.rename(path.with_name(f"{step}.damaged.{os.getpid()}"))
+            with contextlib.suppress(FileNotFoundError):  # another process was first
+                path.rename(path.with_name(f"{step}.damaged.{os.getpid()}"))
             self._manager.reload()
         return restored.params, restored.training, restored.host
 

@@ -57,7 +57,8 @@ def is_finished(workdir: Path, epochs: int) -> bool:
     """Whether a network was trained for so many epochs, and tested after the last."""
     step = run_folder.newest_step(workdir)
     return step is not None and any(
-        row["split"] == "validation" and row["epoch"] == epochs and row["step"] == step
+        (row["split"], row["step"]) == ("validation", step)
+        and row.get("epoch") == epochs
         for row in read_metrics(workdir)
     )
 
