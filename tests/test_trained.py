@@ -409,6 +409,17 @@ def test_what_is_in_the_way_of_a_run_s_files_is_told_before_the_first_step(
     assert not any(workdir.glob("events*"))
 
 
+def test_a_disk_without_room_for_a_checkpoint_is_told_before_the_first_step(
+    flowers, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(
+        shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(9, 9, 100_000)
+    )
+    with pytest.raises(OSError, match=r"checkpoints/0 can't be written: it takes .*MB"):
+        train_network(settings_for(flowers), tmp_path)
+    assert not (tmp_path / "metrics.jsonl").exists()
+
+
 def test_a_run_s_paths_are_found_from_any_folder(flowers, tmp_path, monkeypatch):
     monkeypatch.chdir(flowers.parent)
     given = settings_for("flowers")

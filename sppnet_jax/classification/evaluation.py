@@ -67,7 +67,8 @@ def evaluate_networks(
         for own, workdir in zip(own_settings, workdirs, strict=True)
     ]
     trained_on = run_folder.load_training_data(workdirs[0])
-    check_data_is_unchanged(first.data, trained_on)
+    for workdir in workdirs:
+        check_data_is_unchanged(first.data, run_folder.load_training_data(workdir))
     changed = bool(scales or positions or flip is not None)
     name = result_name(protocol_name, len(workdirs), changed=changed)
     for suffix in ("json", "png"):

@@ -21,7 +21,6 @@ from sppnet_jax.run import files
 
 log = logging.getLogger(__name__)
 
-
 # Bytes, at most, that it takes to keep an array beside its own.
 _OVERHEAD = 8192
 
@@ -50,7 +49,7 @@ class Checkpoints:
     def __init__(self, folder: str | Path, *, keep: int = 2) -> None:
         self.step: int | None = None
         self._folder = Path(folder).absolute()
-        self._saved = ""
+        self._saved = f"a checkpoint in {self._folder}"
         self._closing = contextlib.ExitStack()
         self._manager = ocp.CheckpointManager(
             self._closing.enter_context(_without_pattern(self._folder)),
@@ -128,8 +127,8 @@ class Checkpoints:
             training=ocp.args.StandardRestore(training),
             host=ocp.args.JsonRestore(),
         )
-        damaged = [step for step in self._manager.all_steps() if step != self.step]
-        for step in (step for step in damaged if step > (self.step or 0)):
+        assert self.step is not None
+        for step in [n for n in self._manager.all_steps() if n > self.step]:
             path = self._folder / str(step)
             with contextlib.suppress(FileNotFoundError):  # another process was first
                 path.rename(path.with_name(f"{step}.damaged.{os.getpid()}"))
