@@ -1,5 +1,6 @@
 """The command lines as a user runs them, each in a process of its own."""
 
+import errno
 import json
 import os
 import re
@@ -9,14 +10,12 @@ import socket
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
 
 from configs import digits, folder, imagenet
-from sppnet_jax.run import progress
 from sppnet_jax.run.settings import read
 from sppnet_jax.training.network_settings import NetworkSettings
 from tests.conftest import REPOSITORY, SMALL
@@ -197,23 +196,23 @@ def test_a_run_killed_at_any_moment_goes_on_with_the_same_losses(
     assert losses(killed) == losses(whole)
 
 
-def run_and_lose_the_folder(module, arguments, folder):
-    """A command, whose folder of checkpoints becomes a file after its first step."""
+def run_where_no_checkpoint_begins(module, arguments):
+    """A command, with a disk that fails as a checkpoint's folder is made."""
+    make = os.makedirs
 
-    def lose(bar, count):
-        path = Path(folder)
-        if path.is_dir() and bar == "training" and count:
-            path.rename(path.with_name("lost"))
-            path.touch()
+    def fail(path, *given, **named):
+        if "checkpoint-tmp" in str(path):
+            raise OSError(errno.EIO, "Input/output error", str(path))
+        make(path, *given, **named)
 
-    progress.WATCHERS.append(lose)
+    os.makedirs = fail
     run_command(module, arguments)
 
 
 def test_a_process_ends_after_a_checkpoint_that_can_t_be_written(
     few_scenes, command_line, tmp_path
 ):
-    folder = str(tmp_path / "checkpoints")
+    folder = tmp_path / "checkpoints"
     arguments = [
         "--config=configs/digits.py",
         *SMALL,
@@ -222,12 +221,12 @@ def test_a_process_ends_after_a_checkpoint_that_can_t_be_written(
         "--config.checkpoint_steps=1",
         f"--workdir={tmp_path}",
     ]
-    ended = Started(run_and_lose_the_folder, "sppnet_jax.train", arguments, folder).end(
-        60
-    )
-    assert ended.returncode == 1
-    assert f"{folder} can't be written" in ended.stderr
-    error = fails(command_line, *arguments)  # a file is in its place from the start
+    error = fails(command_line, *arguments, how=run_where_no_checkpoint_begins)
+    assert f"error: the checkpoint {folder}/1, of " in error
+    assert "can't be written: [Errno 5] Input/output error" in error
+    shutil.rmtree(folder)
+    folder.touch()
+    error = fails(command_line, *arguments)
     assert f"error: {folder} can't be written" in error
     assert "training:" not in error
 
