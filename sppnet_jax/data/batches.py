@@ -405,8 +405,7 @@ class Batches(grain.DatasetIterator):
     def __next__(self) -> Example:
         self._assert_not_closed()
         running = self._start()
-        # The first batch starts the workers.
-        with _interrupts_blocked() if self._is_new else contextlib.nullcontext():
+        with self._as_workers_begin():
             batch = next(running)
         self._is_new = False
         self._next_index += 1
@@ -428,12 +427,18 @@ class Batches(grain.DatasetIterator):
         self._next_index = int(state["next_index"])
 
     def start_prefetch(self) -> None:
-        with _interrupts_blocked():
-            self._start().start_prefetch()
+        running = self._start()
+        with self._as_workers_begin():
+            running.start_prefetch()
 
     def close(self) -> None:
         self._stop()
         super().close()
+
+    def _as_workers_begin(self) -> contextlib.AbstractContextManager[None]:
+        """For all up to the first batch, which starts the workers."""
+        begin = self._workers and self._is_new
+        return _interrupts_blocked() if begin else contextlib.nullcontext()
 
     def _start(self) -> grain.DatasetIterator:
         if self._running is None:
