@@ -125,14 +125,14 @@ def ablate(
 
     # Here, not above: a mistake in the arguments should show before these are loaded.
     from sppnet_jax.data.datasets import open_split
-    from sppnet_jax.run import caches, parallel
+    from sppnet_jax.run import caches, files, parallel
 
     parallel.check_batch_size(shared.batch_size)
     caches.use_compilation_cache()  # the seeds of a pyramid compile the same programs
     train, test = (open_split(shared.data, name) for name in ("train", "test"))
     below = Path(folder).expanduser() / _digest(shared, train, test)
     try:
-        below.mkdir(parents=True, exist_ok=True)
+        files.check_folder(below)
     except OSError as error:
         raise ValueError(f"networks can't be kept in {folder}: {error}") from error
     if frozen:

@@ -1,5 +1,6 @@
 """What the command lines share: flags, settings, and errors a person can read."""
 
+import atexit
 import contextlib
 import functools
 import glob
@@ -8,6 +9,7 @@ import logging
 import os
 import re
 import sys
+import threading
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -20,6 +22,7 @@ from tqdm import tqdm
 
 from sppnet_jax.data.sources import FOLDERS
 from sppnet_jax.run import caches, parallel
+from sppnet_jax.run.files import check_can_write
 from sppnet_jax.run.interrupt import Interrupted
 from sppnet_jax.run.photo_results import check_suffix
 from sppnet_jax.run.settings import MOVED, fields_of, plain, read, unknown_field
@@ -177,7 +180,28 @@ def run(
             config_flags.DEFINE_config_file("config", None, _CONFIG_HELP)
     except Exception as error:  # a config file may raise any
         _refuse(error, kind)
-    app.run(guarded, flags_parser=lambda argv: _parse_flags(argv, kind))
+    with _ends_after_errors():
+        app.run(guarded, flags_parser=lambda argv: _parse_flags(argv, kind))
+
+
+@contextlib.contextmanager
+def _ends_after_errors() -> Iterator[None]:
+    """Ends the process with an error, also where threads of libraries would go on.
+
+    One that writes a checkpoint waits forever where it could not begin.
+    """
+    try:
+        yield
+    except SystemExit as ended:
+        others = [thread for thread in threading.enumerate() if not thread.daemon]
+        if not ended.code or others == [threading.main_thread()]:
+            raise
+        if isinstance(ended.code, str):
+            print(ended.code, file=sys.stderr)
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(ended.code if isinstance(ended.code, int) else 1)
 
 
 def given_settings(kind: type[Kind]) -> Kind:
@@ -319,12 +343,14 @@ def given_photos(arguments: Sequence[str]) -> list[str]:
 def given_out() -> Path | None:
     """The file that --out names; None where none is given.
 
-    Raises: ValueError for a suffix other than .json and .csv.
+    Raises: ValueError for a suffix other than .json and .csv; OSError for a file that
+    can't be written.
     """
     if not OUT.value:
         return None
     out = Path(OUT.value).expanduser()
     check_suffix(out)
+    check_can_write(out)
     return out
 
 

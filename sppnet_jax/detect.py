@@ -111,10 +111,15 @@ def detect_in_files(
     """Prints and draws what is found in each image; returns how many are unreadable.
 
     `out`: a file that it is written to besides, see `photo_results`.
+    Raises: OSError for files that can't be written, before the first image or when all
+    images are done.
     """
+    from sppnet_jax.run.files import all_tried, check_folder
     from sppnet_jax.run.photo_results import photo_results
     from sppnet_jax.training.ahead import StepsAhead
 
+    folder = pictures or workdirs[0] / "images"
+    check_folder(folder)
     # All cores search the first image, while the detector is loaded; then each its own.
     workers = settings.proposals.workers or os.cpu_count() or 1
 
@@ -131,26 +136,28 @@ def detect_in_files(
 
         detectors = load_detectors(workdirs, settings_together(workdirs, settings))
         class_names, least = detectors[0].class_names, least_score(settings, score)
-        detect, folder = image_detector(detectors), pictures or workdirs[0] / "images"
+        detect = image_detector(detectors)
         failed, stems = 0, Counter[str]()
-        with photo_results(out, COLUMNS) as write:
+        with all_tried() as attempt, photo_results(out, COLUMNS) as write:
             for path in paths:
                 looked = next(ahead)
                 if isinstance(looked, Exception):
                     print(f"{path}: can't be read: {looked}", flush=True)
-                    write({"path": path, "error": str(looked)})
+                    attempt(write, {"path": path, "error": str(looked)})
                     failed += 1
                     continue
                 image, boxes = looked
                 found = detect(image, boxes)
-                write(_tell(path, image, found, least, class_names))
+                told = _tell(path, image, found, least, class_names)
+                attempt(write, told)
                 from sppnet_jax.detection.pictures import draw_detections, save_image
 
                 drawn = draw_detections(image, *found.above(least), class_names)
                 stem = f"{Path(path).stem}_detections"
                 stems[stem] += 1
                 name = f"{stem}_{stems[stem]}" if stems[stem] > 1 else stem
-                print(f"  picture: {save_image(drawn, folder / f'{name}.jpg')}")
+                saved = attempt(save_image, drawn, folder / f"{name}.jpg")
+                print(f"  picture: {saved or 'not written'}")
     return failed
 
 

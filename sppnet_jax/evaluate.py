@@ -52,7 +52,17 @@ def main(argv: Sequence[str]) -> None:
     from sppnet_jax.classification.evaluation import evaluate_networks, result_name
 
     name = _PROTOCOL.value
-    report = evaluate_networks(
+
+    def tell(report: dict[str, Any]) -> None:
+        print(
+            f"{name}: top-1 {_share(report, 'top1')}, top-5 {_share(report, 'top5')} "
+            f"of {report['count']} images of {report['data']}, split "
+            f"{report['split']}, {report['views']:.4g} views each"
+            + (f" ({report['broken']} broken skipped)" if report["broken"] else ""),
+            flush=True,
+        )
+
+    evaluate_networks(
         workdirs,
         name,
         settings=settings,
@@ -61,16 +71,11 @@ def main(argv: Sequence[str]) -> None:
         flip=_FLIP.value,
         max_buckets=_BUCKETS.value,
         share=share,
+        tell=tell,
     )
     share.tell_end()
     if not share.is_first:
         return
-    print(
-        f"{name}: top-1 {_share(report, 'top1')}, top-5 {_share(report, 'top5')} of "
-        f"{report['count']} images of {report['data']}, split {report['split']}, "
-        f"{report['views']:.4g} views each"
-        + (f" ({report['broken']} broken skipped)" if report["broken"] else "")
-    )
     changed = bool(scales or _VIEWS.value or _FLIP.value is not None)
     picture = f"{result_name(name, len(workdirs), changed=changed)}.png"
     print(f"examples: {workdirs[0] / picture}")

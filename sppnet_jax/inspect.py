@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 
 from sppnet_jax.data.box_folder import KINDS
+from sppnet_jax.run.files import check_can_write
 
 
 def main() -> None:
@@ -47,11 +48,13 @@ def show_folder(folder: Path, picture: Path = Path(), kind: str = "") -> None:
     """Prints what a folder holds and draws its contact sheet."""
     from sppnet_jax.data.inspection import draw_contact_sheet, inspect_folder, report
 
-    found = inspect_folder(folder.expanduser(), kind)
-    print(report(found))
+    folder, picture = folder.expanduser(), picture.expanduser()
     if picture == Path():
-        picture = Path(f"{found.root.name}_contact_sheet.png")
-    print(f"\npicture: {draw_contact_sheet(found, picture.expanduser())}")
+        picture = Path(f"{folder.resolve().name}_contact_sheet.png")
+    check_can_write(picture, (".png", ".jpg", ".jpeg"))
+    found = inspect_folder(folder, kind)
+    print(report(found))
+    print(f"\npicture: {draw_contact_sheet(found, picture)}")
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from absl import flags
 
 from sppnet_jax import cli
+from sppnet_jax.run.files import all_tried, check_can_write
 from sppnet_jax.training.network_settings import (
     NetworkSettings,
     network_settings,
@@ -54,6 +55,9 @@ def main(argv: Sequence[str]) -> None:
         )
     settings = cli.given_settings(NetworkSettings)
     photos, out = cli.given_photos(argv), cli.given_out()
+    picture = Path(_PICTURE.value).expanduser() if _PICTURE.value else None
+    if picture:
+        check_can_write(picture, (".png", ".jpg", ".jpeg"))
     network = cli.given_network(settings)
     if not network.class_names:
         raise ValueError(
@@ -61,7 +65,6 @@ def main(argv: Sequence[str]) -> None:
             "network scores no classes: leave those out, or take python -m "
             "sppnet_jax.features"
         )
-    picture = Path(_PICTURE.value).expanduser() if _PICTURE.value else None
     show = show_windows if _WINDOWS.value else show_images
     failed = show(settings, network, photos, picture, out)
     if failed:
@@ -89,14 +92,14 @@ def show_images(
 
     names, score, failed = network.class_names, image_scorer(network), 0
     shown: list[Any] = []
-    with photo_results(out, COLUMNS) as write:
+    with all_tried() as attempt, photo_results(out, COLUMNS) as write:
         for path, image in read_images(paths, settings.data.threads):
             if isinstance(image, Exception):
                 failed += 1
-                write(_unread(path, image))
+                attempt(write, _unread(path, image))
                 continue
             scores = score(image)
-            write(_tell(path, image, names, scores))
+            attempt(write, _tell(path, image, names, scores))
             if picture and len(shown) < _MOST_DRAWN:
                 best = int(scores.argmax())
                 small = resize_whole(image, _THUMBNAIL, MAX_ASPECT)
@@ -132,12 +135,12 @@ def show_windows(
     from sppnet_jax.run.photo_results import photo_results
 
     names, score, failed = network.class_names, image_scorer(network), 0
-    with photo_results(out, (*COLUMNS, *SIDES)) as write:
+    with all_tried() as attempt, photo_results(out, (*COLUMNS, *SIDES)) as write:
         images = read_images(paths, settings.data.threads)
         for number, (path, image) in enumerate(images, start=1):
             if isinstance(image, Exception):
                 failed += 1
-                write(_unread(path, image))
+                attempt(write, _unread(path, image))
                 continue
             told = _tell(path, image, names, score(image), best=1)
             found = classify_windows(network, image, most=BEST)
@@ -149,7 +152,7 @@ def show_windows(
                 )
                 window = dict(zip(SIDES, sides, strict=True))
                 told["found"].append({**_row(names[label], value), **window})
-            write(told)
+            attempt(write, told)
             if picture:
                 # A thousand classes have too few colours: those here get the first.
                 shown, own = np.unique(found.labels, return_inverse=True)
@@ -158,7 +161,8 @@ def show_windows(
                 file = picture
                 if len(paths) > 1:
                     file = picture.with_stem(f"{picture.stem}_{number}")
-                print(f"  picture: {save_image(drawn, file)}")
+                saved = attempt(save_image, drawn, file)
+                print(f"  picture: {saved or 'not written'}")
     return failed
 
 

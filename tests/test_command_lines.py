@@ -1,5 +1,6 @@
 """The command lines as a user runs them, each in a process of its own."""
 
+import errno
 import json
 import os
 import re
@@ -18,7 +19,7 @@ from configs import digits, folder, imagenet
 from sppnet_jax.run.settings import read
 from sppnet_jax.training.network_settings import NetworkSettings
 from tests.conftest import REPOSITORY, SMALL
-from tests.data_helpers import encode, picture
+from tests.data_helpers import encode, picture, write_class_folders
 from tests.mock_imagenet import prepare_mock_imagenet
 from tests.processes import Started, run_command
 
@@ -196,6 +197,69 @@ def test_a_run_killed_at_any_moment_goes_on_with_the_same_losses(
     result = command_line("train", *arguments, f"--workdir={killed}")
     assert "training goes on at step" in result.stderr
     assert losses(killed) == losses(whole)
+
+
+def run_where_no_checkpoint_begins(module, arguments):
+    """A command, with a disk that fails as a checkpoint's folder is made."""
+    make = os.makedirs
+
+    def fail(path, *given, **named):
+        if "checkpoint-tmp" in str(path):
+            raise OSError(errno.EIO, "Input/output error", str(path))
+        make(path, *given, **named)
+
+    os.makedirs = fail
+    run_command(module, arguments)
+
+
+def test_a_process_ends_after_a_checkpoint_that_can_t_be_written(
+    few_scenes, command_line, tmp_path
+):
+    folder = tmp_path / "checkpoints"
+    arguments = [
+        "--config=configs/digits.py",
+        *SMALL,
+        f"--config.data.data_dir={few_scenes}",
+        "--config.max_steps=2",
+        "--config.checkpoint_steps=1",
+        f"--workdir={tmp_path}",
+    ]
+    error = fails(command_line, *arguments, how=run_where_no_checkpoint_begins)
+    assert f"error: the checkpoint {folder}/1, of " in error
+    assert "can't be written: [Errno 5] Input/output error" in error
+    shutil.rmtree(folder)
+    folder.touch()
+    error = fails(command_line, *arguments)
+    assert f"error: {folder} can't be written" in error
+    assert "training:" not in error
+
+
+@pytest.mark.parametrize(
+    ("command", "arguments"),
+    [
+        ("predict", ["--workdir={run}", "--out={long}.json", "a.png"]),
+        ("predict", ["--workdir={run}", "--out={file}/x.csv", "a.png"]),
+        ("predict", ["--workdir={run}", "--picture={file}/x.png", "a.png"]),
+        ("features", ["--workdir={run}", "--output={long}.npz"]),
+        ("features", ["--workdir={run}", "--output={folder}"]),
+        ("inspect", ["{pets}", "--picture={file}/x.png"]),
+        ("bench", ["pyramid", "--out={file}/x"]),
+    ],
+)
+def test_outputs_that_can_t_be_written_are_told_before_the_work(
+    command, arguments, digits_run, command_line, tmp_path
+):
+    places = {name: tmp_path / name for name in ("file", "folder", "pets")}
+    places["file"].touch()
+    places["folder"].mkdir()
+    write_class_folders(places["pets"], 5)
+    places |= {"run": digits_run, "long": tmp_path / ("n" * 255)}
+    given = [part.format(**places) for part in arguments]
+    result = command_line(command, *given, check=False, cwd=tmp_path)
+    assert result.returncode in (1, 2)
+    assert "can't be written" in result.stderr
+    assert "Traceback" not in result.stderr
+    assert not result.stdout
 
 
 def start_training(workdir, *arguments):

@@ -25,6 +25,7 @@ from sppnet_jax.detection import (
     detector_training,
     learn,
     maps,
+    results,
     split_features,
 )
 from sppnet_jax.detection.average_precision import evaluate_detections
@@ -812,6 +813,102 @@ def test_photographs_are_looked_at_and_unreadable_ones_named(
     detect.detect_in_files(*given[:2], paths[:1], score=1e6, pictures=pictures)
     assert "nothing of a score of 1e+06 or more; the best: " in capsys.readouterr().out
     assert not list(base.glob("cache/*photo*"))
+
+
+def test_a_picture_that_can_t_be_written_loses_no_other_image(
+    base, trained, tmp_path, capsys, monkeypatch
+):
+    photos = []
+    for number in range(3):
+        photos.append(tmp_path / f"{number}.png")
+        photos[-1].write_bytes(encode(draw_scene(100 + number)[0]))
+    given = small_config(base), [trained], [str(path) for path in photos]
+    pictures, out = tmp_path / "pictures", tmp_path / "found.json"
+    (pictures / "1_detections.jpg").mkdir(parents=True)
+    with pytest.raises(OSError, match=r"1_detections\.jpg can't be written"):
+        detect.detect_in_files(*given, score=-1.0, pictures=pictures, out=out)
+    assert len(json.loads(out.read_text())) == 3
+    assert sum(path.is_file() for path in pictures.iterdir()) == 2
+    told = capsys.readouterr().out
+    assert all(f"{photo} (120×90 pixels)" in told for photo in photos)
+    # A folder that can't be written to is told before the first image is looked at.
+    monkeypatch.setattr(detect, "_look", None)
+    with pytest.raises(OSError, match=f"{out} can't be written"):
+        detect.detect_in_files(*given, pictures=out)
+
+
+@pytest.mark.parametrize("name", ["cache", "finetune", "svm", "regression"])
+def test_what_is_in_the_way_of_a_detector_s_files_is_told_before_the_work(
+    name, base, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(detector_training, "open_split_of", None)
+    (tmp_path / name).touch()
+    with pytest.raises((OSError, ValueError), match=f"/{name} .*(can't be wr|a file)"):
+        train(base, tmp_path, cache=str(tmp_path / "cache"))
+
+
+def test_a_changed_split_to_test_on_is_said(base, trained, copy, tmp_path, log):
+    root = shutil.copytree(base / "voc", tmp_path / "voc")
+    known = run_folder.load_training_data(copy)
+    assert known.held_out.keys() == {"test"}
+    run_folder.save_training_data(copy, known._replace(root=str(root)))
+    settings = detector_settings(copy)
+    settings = settings._replace(data=settings.data._replace(root=str(root)))
+    evaluate_detectors([copy], settings=settings)
+    assert "which is tested on" not in log.text
+    (name, *_) = (root / "ImageSets/Main/test.txt").read_text().split()
+    xml = root / f"Annotations/{name}.xml"
+    xml.write_text(xml.read_text().replace("</annotation>", " </annotation>"))
+    evaluate_detectors([copy], settings=settings)
+    assert "files of the split 'test', which is tested on, have" in log.text
+
+
+def test_two_tests_of_a_detector_do_not_share_a_folder(base, trained, copy):
+    with (
+        run_folder.locked(copy / "test" / "found"),
+        pytest.raises(ValueError, match="another process is at work in"),
+    ):
+        evaluate_detectors([copy])
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("detector.json", "{}"),
+        ("detector.json", ""),
+        ("svm/svm.npz", "PK"),
+        ("regression/regression.npz", ""),
+        ("network/statistics.npz", "PK"),
+        ("network/config.json", "[]"),
+        ("config.json", ""),
+    ],
+)
+def test_damaged_files_of_a_detector_are_named(name, content, base, trained, copy):
+    (copy / name).write_text(content)
+    with pytest.raises(ValueError, match=f"{re.escape(name)} is damaged"):
+        load_detector(copy)
+
+
+def test_a_test_tells_its_table_even_if_files_can_t_be_written(
+    base, trained, copy, capsys, monkeypatch
+):
+    table = copy / "test" / "table.md"
+    table.unlink(missing_ok=True)
+    table.mkdir(parents=True)
+    with pytest.raises(OSError, match=r"table\.md can't be written"):
+        evaluate_detectors([copy])
+    assert "| class |" not in capsys.readouterr().out
+    table.rmdir()
+
+    def written(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(results.result_files, "write_coco_results", written)
+    with pytest.raises(OSError, match="No space left"):
+        evaluate_detectors([copy])
+    assert "| class |" in capsys.readouterr().out
+    assert (copy / "test" / "coco_ground_truth.json").exists()
+    assert (copy / "test" / "results.json").exists()
 
 
 def test_a_folder_is_looked_at_and_what_is_found_is_written(

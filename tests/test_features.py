@@ -3,6 +3,7 @@
 import functools
 import json
 import logging
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -12,8 +13,15 @@ import pytest
 from data_helpers import make_source, write_class_folders
 from network_helpers import drawn_params
 
-from sppnet_jax.classification.feature_files import load_features, save_features
+from sppnet_jax.classification import feature_files
+from sppnet_jax.classification.feature_files import (
+    file_name,
+    load_features,
+    save_features,
+    write_features,
+)
 from sppnet_jax.data import images
+from sppnet_jax.data.datasets import ImageData
 from sppnet_jax.data.sources import open_source
 from sppnet_jax.network.model import create_model
 from sppnet_jax.network.preprocess import Preprocessing
@@ -23,6 +31,7 @@ from sppnet_jax.training.layer_features import (
     extract_features,
     layer_names,
 )
+from sppnet_jax.training.network_settings import NetworkSettings
 
 SIZE = 32
 LAYERS = ("conv1", "conv2", "conv3", "conv4", "conv5", "pyramid", "fc6", "fc7", "fc8")
@@ -227,6 +236,39 @@ def test_a_file_of_features_gives_back_what_was_saved(tmp_path):
         np.testing.assert_array_equal(getattr(loaded, name), value, err_msg=name)
         assert type(getattr(loaded, name)) is type(value)
     assert [file.name for file in path.parent.iterdir()] == ["features.npz"]
+
+
+def test_folders_of_one_name_have_files_of_their_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    told = "test", "fc7", "full", 256
+    roots = ["a/pets", "b/pets", f"{tmp_path}/a/pets/", "pets", "n" * 250]
+    names = [file_name(ImageData("image_folder", root), *told) for root in roots]
+    assert names[0] == names[2]
+    assert len(set(names)) == 4
+    assert all(name.startswith("features_image_folder-pets-") for name in names[:4])
+    assert max(map(len, names)) < 150
+    boxes = {file_name(ImageData("box_folder", root), *told) for root in roots}
+    assert len(boxes) == 4
+
+
+def test_a_disk_too_small_for_features_is_told_before_they_are_computed(
+    tmp_path, monkeypatch
+):
+    write_class_folders(tmp_path / "pets", 5)
+    settings = NetworkSettings(
+        data=ImageData("image_folder", str(tmp_path / "pets"), image_size=64)
+    )
+    model = create_model("zf5", (1,), 2, width=0.02, image_size=64)
+    network = as_network(model, drawn_params(model), MEAN)
+    monkeypatch.setattr(feature_files, "extract_features", None)
+    monkeypatch.setattr(
+        shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(9, 9, 8191)
+    )
+    output = tmp_path / "f.npz"
+    with pytest.raises(OSError, match=r"f\.npz can't be written: it takes .* MB"):
+        write_features(settings, network, layer="conv1", output=output)
+    with pytest.raises(TypeError):  # there is room, and it goes on
+        write_features(settings, network, layer="fc8", output=output)
 
 
 def test_another_kind_of_file_is_no_file_of_features(tmp_path):

@@ -2,13 +2,18 @@
 
 import json
 import os
+import shutil
 import threading
 
 import numpy as np
 import pytest
 
 from sppnet_jax.run.files import (
+    all_tried,
+    check_can_write,
+    check_space,
     fitting,
+    read_array,
     read_arrays,
     table_cell,
     whole_file,
@@ -142,3 +147,85 @@ def test_a_name_that_is_too_long_for_a_file_is_cut_and_stays_different(
 )
 def test_no_name_is_taken_for_markup_in_a_table(text, cell):
     assert table_cell(text) == cell
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("file/x.npz", "File exists|Not a directory"),
+        ("folder", "Is a directory|it is a folder"),
+        ("n" * 256, "name too long"),
+        ("deep/" + "n" * 256 + "/x", "name too long"),
+        ("loop/x", "File exists|symbolic links"),
+    ],
+)
+def test_what_can_t_be_written_is_told_before_and_when_it_is_written(
+    name, message, tmp_path
+):
+    (tmp_path / "file").touch()
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    path = tmp_path / name
+    for write in (check_can_write, lambda path: write_text(path, "text")):
+        with pytest.raises(OSError, match=f"(?i){path.parent}.* can't .*: .*{message}"):
+            write(path)
+
+
+def test_what_can_be_written_is_left_as_it_was_by_the_check(tmp_path):
+    for name in ("n" * 255, "日" * 85, "new/folder/file"):
+        path = tmp_path / name
+        check_can_write(path)
+        assert not path.exists()
+        write_text(path, "before")
+        check_can_write(path)
+        assert [path.read_text(), *path.parent.glob(".*")] == ["before"]
+
+
+def test_a_full_disk_is_told_with_the_space_that_is_needed(tmp_path, monkeypatch):
+    free = shutil.disk_usage(tmp_path).free
+    array = np.zeros(1000)
+    monkeypatch.setattr(
+        shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(9, 9, 7999)
+    )
+    with pytest.raises(OSError, match=r"array\.npy can't be written: it takes 0\.0 MB"):
+        write_array(tmp_path / "array.npy", array)
+    with pytest.raises(OSError, match="can't be written"):
+        write_arrays(tmp_path / "arrays.npz", array=array)
+    assert not os.listdir(tmp_path)
+    write_arrays(tmp_path / "arrays.npz", array=array[:900])
+    monkeypatch.undo()
+    check_space(tmp_path / "file", free // 2)
+    with pytest.raises(OSError, match=f"takes {2 * free / 1e6:,.1f} MB, and the disk"):
+        check_space(tmp_path / "file", 2 * free)
+
+
+def test_one_file_that_fails_loses_no_other(tmp_path):
+    def write_all():
+        with all_tried() as attempt:
+            for name in ("a", "b/c", "d"):
+                attempt(write_text, tmp_path / name, name)
+
+    (tmp_path / "b").touch()
+    with pytest.raises(OSError, match="b/c can't be written"):
+        write_all()
+    assert {path.name for path in tmp_path.iterdir()} == {"a", "b", "d"}
+
+
+@pytest.mark.parametrize("content", [b"", b"PK", b"\x93NUMPY", b"\x80\x04K\x01."])
+def test_a_damaged_file_of_arrays_is_named(content, tmp_path):
+    path = tmp_path / "arrays.npz"
+    write_arrays(path, a=np.arange(300))
+    write_array(tmp_path / "array.npy", np.arange(300))
+    (tmp_path / "array.npy").write_bytes(content)
+    with pytest.raises(ValueError, match=r"array\.npy is damaged"):
+        read_array(tmp_path / "array.npy")
+    whole = path.read_bytes()
+    for damaged in (
+        content,
+        whole[:40],
+        whole[:-9],
+        whole.replace(b"descr", b"d\0scr"),
+    ):
+        path.write_bytes(damaged)
+        with pytest.raises(ValueError, match=r"arrays\.npz is damaged"):
+            read_arrays(path)

@@ -360,6 +360,26 @@ def test_a_layout_that_cannot_be_meant_is_an_error(tmp_path, paths, empty, messa
         scan_folder(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (("cat", "cat "), "'cat' and 'cat ' .* differ in white space only"),
+        (("a dog", "a\u00a0 dog"), "differ in white space only"),
+        (("cat", "dog\n"), r"'dog\\n': lists of classes have a line for each"),
+        (("one\ntwo", "three"), "a line for each"),
+        (("one\rtwo", "three"), "a line for each"),
+        (("one", " "), "a line for each"),
+    ],
+)
+def test_class_names_that_no_list_could_tell_apart_are_refused(
+    names, message, tmp_path
+):
+    paths = [f"{name}/{number}.png" for name in names for number in range(5)]
+    write_images(tmp_path, *paths)
+    with pytest.raises(ValueError, match=message):
+        open_source("image_folder", "train", root=str(tmp_path))
+
+
 def test_folders_without_images_may_lie_beside_the_splits(tmp_path):
     write_class_folders(tmp_path / "train", 2)
     write_class_folders(tmp_path / "test", 1)

@@ -126,6 +126,19 @@ def test_what_was_found_before_an_interruption_is_kept(suffix, tmp_path):
         assert kept.splitlines()[1:] == ["a.jpg,9,7,,,"]
 
 
+@pytest.mark.parametrize("suffix", [".json", ".csv"])
+def test_results_on_a_full_disk_name_their_file(suffix, tmp_path):
+    path = tmp_path / f"full{suffix}"
+    path.symlink_to("/dev/full")
+
+    def write_one():
+        with photo_results(path, COLUMNS) as write:
+            write(FOUND)
+
+    with pytest.raises(OSError, match=f"full{suffix} can't be written: No space"):
+        write_one()
+
+
 def test_results_are_written_to_known_formats_or_nowhere():
     with photo_results(None, COLUMNS) as write:
         write(FOUND)

@@ -1,6 +1,7 @@
 """Batches are shuffled, shared and resumed exactly; no image is lost silently."""
 
 import itertools
+import signal
 import subprocess
 import sys
 import threading
@@ -8,6 +9,7 @@ from contextlib import closing
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 from data_helpers import encode, make_source, picture
 
@@ -440,31 +442,78 @@ def test_worker_processes_read_a_tfds_source_as_threads_do(digit_scenes_dir):
     )
 
 
-FORGETFUL = """
-import sys
+PROGRAM = """
+import sys, time
 sys.path.insert(0, sys.argv[1])
 from data_helpers import make_source
 from sppnet_jax.data.batches import train_batches
 
 if __name__ == "__main__":
-    batches = train_batches(
-        make_source(40), batch_size=4, image_size=16, resize_side=20, workers=2
-    )
+    def load():
+        return train_batches(
+            make_source(40), batch_size=4, image_size=16, resize_side=20, workers=2
+        )
+    {}
+"""
+FORGETS = """
+    batches = load()
     next(batches)
+"""
+CLOSES = """
+    for taken in (1, 6):
+        with load() as batches:
+            kept = [next(batches) for _ in range(taken)]
+"""
+WAITS = """
+    batches = load()
+    next(batches)
+    print("loaded", flush=True)
+    while True:
+        time.sleep(0.1)
+        next(batches)
 """
 
 
-def test_a_forgotten_iterator_ends_quietly_with_the_program(tmp_path):
-    (tmp_path / "program.py").write_text(FORGETFUL)
+def start_program(tmp_path, body, **options):
+    (tmp_path / "program.py").write_text(PROGRAM.format(body.strip()))
     here = Path(__file__).parent
-    result = subprocess.run(
+    return subprocess.Popen(
         [sys.executable, str(tmp_path / "program.py"), str(here)],
-        capture_output=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
         cwd=here.parent,
         env={"PYTHONPATH": str(here.parent)},
-        timeout=120,
+        **options,
     )
-    assert result.returncode == 0, result.stderr
-    assert "Error" not in result.stderr
-    assert "leaked" not in result.stderr
+
+
+@pytest.mark.parametrize("body", [FORGETS, CLOSES])
+def test_worker_processes_end_quietly_with_the_program(body, tmp_path):
+    program = start_program(tmp_path, body)
+    printed = program.communicate(timeout=120)[1]
+    assert program.returncode == 0, printed
+    assert "Error" not in printed
+    assert "leaked" not in printed
+
+
+def test_worker_processes_end_when_the_main_process_is_killed(tmp_path):
+    program = start_program(tmp_path, WAITS)
+    assert program.stdout.readline() == "loaded\n", program.communicate()[1]
+    workers = psutil.Process(program.pid).children(recursive=True)
+    assert len(workers) >= 2
+    program.kill()
+    program.communicate(timeout=60)
+    assert not psutil.wait_procs(workers, timeout=60)[1]
+
+
+def test_ctrl_c_ends_no_worker_process(tmp_path):
+    """The main process alone decides, also while a worker begins."""
+    program = start_program(tmp_path, WAITS, start_new_session=True)
+    assert program.stdout.readline() == "loaded\n", program.communicate()[1]
+    workers = psutil.Process(program.pid).children(recursive=True)
+    for worker in workers:
+        worker.send_signal(signal.SIGINT)
+    assert len(psutil.wait_procs(workers, timeout=1)[1]) == len(workers)
+    program.kill()
+    program.communicate(timeout=60)

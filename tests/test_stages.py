@@ -104,7 +104,7 @@ def test_a_changed_setting_of_a_group_is_named_alone(tmp_path, work, log):
 def test_only_one_trains_in_a_folder_at_a_time(tmp_path):
     with locked(tmp_path / "run"):
         with (
-            pytest.raises(ValueError, match=f"training in {tmp_path}/run: wait"),
+            pytest.raises(ValueError, match=f"at work in {tmp_path}/run: wait"),
             locked(tmp_path / "run"),
         ):
             pass

@@ -1,7 +1,9 @@
 """A trained network as one value: what it holds, what it says of images and data."""
 
 import json
+import re
 import shutil
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +12,9 @@ import pytest
 
 import sppnet_jax as sn
 from sppnet_jax import predict
+from sppnet_jax.classification import evaluation
 from sppnet_jax.classification.evaluation import evaluate_networks
+from sppnet_jax.classification.feature_files import write_features
 from sppnet_jax.data import photographs
 from sppnet_jax.data.datasets import ImageData
 from sppnet_jax.data.images import crop, resize_whole
@@ -160,6 +164,28 @@ def test_predict_decodes_each_photograph_once(run, flowers, tmp_path, monkeypatc
     assert len(decoded) == 3
 
 
+def test_a_test_s_results_are_told_even_if_they_can_t_be_written(
+    run, tmp_path, monkeypatch
+):
+    shutil.copytree(run, tmp_path / "run")
+    result, told = tmp_path / "run" / "evaluate_single.json", []
+    result.mkdir()
+    with monkeypatch.context() as patch:  # it is found before the work
+        patch.setattr(evaluation, "load_network", None)
+        with pytest.raises(OSError, match=r"single\.json can't be written"):
+            evaluate_networks([tmp_path / "run"], "single")
+    result.rmdir()
+
+    def tell(report):
+        told.append(report["count"])
+        result.mkdir()
+
+    with pytest.raises(OSError, match=r"single\.json can't be written"):
+        evaluate_networks([tmp_path / "run"], "single", tell=tell)
+    assert told == [8]
+    assert result.with_suffix(".png").is_file()
+
+
 @pytest.fixture
 def moved(flowers, run, tmp_path):
     """A copy of the pictures and of the network trained on them."""
@@ -208,6 +234,49 @@ def test_a_test_refuses_a_folder_that_was_changed_since_the_training(
         evaluate_networks([workdir], "single")
 
 
+def test_changed_held_out_images_are_said_in_a_test_and_when_a_run_goes_on(
+    moved, tmp_path, caplog
+):
+    root, workdir = tmp_path / "flowers", tmp_path / "anew"
+    train_network(settings_for(root), workdir)
+    first, *_, last = sorted((root / "test").rglob("*.png"))
+    evaluate_networks([workdir], "single")
+    assert "which is tested on" not in caplog.text
+    exchange(first, last)
+    evaluate_networks([workdir], "single")
+    assert "files of the split 'test', which is tested on, have" in caplog.text
+    caplog.clear()
+    train_network(settings_for(root)._replace(epochs=2), workdir)
+    assert "files of the split 'test', which is tested on, have" in caplog.text
+
+
+def test_another_way_to_write_a_folder_s_path_hides_no_change(
+    moved, tmp_path, monkeypatch
+):
+    root, workdir = tmp_path / "flowers", tmp_path / "anew"
+    train_network(settings_for(root), workdir)
+    pictures_of(root)[0].rename(pictures_of(root)[0].with_name("other.png"))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "link").symlink_to(root)
+    for same in ("flowers", "link/", "link/../flowers"):
+        given = settings_for(root)
+        given = given._replace(data=given.data._replace(root=same, train_split="x"))
+        with pytest.raises(ValueError, match="the data has changed since the training"):
+            evaluate_networks([workdir], "single", settings=given)
+    with pytest.raises(ValueError, match="the data has changed since the training"):
+        write_features(given, load_network(workdir), workdir=workdir)
+
+
+def test_a_test_on_another_folder_says_that_it_is_another(run, flowers, moved, caplog):
+    root, workdir = moved
+    for elsewhere in (flowers, root):
+        evaluate_networks([workdir], "single", settings=settings_for(elsewhere))
+    assert "this is other data" not in caplog.text
+    pictures_of(root)[0].rename(pictures_of(root)[0].with_name("other.png"))
+    evaluate_networks([workdir], "single", settings=settings_for(root))
+    assert "this is other data than the run was trained on" in caplog.text
+
+
 def test_a_network_is_not_trained_into_a_detector_s_folder(flowers, tmp_path):
     detector = plain(DetectorSettings(network="runs/network"))
     run_folder.save_config(tmp_path, detector)
@@ -227,9 +296,16 @@ def test_two_trainings_do_not_share_a_folder(flowers, tmp_path):
     ("name", "content", "message"),
     [
         ("config.json", '{"seed": 1, "da', "config.json is damaged"),
-        ("config.json", "{}", "config.json holds no settings of a run"),
-        ("data.json", "{}", "data.json doesn't tell what was trained on"),
+        ("config.json", "", "config.json is damaged"),
+        ("config.json", "{}", "config.json is damaged: it doesn't tell data, seed"),
+        ("config.json", "[]", "config.json is damaged"),
+        ("data.json", "{}", "data.json is damaged: it doesn't tell class_names"),
+        ("data.json", "[3]", "data.json is damaged"),
+        ("data.json", '{"class_names": 1}', "data.json is damaged"),
+        ("statistics.npz", "", "statistics.npz is damaged"),
         ("statistics.npz", "PK", "statistics.npz is damaged"),
+        ("statistics.npz", "PK\x03\x04" + 90 * "a", "statistics.npz is damaged"),
+        ("statistics.npz", "\x80\x04K\x01.", "statistics.npz is damaged"),
     ],
 )
 def test_damaged_files_of_a_run_are_named(run, tmp_path, name, content, message):
@@ -237,6 +313,126 @@ def test_damaged_files_of_a_run_are_named(run, tmp_path, name, content, message)
     (tmp_path / "run" / name).write_text(content)
     with pytest.raises(ValueError, match=message):
         load_network(tmp_path / "run")
+
+
+def test_statistics_that_lack_an_array_or_are_cut_are_named(run, tmp_path):
+    shutil.copytree(run, tmp_path / "run")
+    file = tmp_path / "run" / "statistics.npz"
+    whole = file.read_bytes()
+    for part in (0.3, 0.6, 0.99):
+        file.write_bytes(whole[: int(part * len(whole))])
+        with pytest.raises(ValueError, match=r"statistics\.npz is damaged"):
+            load_network(tmp_path / "run")
+    np.savez(file, mean_image=np.zeros(3))
+    with pytest.raises(ValueError, match=r"statistics.npz is damaged.*covariance"):
+        load_network(tmp_path / "run")
+
+
+@pytest.fixture(scope="module")
+def two_checkpoints(flowers, run, tmp_path_factory):
+    """The folder of a run with checkpoints of steps 2 and 4."""
+    workdir = tmp_path_factory.mktemp("runs") / "two"
+    shutil.copytree(run, workdir)
+    train_network(settings_for(flowers)._replace(epochs=2), workdir)
+    return workdir
+
+
+def empty(folder):
+    shutil.rmtree(folder)
+    folder.mkdir()
+
+
+def cut(folder):
+    for file in folder.rglob("*"):
+        if file.is_file():
+            file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+
+@pytest.mark.parametrize(
+    ("part", "damage"),
+    [
+        *(("params", empty), ("params", cut), ("training", shutil.rmtree)),
+        *(("host", cut), (".", empty)),
+    ],
+)
+def test_a_damaged_checkpoint_gives_way_to_the_one_before_it(
+    part, damage, flowers, two_checkpoints, tmp_path, caplog
+):
+    workdir = tmp_path / "run"
+    shutil.copytree(two_checkpoints, workdir)
+    damage(workdir / "checkpoints" / "4" / part)
+    step = load_network(workdir).step
+    if part in ("params", "."):
+        assert step == 2
+        assert "checkpoints/4 can't be read" in caplog.text
+        assert "the checkpoint before it, of step 2, is taken" in caplog.text
+    caplog.clear()
+    train_network(settings_for(flowers)._replace(epochs=2), workdir)
+    assert "of step 2, is taken" in caplog.text
+    caplog.clear()
+    assert load_network(workdir).step == 4
+    assert not caplog.text
+    old, new = (load_network(path).params for path in (two_checkpoints, workdir))
+    jax.tree.map(np.testing.assert_array_equal, new, old)
+
+
+def test_a_run_without_any_whole_checkpoint_says_so(two_checkpoints, tmp_path):
+    shutil.copytree(two_checkpoints, tmp_path / "run")
+    for step in (tmp_path / "run" / "checkpoints").iterdir():
+        empty(step)
+    with pytest.raises(ValueError, match=r"none of the checkpoints .* can be read"):
+        load_network(tmp_path / "run")
+
+
+def test_a_run_may_lie_below_any_name(flowers, tmp_path, monkeypatch):
+    name = "a[1]/b*c?/[!x]/["
+    (tmp_path / name).mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / name)
+    for epochs in (1, 2):
+        train_network(settings_for(flowers)._replace(epochs=epochs), Path("run"))
+        assert load_network("run").step == 2 * epochs
+    assert load_network(tmp_path / name / "run").step == 4
+    steps = {path.name for path in Path("run", "checkpoints").iterdir()}
+    assert steps == {"2", "4"}
+
+
+@pytest.mark.parametrize("name", ["checkpoints", "statistics.npz/x", "metrics.jsonl/x"])
+def test_what_is_in_the_way_of_a_run_s_files_is_told_before_the_first_step(
+    name, flowers, tmp_path
+):
+    workdir = tmp_path / "run"
+    (workdir / name).parent.mkdir(parents=True)
+    (workdir / name).touch()
+    told = re.escape(str(workdir / name.split("/")[0]))
+    with pytest.raises(OSError, match=f"{told}.* can't be written"):
+        train_network(settings_for(flowers), workdir)
+    assert not any(workdir.glob("events*"))
+
+
+def test_a_disk_without_room_for_a_checkpoint_is_told_before_the_first_step(
+    flowers, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(
+        shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(9, 9, 100_000)
+    )
+    with pytest.raises(OSError, match=r"checkpoints/0 can't be written: it takes .*MB"):
+        train_network(settings_for(flowers), tmp_path)
+    assert not (tmp_path / "metrics.jsonl").exists()
+
+
+def test_a_run_s_paths_are_found_from_any_folder(flowers, tmp_path, monkeypatch):
+    monkeypatch.chdir(flowers.parent)
+    given = settings_for("flowers")
+    model = given.model._replace(weights="begin.safetensors")
+    given = given._replace(
+        model=model, data=given.data._replace(root="flowers", data_dir="tfds")
+    ).with_absolute_paths()
+    assert given.data.root == str(flowers)
+    assert given.data.data_dir == str(flowers.parent / "tfds")
+    assert given.model.weights == str(flowers.parent / "begin.safetensors")
+    for weights in ("", "pretrained", "package:some-weights", "hub:owner/name"):
+        same = given._replace(model=given.model._replace(weights=weights))
+        assert same.with_absolute_paths() == same
 
 
 @pytest.mark.parametrize(

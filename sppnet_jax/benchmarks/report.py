@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from sppnet_jax.run.files import write_json
+from sppnet_jax.run.files import check_folder, write_json
 
 Measurements = Mapping[str, Any]
 PACKAGES = ("jax", "jaxlib", "flax", "numpy", "torch", "torchvision", "onnxruntime")
@@ -82,9 +82,9 @@ def _result_folder(path: str) -> Path:
     """The folder of --out, made before anything is measured: a type for argparse."""
     folder = Path(path).expanduser()
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        check_folder(folder)
     except OSError as error:
-        raise argparse.ArgumentTypeError(f"it can't be made: {error}") from error
+        raise argparse.ArgumentTypeError(str(error)) from error
     return folder
 
 

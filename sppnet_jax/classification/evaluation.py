@@ -39,6 +39,7 @@ def evaluate_networks(
     flip: bool | None = None,
     max_buckets: int = 4,
     share: Share = ALONE,
+    tell: Callable[[dict[str, Any]], None] = lambda report: None,
 ) -> dict[str, Any]:
     """Tests the newest checkpoints on a split; writes the result as JSON and a picture.
 
@@ -49,11 +50,13 @@ def evaluate_networks(
     `scales`, `positions`, `flip`: see `views.named_protocol`; None mirrors in protocols
     of several views, where training mirrored.
     `max_buckets`: programs for whole images at each scale.
-    `share`: of several processes that test.
+    `share`: of several processes that test. `tell`: is called with the report before
+    files are written.
 
     Returns: the report, what the JSON file holds; nothing in a process that is not the
     first, which writes none.
-    Raises: ValueError or FileNotFoundError for networks that can't be tested so.
+    Raises: ValueError or FileNotFoundError for networks that can't be tested so;
+    OSError for files that can't be written, before the test or when all are tried.
     """
     first = settings or network_settings(workdirs[0])
     own_settings = [first, *(network_settings(workdir) for workdir in workdirs[1:])]
@@ -64,9 +67,12 @@ def evaluate_networks(
         for own, workdir in zip(own_settings, workdirs, strict=True)
     ]
     trained_on = run_folder.load_training_data(workdirs[0])
-    check_data_is_unchanged(first.data, trained_on)
+    for workdir in workdirs:
+        check_data_is_unchanged(first.data, run_folder.load_training_data(workdir))
     changed = bool(scales or positions or flip is not None)
     name = result_name(protocol_name, len(workdirs), changed=changed)
+    for suffix in ("json", "png"):
+        files.check_can_write(workdirs[0] / f"{name}.{suffix}")
     scores, steps, folders = [], [], []
     for own, workdir, protocol in zip(own_settings, workdirs, protocols, strict=True):
         network = load_network(workdir, plain(own))
@@ -119,7 +125,7 @@ def evaluate_networks(
         "views": float(combined.views[combined.valid].mean()),
         **counts,
     }
-    files.write_json(workdirs[0] / f"{name}.json", report)
+    tell(report)
     best, view = combined.scores.argmax(axis=1), first.data.image_size
     predictions = [
         Prediction(
@@ -130,7 +136,9 @@ def evaluate_networks(
         )
         for index, image in _sample(source, combined.valid, protocols[0], view)
     ]
-    plot_predictions(predictions, workdirs[0] / f"{name}.png")
+    with files.all_tried() as attempt:
+        attempt(files.write_json, workdirs[0] / f"{name}.json", report)
+        attempt(plot_predictions, predictions, workdirs[0] / f"{name}.png")
     files.remove_all_but(*folders)
     return report
 

@@ -2,7 +2,6 @@
 
 import datetime
 import json
-import os
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -10,11 +9,14 @@ from typing import Any
 import numpy as np
 
 from sppnet_jax.data.datasets import ImageData
-from sppnet_jax.data.sources import open_source, subset
+from sppnet_jax.data.sources import FOLDERS, open_source, subset
+from sppnet_jax.network.described import PRETRAINED
 from sppnet_jax.network.model import Architecture
 from sppnet_jax.network.trained import Network
 from sppnet_jax.run.files import (
     absolute,
+    check_can_write,
+    check_space,
     own_code,
     own_version,
     remove_all_but,
@@ -31,8 +33,10 @@ from sppnet_jax.training.layer_features import (
     extract_features,
     label_rows,
     row_extractor,
+    row_length,
 )
 from sppnet_jax.training.network_settings import NetworkSettings
+from sppnet_jax.training.networks import check_data_is_unchanged
 
 
 def write_features(
@@ -59,9 +63,10 @@ def write_features(
 
     Returns: the file, and what it says of where its features are from; nothing in a
     process that is not the first, which does not write it.
-    Raises: ValueError for a request that can't be met or a file that can't be written,
-    before any work.
+    Raises: ValueError for a request that can't be met, a file that can't be written and
+    data that was changed since the training, before any work.
     """
+    settings = settings.with_absolute_paths()
     data = settings.data
     if side is None:
         side = default_side(
@@ -74,13 +79,17 @@ def write_features(
             name = name.replace("features_", f"features_{_trunk_name(settings.model)}_")
         output = (workdir or Path()) / name
     check_request(network.model, layer=layer, side=side, mode=mode)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    if output.is_dir() or not os.access(output.parent, os.W_OK):
+    try:
+        check_can_write(output)
+    except OSError as error:
         raise ValueError(
-            f"can't write {output}: give --output=FILE.npz in a folder that you can "
-            "write to"
-        )
+            f"{error}: give --output=FILE.npz in a folder that you can write to"
+        ) from error
     source = open_source(data.name, split, **data.place, multi_label=multi_label)
+    if workdir is not None:
+        check_data_is_unchanged(data, network.trained_on)
+    numbers = row_length(network, layer=layer, side=side, mode=mode)
+    check_space(output, 4 * numbers * len(source.records))
     request: dict[str, Any] = {
         "layer": layer,
         "side": side,
@@ -120,7 +129,7 @@ def write_features(
         "mode": mode,
         "side": side,
         "data": data.name,
-        "root": absolute(data.root),
+        "root": data.root,
         "split": split,
         "multi_label": multi_label,
         "records": len(source.records),
@@ -136,10 +145,14 @@ def write_features(
 
 
 def file_name(data: ImageData, split: str, layer: str, mode: str, side: int) -> str:
-    """What a file of features is called, unless the user says otherwise."""
+    """What a file of features is called, unless the user says otherwise.
+
+    Folders of one name in different places have files of their own.
+    """
     name = data.name
-    if name == "image_folder":
-        name = f"image_folder-{Path(data.root).name}"
+    if name in FOLDERS:
+        root = absolute(data.root)
+        name += f"-{Path(root).name[:64]}-{digest_of({'root': root})[:8]}"
     return f"features_{name}_{split}_{layer}_{mode}_{side}.npz".replace("/", "-")
 
 
@@ -195,4 +208,7 @@ def load_features(path: str | Path) -> tuple[Features, dict[str, Any]]:
 def _trunk_name(model: Architecture) -> str:
     """What differs between the pyramids on a trunk: "vgg16-stride16-3.2.1-max"."""
     levels = ".".join(map(str, model.levels))
-    return "-".join((model.backbone, *model.cuts, levels, model.reducer))
+    told = (model.backbone, *model.cuts, levels, model.reducer)
+    if model.weights == PRETRAINED:
+        return "-".join(told)
+    return "-".join((*told, digest_of({"weights": model.weights})[:8]))

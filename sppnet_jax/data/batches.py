@@ -17,12 +17,19 @@ known beforehand (`whole_sizes`).
 
 import atexit
 import collections
+import contextlib
 import functools
+import gc
 import math
+import multiprocessing
+import os
 import signal
+import sys
+import threading
 import weakref
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from multiprocessing import connection, resource_tracker
 from typing import Any
 
 import grain
@@ -390,14 +397,20 @@ class Batches(grain.DatasetIterator):
         self._threads = threads
         self._next_index = 0
         self._running: grain.DatasetIterator | None = None
+        self._is_new = True
         if workers:
             # Workers that outlive the interpreter print pages of errors.
             atexit.register(_close, weakref.ref(self))
 
     def __next__(self) -> Example:
         self._assert_not_closed()
-        batch = next(self._start())
+        running = self._start()
+        with self._as_workers_begin():
+            batch = next(running)
+        self._is_new = False
         self._next_index += 1
+        if self._workers:  # what is in shared memory is given back before the end
+            batch = {name: np.array(value) for name, value in batch.items()}
         return batch
 
     def __enter__(self) -> "Batches":
@@ -414,21 +427,38 @@ class Batches(grain.DatasetIterator):
         self._next_index = int(state["next_index"])
 
     def start_prefetch(self) -> None:
-        self._start().start_prefetch()
+        running = self._start()
+        with self._as_workers_begin():
+            running.start_prefetch()
 
     def close(self) -> None:
         self._stop()
         super().close()
 
+    def _as_workers_begin(self) -> contextlib.AbstractContextManager[None]:
+        """For all up to the first batch, which starts the workers."""
+        begin = self._workers and self._is_new
+        return _interrupts_blocked() if begin else contextlib.nullcontext()
+
     def _start(self) -> grain.DatasetIterator:
         if self._running is None:
             self._running = iter(self._read_ahead(self._dataset[self._next_index :]))
+            self._is_new = True
         return self._running
 
     def _stop(self) -> None:
         if self._running is not None:
             self._running.close()
             self._running = None
+            if not self._workers:
+                return
+            # Grain gives shared memory back with the last arrays in it, in a thread:
+            # the end of the process must not come first. To wait has no public way.
+            gc.collect()
+            shared = sys.modules.get("grain._src.python.ipc.shared_memory_array")
+            array = getattr(shared, "SharedMemoryArray", None)
+            if pool := getattr(array, "_del_thread_pool", None):
+                pool.apply(int)
 
     def _read_ahead(self, dataset: grain.MapDataset) -> grain.IterDataset:
         # The buffer counts whole batches, so it must be small.
@@ -445,13 +475,34 @@ class Batches(grain.DatasetIterator):
             grain.MultiprocessingOptions(
                 num_workers=self._workers, per_worker_buffer_size=2
             ),
-            worker_init_fn=_leave_interrupts_to_the_main_process,
+            worker_init_fn=_end_with_parent,
         )
 
 
-def _leave_interrupts_to_the_main_process(index: int, count: int) -> None:
-    """Ctrl-C reaches workers too, and would end them before the run can be saved."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+@contextlib.contextmanager
+def _interrupts_blocked() -> Iterator[None]:
+    """Ctrl-C waits, and never ends the processes that begin here: they inherit this.
+
+    It reaches workers too, which would end before the run can be saved.
+    """
+    resource_tracker.ensure_running()  # which workers share; it unblocks Ctrl-C itself
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT,))
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _end_with_parent(index: int, count: int) -> None:
+    """Lets a worker process end with the main process, however that ends."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def wait() -> None:
+        connection.wait([parent.sentinel])
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 def _close(reference: weakref.ref) -> None:

@@ -190,10 +190,30 @@ def _open(
 ) -> Source:
     if dataset in FOLDERS:
         folder = _folder_module(dataset, root)
-        return folder.open_folder(root, split, multi_label, with_boxes)
+        source: Source = folder.open_folder(root, split, multi_label, with_boxes)
+        _check_class_names(source.class_names, root)
+        return source
     from sppnet_jax.data.tfds_records import open_prepared
 
     return open_prepared(dataset, split, data_dir, multi_label, with_boxes)
+
+
+def _check_class_names(names: Sequence[str], root: str) -> None:
+    """Raises ValueError for names that tables and lists of classes couldn't hold."""
+    known: dict[str, str] = {}
+    for name in names:
+        written = " ".join(name.split())
+        if not written or name.splitlines() != [name]:
+            raise ValueError(
+                f"a class of {root!r} is called {name!r}: lists of classes have a line "
+                "for each, so rename it to one line of text"
+            )
+        if written in known:
+            raise ValueError(
+                f"the classes {known[written]!r} and {name!r} of {root!r} differ in "
+                "white space only: rename one, or put them together"
+            )
+        known[written] = name
 
 
 def split_spans(

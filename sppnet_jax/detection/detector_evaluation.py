@@ -1,5 +1,6 @@
 """The test of a trained detector, or of several together, on a split with objects."""
 
+import contextlib
 import logging
 import shutil
 import time
@@ -7,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from sppnet_jax.data.sources import Source
 from sppnet_jax.detection.box_split import open_split_of
 from sppnet_jax.detection.detector_settings import DetectorSettings, detector_settings
 from sppnet_jax.detection.trained_detector import (
@@ -14,6 +16,8 @@ from sppnet_jax.detection.trained_detector import (
     detect_split,
     load_detectors,
 )
+from sppnet_jax.run.files import absolute, check_can_write
+from sppnet_jax.run.run_folder import DATA_FILE, load_training_data, locked
 from sppnet_jax.run.settings import plain
 from sppnet_jax.run.shares import ALONE, Share
 
@@ -39,15 +43,24 @@ def evaluate_detectors(
 
     Returns: what results.json holds; nothing in a process that is not the first, which
     writes none.
-    Raises: ValueError or FileNotFoundError for detectors that can't be tested so.
+    Raises: ValueError or FileNotFoundError for detectors that can't be tested so;
+    OSError for files that can't be written, before the test or when all are tried.
     """
     # Here, not above: a start has no need of it, and it takes a while.
-    from sppnet_jax.detection.results import image_ids, write_results
+    from sppnet_jax.detection.results import FILES, image_ids, write_results
 
     all_settings = settings_together(workdirs, settings)
     first, workdir = all_settings[0], workdirs[0]
     detectors = load_detectors(workdirs, all_settings)
     class_names = detectors[0].class_names
+    trained, given = (
+        {name: plain(settings)[name] for name in TEST_ONLY}
+        for settings in (detector_settings(workdir), first)
+    )
+    combined = f"_of_{len(workdirs)}" if len(workdirs) > 1 else ""
+    folder = workdir / f"test{combined}{'_custom' if given != trained else ''}"
+    for name in FILES:
+        check_can_write(folder / name)
     split = open_split_of(first, "test", workdir, share)
     source = split.source
     if source.class_names != class_names:
@@ -61,6 +74,7 @@ def evaluate_detectors(
             "difficult ones only: test on another --config.data.test_split"
         )
     image_ids(source)  # before hours of work
+    _warn_of_changes(first, workdir, source)
     seen = [sum(i in d.images for i in split.images) for d in detectors]
     if any(seen):
         log.warning(
@@ -69,36 +83,40 @@ def evaluate_detectors(
             max(seen),
             len(split.images),
         )
-    trained, given = (
-        {name: plain(settings)[name] for name in TEST_ONLY}
-        for settings in (detector_settings(workdir), first)
-    )
-    combined = f"_of_{len(workdirs)}" if len(workdirs) > 1 else ""
-    folder = workdir / f"test{combined}{'_custom' if given != trained else ''}"
     kept = folder / "found"
-    started = time.perf_counter()
-    found = detect_split(detectors, split, kept=kept, share=share)
-    seconds = time.perf_counter() - started
-    if not share.is_first:
-        return {}
-    report = write_results(
-        folder,
-        source,
-        split.objects,
-        split.sizes,
-        split.proposals,
-        found,
-        least_score=least_score(first, score),
-        about={
-            "workdirs": [str(workdir) for workdir in workdirs],
-            "seconds": round(seconds, 2),
-            "trained_on": max(seen),
-            "settings": given,
-        },
-    )
-    if share.count == 1:  # another process may still look for what is missing
-        shutil.rmtree(kept, ignore_errors=True)
+    with locked(kept) if share.count == 1 else contextlib.nullcontext():
+        started = time.perf_counter()
+        found = detect_split(detectors, split, kept=kept, share=share)
+        seconds = time.perf_counter() - started
+        if not share.is_first:
+            return {}
+        report = write_results(
+            folder,
+            source,
+            split.objects,
+            split.sizes,
+            split.proposals,
+            found,
+            least_score=least_score(first, score),
+            about={
+                "workdirs": [str(workdir) for workdir in workdirs],
+                "seconds": round(seconds, 2),
+                "trained_on": max(seen),
+                "settings": given,
+            },
+        )
+        if share.count == 1:  # another process may still look for what is missing
+            shutil.rmtree(kept, ignore_errors=True)
     return report
+
+
+def _warn_of_changes(settings: DetectorSettings, workdir: Path, source: Source) -> None:
+    """Says so if a folder's images to test on are others than at the training."""
+    if not (workdir / DATA_FILE).exists():
+        return
+    known = load_training_data(workdir)
+    if Path(known.root).resolve() == Path(absolute(settings.data.root)).resolve():
+        known.warn_of_tests(known._replace(held_out={source.split: source.digest}))
 
 
 def settings_together(

@@ -9,8 +9,8 @@ from sppnet_jax.detection.detector import Suppression
 from sppnet_jax.detection.finetune import Finetuning
 from sppnet_jax.detection.hard_negatives import Mining
 from sppnet_jax.detection.proposals import ProposalSettings
+from sppnet_jax.network.described import PRETRAINED, absolute_weights
 from sppnet_jax.network.model import REDUCERS
-from sppnet_jax.network.pretrained import PRETRAINED
 from sppnet_jax.network.trunks import BACKBONES
 from sppnet_jax.pyramid.geometry import RULES
 from sppnet_jax.run.files import absolute
@@ -102,6 +102,7 @@ class DetectorSettings(NamedTuple):
         network = self.network if self.is_published else absolute(self.network)
         return self._replace(
             network=network,
+            weights=absolute_weights(self.weights),
             cache=absolute(self.cache),
             data=self.data.with_absolute_paths(),
             proposals=self.proposals._replace(**paths),

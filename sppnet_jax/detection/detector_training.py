@@ -18,6 +18,8 @@ from typing import Any
 import jax
 import numpy as np
 
+from sppnet_jax.data.datasets import open_box_split
+from sppnet_jax.data.sources import FOLDERS
 from sppnet_jax.detection.box_split import BoxSplit, open_split_of
 from sppnet_jax.detection.detector import layer_head
 from sppnet_jax.detection.detector_settings import DetectorSettings
@@ -46,6 +48,8 @@ from sppnet_jax.run.checkpoints import Checkpoints
 from sppnet_jax.run.settings import plain, read
 from sppnet_jax.run.shares import ALONE, Share
 
+STAGES = (NETWORK, "finetune", "svm", "regression")
+
 log = logging.getLogger(__name__)
 
 
@@ -73,11 +77,15 @@ def train_detector(
             split_features(settings, network, split, boxes, workdir, share)
         return
     with run_folder.locked(workdir) if share.is_first else contextlib.nullcontext():
+        for name in STAGES:  # before hours of work
+            stages.check_is_stage(workdir / name)
+        files.check_folder(settings.cache_folder(workdir))
         split = open_split_of(settings, "train", workdir, share)
         if share.is_first:
             # From here on stages may be of other settings than the config's.
             (workdir / DETECTOR_FILE).unlink(missing_ok=True)
             run_folder.save_config(workdir, plain(settings))
+            run_folder.save_training_data(workdir, _data(settings, split))
         _copy_network(settings, network, workdir)
         made = {
             "classes": list(split.source.class_names),
@@ -86,6 +94,24 @@ def train_detector(
         }
         if share.is_first:
             files.write_json(workdir / DETECTOR_FILE, made)
+
+
+def _data(settings: DetectorSettings, split: BoxSplit) -> run_folder.TrainingData:
+    """What identifies the data that a detector is trained on, and tested on."""
+    held_out, source = {}, split.source
+    if settings.data.name in FOLDERS:
+        with contextlib.suppress(ValueError):  # there may be no split to test on
+            other = open_box_split(settings.data, "test")
+            held_out[other.split] = other.digest
+    return run_folder.TrainingData(
+        name=source.name,
+        root=settings.data.root,
+        split=source.split,
+        records=len(source.records),
+        class_names=source.class_names,
+        digest=source.digest,
+        held_out=held_out,
+    )
 
 
 def check_network(settings: DetectorSettings, network: Network) -> None:

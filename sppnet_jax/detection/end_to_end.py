@@ -225,7 +225,7 @@ def train_end_to_end(
         factor = _input_scale(network, load(0)) if scaled else 1.0
         write_json(folder / SCALE_FILE, {"scale": factor})
     parallel.wait_for_all_processes("the scale is measured")
-    scale = run_folder.read_json(folder / SCALE_FILE)["scale"]
+    scale = run_folder.read_json(folder / SCALE_FILE, "scale")["scale"]
 
     memory = train_on_windows(
         folder,
@@ -319,7 +319,7 @@ def load_end_to_end(folder: Path, begun: Any) -> Any:
     shapes = jax.eval_shape(lambda: begun)
     with Checkpoints(folder / CHECKPOINTS) as checkpoints:
         params = dict(checkpoints.restore_params(shapes))
-    scale = run_folder.read_json(folder / SCALE_FILE)["scale"]
+    scale = run_folder.read_json(folder / SCALE_FILE, "scale")["scale"]
     fc6 = params["fc6"]
     return {**params, "fc6": {**fc6, "kernel": np.float32(scale) * fc6["kernel"]}}
 

@@ -89,7 +89,7 @@ def learn_svms(
     saved = folder / ROUNDS_FILE
     state = None
     if saved.exists():
-        state = MiningState(**read_arrays(saved))
+        state = read_arrays(saved, MiningState)
         log.info("mining goes on after round %d", len(state.seconds) - 1)
     svms, state = mine_hard_negatives(
         features_of,

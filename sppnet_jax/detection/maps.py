@@ -35,7 +35,7 @@ from sppnet_jax.network.model import SPPNet
 from sppnet_jax.network.preprocess import Preprocessing, normalize
 from sppnet_jax.network.trained import Network
 from sppnet_jax.pyramid.geometry import Geometry
-from sppnet_jax.run.files import write_array
+from sppnet_jax.run.files import read_array, write_array
 from sppnet_jax.run.progress import progress_bar
 from sppnet_jax.run.shares import ALONE, Share
 
@@ -184,7 +184,7 @@ def load_maps(folder: Path, sides: Sequence[int], index: int) -> list[np.ndarray
 
     Those of a broken image are empty. Raises: FileNotFoundError where there are none.
     """
-    return [np.load(map_file(folder, side, index)) for side in sides]
+    return [read_array(map_file(folder, side, index)) for side in sides]
 
 
 def map_file(folder: Path, side: int, index: int) -> Path:

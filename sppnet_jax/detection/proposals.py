@@ -31,7 +31,7 @@ from sppnet_jax.detection.proposers import (
     load_edge_model,
     selective_search,
 )
-from sppnet_jax.run.files import whole_file, write_array
+from sppnet_jax.run.files import read_array, whole_file, write_array
 from sppnet_jax.run.progress import progress_bar
 from sppnet_jax.run.settings import at_least, between, helpers, one_of, pixels
 from sppnet_jax.run.shares import ALONE, Share
@@ -107,7 +107,7 @@ def propose(
         broken.add(index)
     broken.summarize()
     none = np.zeros((0, 4), np.float32)
-    return [np.load(file) if file.exists() else none for file in files]
+    return [read_array(file) if file.exists() else none for file in files]
 
 
 def find_boxes(

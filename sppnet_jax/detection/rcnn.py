@@ -24,7 +24,7 @@ from sppnet_jax.network.preprocess import Preprocessing, normalize
 from sppnet_jax.network.trained import Network
 from sppnet_jax.pyramid.pooling import num_bins
 from sppnet_jax.run import parallel
-from sppnet_jax.run.files import write_array
+from sppnet_jax.run.files import read_array, write_array
 from sppnet_jax.run.progress import progress_bar
 from sppnet_jax.run.shares import ALONE, Share
 from sppnet_jax.training.ahead import StepsAhead
@@ -89,7 +89,7 @@ def convolve_windows(
 
 def load_windows(folder: Path, index: int) -> np.ndarray:
     """What is kept of an image's windows, [N, …]; read as far as it is used."""
-    return np.load(_windows_file(folder, index), mmap_mode="r")
+    return read_array(_windows_file(folder, index), mmap_mode="r")
 
 
 def _windows_file(folder: Path, index: int) -> Path:

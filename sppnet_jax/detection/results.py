@@ -21,8 +21,13 @@ from sppnet_jax.detection.coco_precision import HOW_TO_GET, coco_precision
 from sppnet_jax.detection.detection_table import join_detections
 from sppnet_jax.detection.detector import Detections
 from sppnet_jax.detection.proposals import proposal_recall
-from sppnet_jax.run.files import table_cell, write_json, write_text
+from sppnet_jax.run.files import all_tried, table_cell, write_json, write_text
 
+# Of a test's folder; what is to be written is checked with these before the test.
+FILES = (
+    *("results.json", "table.md", "precision_recall.png", "examples.png"),
+    *("coco_results.json", "coco_ground_truth.json", "voc/any", "yolo/labels/any"),
+)
 EXAMPLES = 12  # images in the picture
 CURVES = ("recall", "precision")  # too long for results.json
 
@@ -44,8 +49,9 @@ def write_results(
     `least_score`: of the boxes in the picture. `about`: more for results.json.
 
     Returns: what results.json holds.
+    Raises: OSError for files that can't be written, when all are tried.
     """
-    class_names = source.class_names
+    class_names, ids, names = source.class_names, image_ids(source), _names(source)
     table = join_detections(found)
     result = evaluate_detections(table, objects, class_names)
     report = {
@@ -66,30 +72,32 @@ def write_results(
         "proposals": proposal_recall(proposals, objects, len(class_names)),
         **about,
     }
-    write_json(folder / "results.json", report)
     text = markdown_table(report)
-    write_text(folder / "table.md", text)
-    ids = image_ids(source)
-    result_files.write_voc_results(
-        folder / "voc", table, ids, class_names, split=source.split
-    )
-    result_files.write_yolo_results(folder / "yolo", table, ids, sizes, class_names)
-    result_files.write_coco_results(folder / "coco_results.json", table)
-    result_files.write_coco_ground_truth(
-        folder / "coco_ground_truth.json", _names(source), sizes, objects, class_names
-    )
+    print(text, flush=True)
+    if report["coco"] is None:
+        print(HOW_TO_GET)
     curves = [
         detection_plots.Curve(name, one.recall, one.precision, one.ap_11_point)
         for name, one in zip(class_names, result.classes, strict=True)
         if one.ap_11_point is not None
     ]
-    print(text)
-    if report["coco"] is None:
-        print(HOW_TO_GET)
-    picture = folder / "precision_recall.png"
-    print(f"curves: {detection_plots.plot_precision_recall(curves, picture)}")
-    picture = folder / "examples.png"
-    print(f"examples: {_draw_examples(source, objects, found, least_score, picture)}")
+    truth = folder / "coco_ground_truth.json", names, sizes, objects, class_names
+    with all_tried() as attempt:
+        attempt(write_json, folder / "results.json", report)
+        attempt(write_text, folder / "table.md", text)
+        voc = folder / "voc", table, ids, class_names
+        attempt(result_files.write_voc_results, *voc, split=source.split)
+        yolo = folder / "yolo", table, ids, sizes, class_names
+        attempt(result_files.write_yolo_results, *yolo)
+        coco = folder / "coco_results.json", table
+        attempt(result_files.write_coco_results, *coco)
+        attempt(result_files.write_coco_ground_truth, *truth)
+        picture = folder / "precision_recall.png"
+        drawn = attempt(detection_plots.plot_precision_recall, curves, picture)
+        print(f"curves: {drawn or 'none'}")
+        picture = folder / "examples.png"
+        drawn = attempt(_draw_examples, source, objects, found, least_score, picture)
+        print(f"examples: {drawn or 'none'}")
     return report
 
 

@@ -41,6 +41,7 @@ from sppnet_jax.run.settings import plain
 from sppnet_jax.run.shares import ALONE, Share
 
 DETECTOR_FILE = "detector.json"
+TOLD = ("classes", "stages", "images")  # by it
 NETWORK = "network"
 Piece = TypeVar("Piece")
 
@@ -85,7 +86,7 @@ def load_detector(workdir: Path, settings: DetectorSettings | None = None) -> De
             f"the training of the detector in {workdir} has not come to its end: run "
             "python -m sppnet_jax.detect train, it goes on where it stopped"
         )
-    made = run_folder.read_json(workdir / DETECTOR_FILE)
+    made = run_folder.read_json(workdir / DETECTOR_FILE, *TOLD)
     class_names = tuple(made["classes"])
     needed = {
         "finetune": bool(settings.finetune.steps),
@@ -111,10 +112,10 @@ def load_detector(workdir: Path, settings: DetectorSettings | None = None) -> De
         fc = truncate_fc(fc, dict(zip(("fc6", "fc7"), settings.fc_rank, strict=True)))
     svms = regressors = None
     if needed["svm"]:
-        svms = LinearSVMs(**files.read_arrays(workdir / "svm" / SVM_FILE))
+        svms = files.read_arrays(workdir / "svm" / SVM_FILE, LinearSVMs)
     if needed["regression"]:
         file = workdir / "regression" / REGRESSION_FILE
-        regressors = BoxRegressors(**files.read_arrays(file))
+        regressors = files.read_arrays(file, BoxRegressors)
     head, weights = scoring_head(
         classifier,
         fc,
@@ -199,7 +200,7 @@ def detect_split(
     missing = share.missing(paths, "detections")
     for image in _with_bar(missing, count, done):
         files.write_arrays(paths[image], **detect(image)._asdict())
-    return [Detections(**files.read_arrays(path)) for path in paths]
+    return [files.read_arrays(path, Detections) for path in paths]
 
 
 def detect_images(

@@ -6,7 +6,7 @@ from typing import NamedTuple
 from sppnet_jax.network.model import Architecture
 from sppnet_jax.network.trained import Network
 from sppnet_jax.network.weight_files import find_weights, read_metadata
-from sppnet_jax.run.files import own_version
+from sppnet_jax.run.files import absolute, own_version
 from sppnet_jax.run.settings import read
 
 PRETRAINED = "pretrained"  # of `weights`: those of the backbone's package
@@ -44,6 +44,12 @@ def describe(network: Network) -> dict[str, str]:
         "inputs": "published" if architecture.published else "of the run",
         "version": _OURS + own_version(),
     }
+
+
+def absolute_weights(where: str) -> str:
+    """Where weights are, see `find_weights`; a file's path is found from any folder."""
+    elsewhere = where == PRETRAINED or where.startswith(("package:", "hub:"))
+    return where if elsewhere else absolute(where)
 
 
 def described(weights: str) -> Described | None:

@@ -106,7 +106,7 @@ def load_network(
     with Checkpoints(workdir / run_folder.CHECKPOINTS) as checkpoints:
         shapes = param_shapes(model) if check_shapes else None
         params = checkpoints.restore_params(shapes)
-        step = checkpoints.latest_step()
+        step = checkpoints.step
     assert step is not None
     inputs = read(Inputs, settings["inputs"], "config.inputs")
     return Network(

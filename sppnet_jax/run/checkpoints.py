@@ -5,20 +5,54 @@ remembers (a JSON dict, the position of the data iterator in it). Each is writte
 temporary folder and renamed, so a killed run leaves whole checkpoints only.
 """
 
+import contextlib
+import glob
+import logging
+import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
+
+from sppnet_jax.run import files
+
+log = logging.getLogger(__name__)
+
+# Bytes, at most, that it takes to keep an array beside its own.
+_OVERHEAD = 8192
+
+
+def _is_no_failed_write(record: logging.LogRecord) -> bool:
+    """Orbax's threads log pages of what is raised here, in a sentence, too."""
+    error = str(record.exc_info[1]) if record.exc_info else ""
+    return not error or ".orbax-checkpoint-tmp" not in error
+
+
+for _name in ("absl", "asyncio"):
+    logging.getLogger(_name).addFilter(_is_no_failed_write)
+
+
+class OtherModelError(ValueError):
+    """A checkpoint holds parameters of other shapes than are wanted."""
 
 
 class Checkpoints:
-    """The checkpoints of one run, the newest `keep` of them; a context manager."""
+    """The checkpoints of one run, the newest `keep` of them; a context manager.
+
+    One that can't be read is named in a warning, and the one before it is taken.
+    `step`: of the one that was read last.
+    """
 
     def __init__(self, folder: str | Path, *, keep: int = 2) -> None:
+        self.step: int | None = None
         self._folder = Path(folder).absolute()
+        self._saved = f"a checkpoint in {self._folder}"
+        self._closing = contextlib.ExitStack()
         self._manager = ocp.CheckpointManager(
-            self._folder,
+            self._closing.enter_context(_without_pattern(self._folder)),
             item_handlers={
                 "params": ocp.StandardCheckpointHandler(),
                 "training": ocp.StandardCheckpointHandler(),
@@ -30,31 +64,62 @@ class Checkpoints:
     def __enter__(self) -> "Checkpoints":
         return self
 
-    def __exit__(self, kind: object, *_: object) -> None:
-        if kind is None or jax.process_count() == 1:  # closing waits for all processes
-            self._manager.close()
+    def __exit__(self, kind: object, error: object, trace: object) -> None:
+        with self._closing:
+            if error is not None and jax.process_count() > 1:
+                return  # closing waits for all processes
+            try:
+                with self._writing():
+                    self._manager.close()
+            except OSError:
+                if error is None:  # else that one tells what came first
+                    raise
 
     def save(
         self, step: int, *, params: Any, training: Any, host: dict[str, Any]
     ) -> None:
-        """Saves trees of NumPy arrays and a JSON dict."""
-        self._manager.save(
-            step,
-            args=ocp.args.Composite(
-                params=ocp.args.StandardSave(params),
-                training=ocp.args.StandardSave(training),
-                host=ocp.args.JsonSave(host),
-            ),
-        )
+        """Saves trees of NumPy arrays and a JSON dict.
+
+        It is written while the caller goes on: what goes wrong may be told by the next
+        call, or at the end.
+
+        Raises: OSError that says what it takes, where it can't be written.
+        """
+        with self._writing():
+            self._manager.wait_until_finished()  # what is written before takes room too
+        self.check_space(params, training, step=step)
+        with self._writing():
+            self._manager.save(
+                step,
+                args=ocp.args.Composite(
+                    params=ocp.args.StandardSave(params),
+                    training=ocp.args.StandardSave(training),
+                    host=ocp.args.JsonSave(host),
+                ),
+            )
+
+    def check_space(self, *trees: Any, step: int = 0) -> None:
+        """Raises OSError if a checkpoint of arrays, or of their shapes, finds no room.
+
+        Also where its folder can't be written to.
+        """
+        leaves = jax.tree.leaves(trees)
+        bytes_of = (int(np.prod(x.shape)) * np.dtype(x.dtype).itemsize for x in leaves)
+        size = sum(bytes_of) + _OVERHEAD * len(leaves)
+        path = self._folder / str(step)
+        self._saved = f"the checkpoint {path}, of {size / 1e6:,.1f} MB,"
+        files.check_folder(self._folder)
+        files.check_space(path, size)
 
     def latest_step(self) -> int | None:
         """The step of the newest checkpoint, or None."""
         return self._manager.latest_step()
 
     def restore(self, *, params: Any, training: Any) -> tuple[Any, Any, dict[str, Any]]:
-        """The newest checkpoint as (params, training, host).
+        """The newest checkpoint as (params, training, host), to go on from there.
 
-        `params` and `training` give the expected shapes.
+        `params` and `training` give the expected shapes. Newer ones that can't be read
+        are renamed, so that they can be written again.
         Raises: ValueError that names every array whose shape differs.
         """
         restored = self._restore(
@@ -62,6 +127,12 @@ class Checkpoints:
             training=ocp.args.StandardRestore(training),
             host=ocp.args.JsonRestore(),
         )
+        assert self.step is not None
+        for step in [n for n in self._manager.all_steps() if n > self.step]:
+            path = self._folder / str(step)
+            with contextlib.suppress(FileNotFoundError):  # another process was first
+                path.rename(path.with_name(f"{step}.damaged.{os.getpid()}"))
+            self._manager.reload()
         return restored.params, restored.training, restored.host
 
     def restore_params(self, params: Any = None) -> Any:
@@ -72,26 +143,53 @@ class Checkpoints:
         return self._restore(params).params
 
     def _restore(self, params: Any, **others: Any) -> Any:
-        step = self.latest_step()
-        if step is None:
+        if self.latest_step() is None:
             raise FileNotFoundError(
                 f"no checkpoint in {self._folder}: train first, or give the --workdir "
                 "of a run that has been trained"
             )
-        if params is not None:
-            self.check_shapes(params)
         args = ocp.args.Composite(params=ocp.args.StandardRestore(params), **others)
-        return self._manager.restore(step, args=args)
+
+        def read(step: int) -> Any:
+            if params is not None:
+                self._check_shapes(step, params)
+            return self._manager.restore(step, args=args)
+
+        return self._of_newest(read)
 
     def check_shapes(self, params: Any) -> None:
         """Raises ValueError if the newest checkpoint holds parameters of other shapes.
 
         It names each of them, and passes where there is no checkpoint yet.
         """
-        step = self.latest_step()
-        if step is None:
-            return
+        if self.latest_step() is not None:
+            self._of_newest(lambda step: self._check_shapes(step, params))
+
+    def _of_newest(self, read: Callable[[int], Any]) -> Any:
+        """What is read of the newest checkpoint of which it can be."""
+        for step in sorted(self._manager.all_steps(), reverse=True):
+            try:
+                found = read(step)
+            except (MemoryError, OtherModelError):
+                raise
+            except Exception as error:  # of many libraries
+                reason = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+                path = self._folder / str(step)
+                log.warning("the checkpoint %s can't be read (%s)", path, reason)
+                continue
+            if step != self.latest_step():
+                log.warning("the checkpoint before it, of step %d, is taken", step)
+            self.step = step
+            return found
+        raise ValueError(
+            f"none of the checkpoints in {self._folder} can be read ({reason}): "
+            "restore one, or train in another --workdir"
+        )
+
+    def _check_shapes(self, step: int, params: Any) -> None:
         stored = _shapes(self._manager.item_metadata(step)["params"])
+        if not stored:
+            raise ValueError("it holds no parameters")
         wanted = _shapes(params)
         lines = [
             f"  {name}: checkpoint {stored.get(name, 'none')}, "
@@ -100,11 +198,45 @@ class Checkpoints:
             if stored.get(name) != wanted.get(name)
         ]
         if lines:
-            raise ValueError(
+            raise OtherModelError(
                 f"the checkpoint {self._folder / str(step)} holds another model than "
                 "the config describes:\n" + "\n".join(lines) + "\n"
                 "Use the config it was trained with, or another --workdir."
             )
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Errors say which checkpoint can't be written, and how large it is."""
+        try:
+            yield
+        except Exception as error:  # of many libraries
+            full = "No space left" in str(error)
+            reason = "no space left on the disk" if full else str(error)[:300]
+            raise OSError(f"{self._saved} can't be written: {reason}") from error
+
+
+@contextlib.contextmanager
+def _without_pattern(folder: Path) -> Iterator[Path]:
+    """A path of a folder that Orbax doesn't take for a pattern, as it does `[` and `*`.
+
+    Raises: ValueError where the system has no other path for it.
+    """
+    if not glob.has_magic(str(folder)):
+        yield folder
+        return
+    with files.named(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    number = os.open(folder, os.O_RDONLY)
+    try:
+        other = Path(f"/proc/self/fd/{number}")
+        if not other.is_dir():
+            raise ValueError(
+                f"checkpoints can't be kept in {folder}, whose path has one of *?[: "
+                "rename that folder, or give another --workdir"
+            )
+        yield other
+    finally:
+        os.close(number)
 
 
 def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:

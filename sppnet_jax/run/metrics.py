@@ -1,10 +1,13 @@
 """What a run writes about itself: metrics.jsonl and TensorBoard events."""
 
+import contextlib
+import errno
 import json
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sppnet_jax.run.files import write_text
+from sppnet_jax.run.files import named, write_text
 
 if TYPE_CHECKING:
     from tensorboardX import SummaryWriter
@@ -27,9 +30,11 @@ class MetricsLog:
         if not enabled:
             return
         path = workdir / FILE
-        kept = [row for row in read_metrics(workdir) if row["step"] <= resumed_step]
-        write_text(path, "".join(json.dumps(row) + "\n" for row in kept))
-        self._file = path.open("a")
+        with named(path):
+            kept = [row for row in read_metrics(workdir) if row["step"] <= resumed_step]
+            write_text(path, "".join(json.dumps(row) + "\n" for row in kept))
+            # Unbuffered: nothing is left that could fail at the end.
+            self._file = os.open(path, os.O_WRONLY | os.O_APPEND)
         self._workdir, self._purge_step = workdir, resumed_step + 1
         self._events: SummaryWriter | None = None
 
@@ -39,7 +44,7 @@ class MetricsLog:
     def __exit__(self, *_: object) -> None:
         if not self._enabled:
             return
-        self._file.close()
+        os.close(self._file)
         if self._events is not None:
             self._events.close()
 
@@ -48,8 +53,10 @@ class MetricsLog:
         if not self._enabled:
             return
         row: dict[str, Any] = {"split": split, "step": step, **values}
-        self._file.write(json.dumps(row) + "\n")
-        self._file.flush()
+        line = f"{json.dumps(row)}\n".encode()
+        with named(self._workdir / FILE):
+            if os.write(self._file, line) < len(line):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         if self._events is None:
             # Here, not above: it imports PyTorch where there is one, for seconds. The
             # first row is written when the first step is under way on the device.
@@ -62,12 +69,14 @@ class MetricsLog:
 
 
 def read_metrics(workdir: Path) -> list[dict[str, Any]]:
-    """The rows of a run's metrics.jsonl, without a last line that was cut off."""
+    """The rows of a run's metrics.jsonl, up to a line that was cut off or damaged."""
     path = workdir / FILE
-    rows = []
-    for line in path.read_text().splitlines() if path.exists() else ():
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
+    rows: list[dict[str, Any]] = []
+    for line in path.read_bytes().splitlines() if path.exists() else ():
+        with contextlib.suppress(ValueError):
+            row = json.loads(line)
+            if isinstance(row, dict) and {"split", "step"} <= set(row):
+                rows.append(row)
+                continue
+        break
     return rows

@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
+from sppnet_jax.run.files import named
+
 SUFFIXES = (".json", ".csv")
 _END = b"\n]\n"
 
@@ -28,7 +30,8 @@ def photo_results(path: Path | None, columns: Sequence[str]) -> Iterator[Write]:
     writes nothing.
     `columns`: the keys of what is found, in the order of the columns of CSV.
 
-    Raises: ValueError for another suffix; KeyboardInterrupt with how many photographs
+    Raises: ValueError for another suffix; OSError that names the file, here and where a
+    photograph can't be written; KeyboardInterrupt with how many photographs
     were written before it.
     """
     count = 0
@@ -36,15 +39,18 @@ def photo_results(path: Path | None, columns: Sequence[str]) -> Iterator[Write]:
         put = None
         if path is not None:
             check_suffix(path)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            file = stack.enter_context(path.open("wb"))
+            with named(path):
+                path.parent.mkdir(parents=True, exist_ok=True)
+                file = path.open("wb")
+            stack.callback(_close, file, path)
             as_json = path.suffix.lower() == ".json"
             put = _json_writer(file) if as_json else _csv_writer(file, columns)
 
         def write(photo: Mapping[str, Any]) -> None:
             nonlocal count
-            if put is not None:
-                put(photo)
+            if path is not None and put is not None:
+                with named(path):
+                    put(photo)
             count += 1
 
         try:
@@ -62,6 +68,11 @@ def check_suffix(path: Path) -> None:
         raise ValueError(
             f"results are written to {' or '.join(SUFFIXES)}, not to {str(path)!r}"
         )
+
+
+def _close(file: IO[bytes], path: Path) -> None:
+    with named(path):
+        file.close()
 
 
 def _json_writer(file: IO[bytes]) -> Write:

@@ -3,14 +3,23 @@
 import contextlib
 import fcntl
 import json
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from sppnet_jax.run.files import read_arrays, write_arrays, write_json
+from sppnet_jax.run.files import (
+    check_folder,
+    named,
+    read_arrays,
+    write_arrays,
+    write_json,
+)
 from sppnet_jax.run.settings import at_new_names
+
+log = logging.getLogger(__name__)
 
 CONFIG_FILE = "config.json"
 DATA_FILE = "data.json"
@@ -22,6 +31,7 @@ class TrainingData(NamedTuple):
     """What a run is trained on; class names are in the order of the labels.
 
     `digest`: of every file's place, size and label; "" where a run knows none.
+    `held_out`: such digests of the splits to test on, by name.
     """
 
     name: str
@@ -30,6 +40,7 @@ class TrainingData(NamedTuple):
     records: int
     class_names: tuple[str, ...]
     digest: str = ""
+    held_out: dict[str, str] = {}  # noqa: RUF012  of a tuple, so never changed
 
     def difference(self, now: "TrainingData") -> str:
         """How data differs from these, in words; "" if it is the same.
@@ -46,6 +57,17 @@ class TrainingData(NamedTuple):
             )
         return ""
 
+    def warn_of_tests(self, now: "TrainingData") -> None:
+        """Says so where the images that were held out are others now."""
+        for split, digest in self.held_out.items():
+            if now.held_out.get(split, digest) != digest:
+                log.warning(
+                    "files of the split %r, which is tested on, have been renamed, "
+                    "exchanged, relabelled or changed since the training began: "
+                    "results of before were of others",
+                    split,
+                )
+
     def __str__(self) -> str:
         names = ", ".join(self.class_names[:5])
         more = ", …" if len(self.class_names) > 5 else ""
@@ -58,20 +80,22 @@ class TrainingData(NamedTuple):
 
 @contextlib.contextmanager
 def locked(workdir: Path) -> Iterator[None]:
-    """Keeps other processes from training in the same folder.
+    """Keeps other processes from writing the same folder's files.
 
     Raises: ValueError if one does.
     """
     if workdir.exists() and not workdir.is_dir():
         raise ValueError(f"{workdir} is a file, no folder: give another --workdir")
-    workdir.mkdir(parents=True, exist_ok=True)
-    with (workdir / ".lock").open("w") as file:
+    check_folder(workdir)
+    with named(workdir):
+        file = (workdir / ".lock").open("w")
+    with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             raise ValueError(
-                f"another process is training in {workdir}: wait for it, or use "
-                "another --workdir"
+                f"another process is at work in {workdir}: wait for it, or use another "
+                "--workdir"
             ) from error
         yield  # released by the system if we are killed
 
@@ -95,10 +119,7 @@ def save_config(workdir: Path, config: dict[str, Any]) -> None:
 
 def load_config(workdir: Path) -> dict[str, Any]:
     """The settings that a run was trained with; FileNotFoundError if there are none."""
-    values = read_json(workdir / CONFIG_FILE)
-    if not isinstance(values, dict) or not {"data", "seed"} <= set(values):
-        raise ValueError(f"{workdir / CONFIG_FILE} holds no settings of a run")
-    return at_new_names(values)
+    return at_new_names(read_json(workdir / CONFIG_FILE, "data", "seed"))
 
 
 def save_training_data(workdir: Path, data: TrainingData) -> None:
@@ -108,13 +129,11 @@ def save_training_data(workdir: Path, data: TrainingData) -> None:
 
 def load_training_data(workdir: Path) -> TrainingData:
     """What a run was trained on; FileNotFoundError if there is none."""
-    stored = read_json(workdir / DATA_FILE)
+    stored = read_json(workdir / DATA_FILE, "class_names")
     try:
         return TrainingData(**{**stored, "class_names": tuple(stored["class_names"])})
-    except (KeyError, TypeError) as error:
-        raise ValueError(
-            f"{workdir / DATA_FILE} doesn't tell what was trained on ({error!r})"
-        ) from error
+    except TypeError as error:
+        raise ValueError(f"{workdir / DATA_FILE} is damaged: {error}") from error
 
 
 def save_statistics(workdir: Path, arrays: dict[str, np.ndarray]) -> None:
@@ -125,17 +144,30 @@ def save_statistics(workdir: Path, arrays: dict[str, np.ndarray]) -> None:
 def load_statistics(workdir: Path) -> dict[str, np.ndarray] | None:
     """The mean image and the colour covariance, or None if they were not computed."""
     path = workdir / STATISTICS_FILE
-    return read_arrays(path) if path.exists() else None
+    if not path.exists():
+        return None
+
+    def both(mean_image: np.ndarray, covariance: np.ndarray) -> dict[str, np.ndarray]:
+        return {"mean_image": mean_image, "covariance": covariance}
+
+    return read_arrays(path, both)
 
 
-def read_json(path: Path) -> Any:
-    """The value of a file in a run's folder; FileNotFoundError if it isn't there."""
+def read_json(path: Path, *names: str) -> Any:
+    """The value of a file in a run's folder, which has these names.
+
+    Raises: FileNotFoundError if it isn't there; ValueError for a damaged one.
+    """
     if not path.exists():
         raise FileNotFoundError(
             f"{path.parent} holds no trained run ({path.name} is missing): train one "
             "first, or check --workdir"
         )
     try:
-        return json.loads(path.read_text())
-    except ValueError as error:
+        value = json.loads(path.read_text())
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is damaged: {error}") from error
+    lacks = [name for name in names if not isinstance(value, dict) or name not in value]
+    if lacks:
+        raise ValueError(f"{path} is damaged: it doesn't tell {', '.join(lacks)}")
+    return value

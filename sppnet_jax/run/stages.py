@@ -62,8 +62,8 @@ def _run_recorded(
         what = "; ".join(_differences(known["inputs"], inputs))
         log.info("stage %s is redone, for its inputs have changed: %s", name, what)
         known = None
+    check_is_stage(folder)
     if known is None and folder.exists():
-        _check_is_stage(folder)
         # Renamed first: a folder half removed is not taken for a stage begun.
         folder.rename(removed)
         shutil.rmtree(removed)
@@ -99,7 +99,12 @@ def digest_of(inputs: dict[str, Any]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def _check_is_stage(folder: Path) -> None:
+def check_is_stage(folder: Path) -> None:
+    """Raises ValueError if there is something else where a stage's folder would be."""
+    if not folder.exists():
+        return
+    if not folder.is_dir():
+        raise ValueError(f"{folder} would be a stage's folder, and is a file: move it")
     held = {path.name for path in folder.iterdir()}
     # A run killed before its first record leaves an empty folder, or a partial record.
     foreign = {name for name in held if not name.endswith(".partial")}
@@ -116,9 +121,12 @@ def _read(path: Path) -> dict[str, Any] | None:
         return None
     try:
         known = json.loads(path.read_text())
-        return known if {"inputs", "done"} <= set(known) else None
+        if {"inputs", "done"} <= set(known):
+            return dict(known)
     except (ValueError, TypeError):
-        return None
+        pass
+    log.warning("%s is damaged: the stage counts as not done", path)
+    return None
 
 
 def _differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:

@@ -19,7 +19,7 @@ from sppnet_jax.network.preprocess import Preprocessing
 from sppnet_jax.network.trained import Network, as_network
 from sppnet_jax.pyramid.pooling import num_bins
 from sppnet_jax.run import parallel
-from sppnet_jax.run.files import write_array
+from sppnet_jax.run.files import read_array, write_array
 from sppnet_jax.run.stages import digest_of
 from sppnet_jax.training.layer_features import (
     Features,
@@ -111,8 +111,8 @@ def _pooled_levels(
         write_array(folder / "labels.npy", found.labels)
         for level, values in zip(missing, parts, strict=True):
             write_array(files[level], values)
-    values = np.concatenate([np.load(files[level]) for level in levels], axis=1)
-    return values, np.load(folder / "labels.npy")
+    values = np.concatenate([read_array(files[level]) for level in levels], axis=1)
+    return values, read_array(folder / "labels.npy")
 
 
 def batch_loader(

@@ -121,7 +121,7 @@ def row_extractor(
     check_request(model, layer=layer, side=side, mode=mode)
     activations = _layer_function(model, network.preprocessing, layer, mirrored)
     pixels = model.image_size if mode == "crop" else side
-    length = _row_length(activations, params, pixels, whole=mode == "full")
+    length = row_length(network, layer=layer, side=side, mode=mode)
     _check_memory(len(source.records), length, layer)
     if mode == "full":
         table = fit_table(
@@ -245,12 +245,13 @@ def _layer_function(
     return activations
 
 
-def _row_length(
-    activations: _Activations, params: Any, side: int, *, whole: bool
-) -> int:
-    image = jax.ShapeDtypeStruct((1, side, side, 3), np.uint8)
-    size = jax.ShapeDtypeStruct((1, 2), np.int32) if whole else None
-    return jax.eval_shape(activations, params, image, size).shape[1]
+def row_length(network: Network, *, layer: str, side: int, mode: str) -> int:
+    """How many numbers the features of an image are; see `row_extractor`."""
+    pixels = network.model.image_size if mode == "crop" else side
+    image = jax.ShapeDtypeStruct((1, pixels, pixels, 3), np.uint8)
+    size = jax.ShapeDtypeStruct((1, 2), np.int32) if mode == "full" else None
+    activations = _layer_function(network.model, network.preprocessing, layer)
+    return jax.eval_shape(activations, network.params, image, size).shape[1]
 
 
 def _check_memory(records: int, length: int, layer: str) -> None:

@@ -67,8 +67,8 @@ def train(
     Returns: what was remembered; "validation" are the last test's metrics, "last" the
     loss and accuracy of the last step.
     Raises: DivergedError when the loss or the weights are not finite; ValueError for a
-    checkpoint of another model; Interrupted after Ctrl-C or SIGTERM, with a checkpoint
-    saved.
+    checkpoint of another model; OSError where checkpoints can't be written, before the
+    first step; Interrupted after Ctrl-C or SIGTERM, with a checkpoint saved.
     """
     last_step = min(pace.total_steps, pace.max_steps or pace.total_steps)
     programs: dict[int | None, Callable[..., Any]] = {}
@@ -85,6 +85,8 @@ def train(
             log.info("%s goes on at step %d of %d", name, step, pace.total_steps)
             if step < last_step:
                 batches.start_prefetch()
+        if step < last_step:
+            checkpoints.check_space(jax.eval_shape(lambda: _first(state)))
         first = parallel.is_first_process()
         with (
             Interrupt() as interrupt,
@@ -160,6 +162,11 @@ def _save(
         )
     host = {"memory": memory, "batches": batches.get_state()}
     checkpoints.save(step, params=params, training=training, host=host)
+
+
+def _first(state: TrainState) -> TrainState:
+    """One copy of a replicated state."""
+    return jax.tree.map(lambda x: x[0], state)
 
 
 def _split(state: TrainState) -> tuple[Any, dict[str, Any]]:

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
 from sppnet_jax.data.datasets import ImageData
-from sppnet_jax.network.described import PRETRAINED, described
+from sppnet_jax.network.described import PRETRAINED, absolute_weights, described
 from sppnet_jax.network.model import (
     HEAD_ONLY,
     Architecture,
@@ -89,6 +89,14 @@ class NetworkSettings(NamedTuple):
                 self._check_sizes()
             except ValueError as error:
                 raise ValueError(f"config.sizes: {error}") from None
+
+    def with_absolute_paths(self) -> "NetworkSettings":
+        """The same, found again from any folder."""
+        weights = absolute_weights(self.model.weights)
+        return self._replace(
+            model=self.model._replace(weights=weights),
+            data=self.data.with_absolute_paths(),
+        )
 
     def _check_sizes(self) -> None:
         sides = possible_sizes(self.sizes, self.size_multiple)

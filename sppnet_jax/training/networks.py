@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import logging
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,9 +19,9 @@ from sppnet_jax.data.batches import (
 )
 from sppnet_jax.data.broken import BrokenImages
 from sppnet_jax.data.datasets import ImageData, open_split
-from sppnet_jax.data.sources import Source
+from sppnet_jax.data.sources import FOLDERS, Source
 from sppnet_jax.data.statistics import kept_statistics
-from sppnet_jax.network.exported import PRETRAINED
+from sppnet_jax.network.described import PRETRAINED
 from sppnet_jax.network.model import (
     HEAD_ONLY,
     SPPNet,
@@ -33,7 +34,7 @@ from sppnet_jax.network.preprocess import Preprocessing, make_preprocessing
 from sppnet_jax.network.pretrained import with_pretrained
 from sppnet_jax.network.trained import load_network
 from sppnet_jax.network.weight_files import find_weights
-from sppnet_jax.run import caches, parallel, run_folder
+from sppnet_jax.run import caches, files, parallel, run_folder
 from sppnet_jax.run.checkpoints import Checkpoints
 from sppnet_jax.run.settings import plain
 from sppnet_jax.training.ahead import StepsAhead
@@ -70,8 +71,8 @@ def train_network(
     Raises: ValueError for data or settings that a run in the folder can't go on with;
     Interrupted and DivergedError as `loop.train` does.
     """
-    data = settings.data.with_absolute_paths()
-    settings = settings._replace(data=data)
+    settings = settings.with_absolute_paths()
+    data = settings.data
     if settings.model.head == "none":
         raise ValueError(
             "config.model.head='none' has nothing to train: use 'fc' or 'linear'"
@@ -106,6 +107,7 @@ def train_network(
     parallel.check_alike("data, or folders of the run", told)
     first = parallel.is_first_process()
     with run_folder.locked(workdir) if first else contextlib.nullcontext():
+        files.check_folder(workdir / run_folder.CHECKPOINTS)
         return _train(settings, workdir, source, held_out, batches, features)
 
 
@@ -318,7 +320,13 @@ def _this_process() -> dict[str, Any]:
 
 
 def training_data(data: ImageData, source: Source) -> run_folder.TrainingData:
-    """What identifies the data that a run is trained on."""
+    """What identifies the data that a run is trained on, and that it is tested on."""
+    held_out = {}
+    if data.name in FOLDERS:  # the digests of others tell their versions
+        for purpose in ("validation", "test"):
+            with contextlib.suppress(ValueError):  # there may be no test split
+                other = open_split(data, purpose)
+                held_out[other.split] = other.digest
     return run_folder.TrainingData(
         name=source.name,
         root=data.root,
@@ -326,6 +334,7 @@ def training_data(data: ImageData, source: Source) -> run_folder.TrainingData:
         records=len(source.records),
         class_names=source.class_names,
         digest=source.digest,
+        held_out=held_out,
     )
 
 
@@ -344,12 +353,14 @@ def check_can_resume(settings: NetworkSettings, source: Source, workdir: Path) -
             param_shapes(make_model(settings.model, classes, settings.data.image_size))
         )
     known = run_folder.load_training_data(workdir)
-    difference = known.difference(training_data(settings.data, source))
+    now = training_data(settings.data, source)
+    difference = known.difference(now)
     if difference:
         raise ValueError(
             f"the run in {workdir} was trained on other data: {difference}. Use "
             "another --workdir, or restore the data"
         )
+    known.warn_of_tests(now)
     before = run_folder.load_config(workdir)
     for name in ("seed", "batch_size"):
         given = getattr(settings, name)
@@ -366,19 +377,30 @@ def check_data_is_unchanged(
 ) -> None:
     """Raises ValueError if a data set was changed since a run was trained on it.
 
-    A test on held-out images would then see images of the training.
+    A test on held-out images would then see images of the training. A warning says so
+    of a folder in another place, which may be another data set, and of held-out images.
     """
-    if (data.name, data.root) != (trained_on.name, trained_on.root):
+    data = data._replace(train_split=trained_on.split).with_absolute_paths()
+    if data.name != trained_on.name:
         return
-    if data.train_split != trained_on.split:
-        return
-    difference = trained_on.difference(training_data(data, open_split(data, "train")))
-    if difference:
+    same = os.path.realpath(data.root) == os.path.realpath(trained_on.root)
+    try:
+        now = training_data(data, open_split(data, "train"))
+    except (OSError, ValueError):
+        if same:
+            raise
+        return  # another folder need not have a split to train on
+    difference = trained_on.difference(now)
+    if difference and same:
         raise ValueError(
             f"the data has changed since the training: {difference}. Images held out "
             "then may not be the same now: restore the data, or train again in another "
             "--workdir"
         )
+    if difference:
+        log.warning("this is other data than the run was trained on: %s", difference)
+    else:
+        trained_on.warn_of_tests(now)
 
 
 def _prepare_statistics(

@@ -1,6 +1,5 @@
 """Networks that are made once and found again, as comparisons of many need them."""
 
-import json
 import time
 from pathlib import Path
 from typing import Any
@@ -37,8 +36,7 @@ def train_once(
     """
     if (workdir / DIVERGED).exists():
         raise DivergedError((workdir / DIVERGED).read_text().strip())
-    data = settings.data.with_absolute_paths()
-    settings = settings._replace(data=data, max_steps=0)
+    settings = settings.with_absolute_paths()._replace(max_steps=0)
     if run_folder.has_checkpoint(workdir):
         _check_same(settings, workdir)
         if is_finished(workdir, settings.epochs):
@@ -59,7 +57,8 @@ def is_finished(workdir: Path, epochs: int) -> bool:
     """Whether a network was trained for so many epochs, and tested after the last."""
     step = run_folder.newest_step(workdir)
     return step is not None and any(
-        row["split"] == "validation" and row["epoch"] == epochs and row["step"] == step
+        (row["split"], row["step"]) == ("validation", step)
+        and row.get("epoch") == epochs
         for row in read_metrics(workdir)
     )
 
@@ -70,7 +69,7 @@ def training_seconds(workdir: Path) -> float:
     With compiling and the tests after each epoch, without what was killed on the way.
     """
     path = workdir / SECONDS
-    return float(json.loads(path.read_text())) if path.exists() else 0.0
+    return float(run_folder.read_json(path)) if path.exists() else 0.0
 
 
 def deciding(settings: NetworkSettings) -> dict[str, Any]:
@@ -87,7 +86,8 @@ def deciding(settings: NetworkSettings) -> dict[str, Any]:
 
 def _check_same(settings: NetworkSettings, workdir: Path) -> None:
     """Raises ValueError if a network was trained in another way or on other data."""
-    before, now = deciding(network_settings(workdir)), deciding(settings)
+    before = deciding(network_settings(workdir).with_absolute_paths())
+    now = deciding(settings)
     others = [name for name in now if before[name] != now[name]]
     if others:
         name = others[0]
