@@ -20,6 +20,7 @@ from absl import flags
 from sppnet_jax import cli
 from sppnet_jax.detection.detector_settings import DetectorSettings, detector_settings
 from sppnet_jax.run import run_folder
+from sppnet_jax.run.files import check_can_write, check_folder
 from sppnet_jax.training.network_settings import (
     NetworkSettings,
     network_settings,
@@ -60,6 +61,10 @@ def main(argv: Sequence[str]) -> None:
         raise cli.UsageError(f"{out} is a folder: give --out=FILE{_SUFFIXES[kind]}")
     if kind == "stablehlo" and out.is_file():
         raise cli.UsageError(f"{out} is a file: give --out=FOLDER")
+    if kind == "stablehlo":
+        check_folder(out)
+    else:
+        check_can_write(out)
     if "proposals" in flags.FLAGS.config:
         told = _export_detector(kind, out)
     else:
