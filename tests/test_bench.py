@@ -173,7 +173,7 @@ def test_a_folder_that_cannot_be_made_is_refused_before_anything_runs(
     monkeypatch.setattr(sys, "argv", ["bench", "windows", f"--out={out}"])
     with pytest.raises(SystemExit, match="2"):
         command.main()
-    assert "argument --out: it can't be made" in capsys.readouterr().err
+    assert "folder can't be written: Not a directory" in capsys.readouterr().err
 
 
 def test_flops_are_two_for_each_product_and_nothing_runs():

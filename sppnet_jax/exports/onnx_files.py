@@ -23,7 +23,7 @@ from onnx import helper
 
 from sppnet_jax.detection.box_layer import BOX, SPREAD
 from sppnet_jax.detection.box_regression import MAX_LOG_RATIO
-from sppnet_jax.detection.detector import Suppression
+from sppnet_jax.detection.detector import LEAST_SIDE, Suppression
 from sppnet_jax.detection.hard_negatives import NEVER
 from sppnet_jax.detection.trained_detector import Detector
 from sppnet_jax.exports.onnx_layers import (
@@ -329,7 +329,17 @@ def _add_suppression(graph: Graph, settings: Suppression) -> None:
     """`detector.suppress` as outputs: each class by itself, as a batch of ONNX's."""
     boxes = graph.add("Transpose", "moved", perm=[1, 0, 2])  # [classes, N, 4]
     one = graph.constant(np.array([1], np.int64))
-    scores = graph.add("Unsqueeze", graph.add("Transpose", "scores", perm=[1, 0]), one)
+    # Boxes that were moved out of the image are not there.
+    sides = [
+        graph.add("Gather", "moved", graph.constant(np.array(ends, np.int64)), axis=2)
+        for ends in ((2, 3), (0, 1))
+    ]
+    two = graph.constant(np.array([2], np.int64))
+    least = graph.add("ReduceMin", graph.add("Sub", *sides), two, keepdims=0)
+    whole = graph.add("GreaterOrEqual", least, graph.constant(np.float32(LEAST_SIDE)))
+    never = graph.constant(np.float32(NEVER))
+    there = graph.add("Where", whole, "scores", never)
+    scores = graph.add("Unsqueeze", graph.add("Transpose", there, perm=[1, 0]), one)
     limits = (
         np.array([settings.max_per_class], np.int64),
         np.array([settings.nms], np.float32),
