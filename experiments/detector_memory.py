@@ -30,6 +30,7 @@ from experiments.setting import messages_alone
 from sppnet_jax.benchmarks.report import (
     Measurements,
     Report,
+    draw_bars,
     show,
     timing_of,
     timing_parser,
@@ -205,15 +206,20 @@ def _peak() -> float:
 
 
 def plot(rows: Sequence[Measurements]) -> Figure:
-    """The peak up to the end of each step, over the number of images."""
-    figure = Figure(figsize=(7, 4), layout="constrained")
+    """The peak up to the end of each step, for each number of images."""
+    figure = Figure(figsize=(7, 3.6), layout="constrained")
     axes = figure.subplots()
-    images = [row["images"] for row in rows]
-    steps = [name for name in rows[0] if name.endswith(", GB")]
-    for name in steps[1:]:  # the first is that of all of them
-        axes.plot(images, [row[name] for row in rows], "o-", label=name[:-4])
-    axes.axhline(LIMIT, color="0.6", ls="--", label="what it may take")
-    axes.set(xlabel="training images", ylabel="peak memory, GB", ylim=(0, None))
+    steps = [name for name in rows[0] if name.endswith(", GB")][1:]  # not of them all
+    draw_bars(
+        axes,
+        [
+            (f"{row['images']:,} images", name.removesuffix(", GB"), row[name])
+            for name in steps
+            for row in rows
+        ],
+    )
+    axes.axvline(LIMIT, color="0.6", ls="--", label="what it may take")
+    axes.set_xlabel("peak memory, GB")
     axes.legend(fontsize=8, frameon=False)
     return figure
 

@@ -426,4 +426,4 @@ def test_the_memory_of_a_training_is_measured_once_step_by_step(tmp_path, monkey
     monkeypatch.setattr(detector_memory.subprocess, "run", None)
     report = detector_memory.measure([4], 40, tmp_path)
     assert list(report.rows) == [row]
-    assert len(report.plot(report.rows).axes[0].lines) == len(steps)  # and the limit
+    assert len(report.plot(report.rows).axes[0].patches) == len(steps) - 1
