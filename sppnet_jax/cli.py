@@ -23,7 +23,7 @@ from tqdm import tqdm
 from sppnet_jax.data.sources import FOLDERS
 from sppnet_jax.run import caches, parallel
 from sppnet_jax.run.files import check_can_write
-from sppnet_jax.run.interrupt import Interrupted
+from sppnet_jax.run.interrupt import Interrupted, stop_at_signals
 from sppnet_jax.run.photo_results import check_suffix
 from sppnet_jax.run.settings import MOVED, fields_of, plain, read, unknown_field
 from sppnet_jax.run.shares import Share, check_share, cluster_share
@@ -115,6 +115,7 @@ def run(
             log.warning(
                 "%s is given %d times: the last counts", name, names.count(name)
             )
+        stop_at_signals()
         try:
             main(argv[1:])
         except Interrupted as error:  # by all processes, that have saved
@@ -167,8 +168,8 @@ def run(
                 "--config.model.weights"
             )
         elif saved and "config" not in given and "workdir" in given:
-            workdir = Path(given["workdir"].split(",")[0]).expanduser()
-            config = ConfigDict(plain(saved(workdir)))
+            workdirs = _workdirs(given["workdir"]) or [Path()]
+            config = ConfigDict(plain(saved(workdirs[0])))
             config_flags.DEFINE_config_dict("config", config, _CONFIG_HELP)
         else:
             path = given.get("config", "").partition(":")[0]
@@ -303,7 +304,14 @@ def given_network(settings: NetworkSettings) -> "Network":
 
 def given_workdirs() -> list[Path]:
     """The folders of several runs, written with commas between them."""
-    names = [name.strip() for name in str(given_workdir()).split(",")]
+    return _workdirs(str(given_workdir()))
+
+
+def _workdirs(given: str) -> list[Path]:
+    whole = Path(given).expanduser()
+    if whole.exists():  # its name may have a comma
+        return [whole]
+    names = [name.strip() for name in given.split(",")]
     return [Path(name).expanduser() for name in names if name]
 
 

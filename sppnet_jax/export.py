@@ -61,10 +61,18 @@ def main(argv: Sequence[str]) -> None:
         raise cli.UsageError(f"{out} is a folder: give --out=FILE{_SUFFIXES[kind]}")
     if kind == "stablehlo" and out.is_file():
         raise cli.UsageError(f"{out} is a file: give --out=FOLDER")
+    of_others = {
+        "onnx": (_PLATFORMS, _BUCKETS),
+        "stablehlo": (_PIXELS, _SUPPRESSED),
+        "safetensors": (_PIXELS, _SUPPRESSED, _PLATFORMS, _BUCKETS),
+    }
+    for flag in of_others[kind]:
+        if flag.present:
+            raise cli.UsageError(f"--{flag.name} is not of --format={kind}")
     if kind == "stablehlo":
         check_folder(out)
     else:
-        check_can_write(out)
+        check_can_write(out, (_SUFFIXES[kind],))
     if "proposals" in flags.FLAGS.config:
         told = _export_detector(kind, out)
     else:
@@ -117,7 +125,7 @@ def _export_network(kind: str, out: Path) -> str:
 
 def _size(given: str) -> tuple[int, int]:
     height, cross, width = given.partition("x")
-    if not (cross and height.isdecimal() and width.isdecimal()):
+    if not (cross and (height + width).isdecimal() and given.isascii()):
         raise cli.UsageError(f"--buckets takes sizes such as 256x345, got {given!r}")
     return int(height), int(width)
 

@@ -58,6 +58,11 @@ def main(argv: Sequence[str]) -> None:
     picture = Path(_PICTURE.value).expanduser() if _PICTURE.value else None
     if picture:
         check_can_write(picture, (".png", ".jpg", ".jpeg"))
+        there = [photo for photo in photos if picture.exists() and Path(photo).exists()]
+        if any(picture.samefile(photo) for photo in there):
+            raise cli.UsageError(
+                f"--picture={picture} is one of the photographs: give another file"
+            )
     network = cli.given_network(settings)
     if not network.class_names:
         raise ValueError(

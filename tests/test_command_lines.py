@@ -19,7 +19,13 @@ from configs import digits, folder, imagenet
 from sppnet_jax.run.settings import read
 from sppnet_jax.training.network_settings import NetworkSettings
 from tests.conftest import REPOSITORY, SMALL
-from tests.data_helpers import encode, picture, write_class_folders
+from tests.data_helpers import (
+    encode,
+    picture,
+    write_class_folders,
+    write_images,
+    write_two_colors,
+)
 from tests.mock_imagenet import prepare_mock_imagenet
 from tests.processes import Started, run_command
 
@@ -609,3 +615,71 @@ def test_a_damaged_program_in_the_cache_is_compiled_anew(tmp_path):
     for path in (tmp_path / "sppnet_jax" / "jax").iterdir():
         path.write_bytes(path.read_bytes()[:100])
     assert "Error reading persistent" in start_a_program(tmp_path).stderr
+
+
+def test_a_run_s_folder_in_that_of_its_images_is_refused(command_line, tmp_path):
+    write_two_colors(tmp_path / "photos", 40, 48)
+    error = fails(
+        command_line,
+        "--config=configs/folder.py",
+        f"--config.data.root={tmp_path / 'photos'}",
+        f"--workdir={tmp_path / 'photos' / 'run'}",
+        *SMALL,
+    )
+    assert "lies in that of the images" in error
+    assert not (tmp_path / "photos/run").exists()
+
+
+def test_nothing_that_a_command_reads_is_written_over(
+    command_line, digits_run, tmp_path
+):
+    write_images(tmp_path, "photo.png")
+    photo, config = tmp_path / "photo.png", digits_run / "config.json"
+    before = photo.read_bytes(), config.read_bytes()
+    run = f"--workdir={digits_run}"
+    given = [run, f"--picture={photo}", photo]
+    assert "is one of the photo" in fails(command_line, *given, command="predict")
+    given = [run, f"--output={config}"]
+    assert "give a file .npz" in fails(command_line, *given, command="features")
+    given = [run, f"--out={config}", "--format=onnx"]
+    assert "give a file .onnx" in fails(command_line, *given, command="export")
+    assert (photo.read_bytes(), config.read_bytes()) == before
+
+
+@pytest.mark.parametrize(
+    ("command", "argument"),
+    [("features", "--side=10000000"), ("evaluate", "--scales=99999999999999999999")],
+)
+def test_a_side_that_no_image_can_have_is_no_broken_image(
+    command, argument, command_line, digits_run
+):
+    error = fails(
+        command_line,
+        f"--workdir={digits_run}",
+        "--config.data.test_split=test[:3]",
+        argument,
+        command=command,
+    )
+    assert "pixels are not made: give 1 to 8,191" in error
+
+
+def test_a_workdir_may_have_a_comma(command_line, digits_run, tmp_path):
+    write_images(tmp_path, "photo.png")
+    (tmp_path / "a,b").symlink_to(digits_run)
+    command_line("predict", f"--workdir={tmp_path / 'a,b'}", tmp_path / "photo.png")
+
+
+def test_sigterm_ends_any_command_with_a_sentence(digits_run, tmp_path):
+    write_images(tmp_path, *(f"{number}.png" for number in range(300)))
+    arguments = [
+        f"--workdir={digits_run}",
+        f"--out={tmp_path}/found.csv",
+        f"{tmp_path}",
+    ]
+    process = Started(run_command, "sppnet_jax.predict", arguments)
+    process.wait_until(lambda: process.printed().count("\n") > 3)
+    process.send(signal.SIGTERM)
+    ended = process.end()
+    assert ended.returncode == 1, ended.stderr
+    assert "interrupted" in ended.stderr
+    assert "Traceback" not in ended.stderr

@@ -16,7 +16,12 @@ from sppnet_jax.classification.image_scores import score_images
 from sppnet_jax.classification.svm import LinearSVMs
 from sppnet_jax.data.images import resize_shorter_side, resize_whole
 from sppnet_jax.detection.box_regression import BoxRegressors
-from sppnet_jax.detection.detector import score_boxes, scoring_head, suppress
+from sppnet_jax.detection.detector import (
+    Suppression,
+    score_boxes,
+    scoring_head,
+    suppress,
+)
 from sppnet_jax.detection.detector_settings import DetectorSettings
 from sppnet_jax.detection.low_rank import truncate_fc
 from sppnet_jax.detection.split_features import image_features
@@ -269,6 +274,7 @@ def make_detector(kind, reducer="max", rule="paper"):
         network="resnet18",
         scales=(40,),
         rule=rule,
+        test=Suppression(vote=0.5 if kind in ("pyramid", "softmax") else 0.0),
         scorer="softmax" if kind == "softmax" else "svm",
         system="end_to_end" if kind == "softmax" else "spp",
         layer="fc7" if kind == "low rank" else "pyramid",
@@ -344,6 +350,50 @@ def test_a_detector_scores_moves_and_suppresses_boxes_as_here(
         np.testing.assert_allclose(
             found["detections"][order], kept.boxes[ours], atol=0.1
         )
+
+
+def test_odd_boxes_are_no_detections_and_none_is_enough(tiny_trunk, tmp_path):
+    model = detector_to_onnx(make_detector("pyramid"), suppressed=True)
+    session = session_of(save_onnx(model, tmp_path / "detector.onnx"))
+    names = [one.name for one in session.get_outputs()]
+    (image,) = pictures(1, 40, 53)
+
+    def detect(*boxes):
+        given = np.array(boxes, np.float32).reshape(-1, 4)
+        found = session.run(None, {"image": image, "boxes": given})
+        return dict(zip(names, found, strict=True))
+
+    nothing = detect()
+    assert nothing["scores"].shape == (0, 3)
+    assert nothing["detections"].shape == (0, 4)
+    odd = [(-50, -50, -10, -10), (10, 10, 10, 10), (20, 30, 20, 40)]
+    odd += [(0, 0, np.inf, np.inf), (np.nan, 0, 10, 10)]
+    for box in odd:
+        assert not len(detect(box)["detections"]), box
+    both, alone = detect(*odd, (2, 3, 30, 40)), detect((2, 3, 30, 40))
+    assert len(both["detections"]) == len(alone["detections"]) > 0
+    assert np.isfinite(both["detections"]).all()
+
+
+def test_no_image_is_a_batch_too(shallow_zf5, tmp_path):
+    network = make_network("zf5", (3, 1), width=0.05)
+    session = session_of(save_onnx(network_to_onnx(network), tmp_path / "net.onnx"))
+    (found,) = session.run(["logits"], {"images": pictures(0, 64, 70)})
+    assert found.shape == (0, 5)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"platforms": ["cudaa"]}, "cpu, cuda, tpu, one or several; got cudaa"),
+        ({"platforms": []}, "one or several; got none"),
+        ({"buckets": [(48, 99_999_999)]}, "larger than any image"),
+    ],
+)
+def test_what_can_t_be_exported_is_refused(folder, tmp_path, options, message):
+    with pytest.raises(ValueError, match=message):
+        export_stablehlo(folder[0], tmp_path / "new", **options)
+    assert not (tmp_path / "new").exists()
 
 
 def test_a_detector_of_warped_windows_is_refused():

@@ -152,6 +152,19 @@ def test_other_files_or_labels_are_other_data(tmp_path, change):
     assert digest_of(tmp_path, "test") == test
 
 
+@pytest.mark.parametrize("names", [("cat", "dog"), ("cat/1.bmp", "cat/2.bmp")])
+def test_files_of_one_size_are_told_apart(tmp_path, names):
+    """Uncompressed images of one shape have as many bytes."""
+    for number, place in enumerate(("cat/1", "cat/2", "dog/1", "dog/2")):
+        path = tmp_path / "train" / f"{place}.bmp"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(encode(picture(24, 32, number), ".bmp"))
+    write_class_folders(tmp_path / "test", 1)
+    before = digest_of(tmp_path, "train")
+    exchange(*(tmp_path / "train" / name for name in names))
+    assert digest_of(tmp_path, "train") != before
+
+
 def test_other_images_held_out_are_other_data(tmp_path):
     """A new image is trained on, and moves another into the test split or out of it."""
     write_class_folders(tmp_path, 9)

@@ -1,6 +1,7 @@
 """Folders and patterns of photographs, and the files that results are written to."""
 
 import csv
+import errno
 import json
 import os
 import re
@@ -137,6 +138,48 @@ def test_results_on_a_full_disk_name_their_file(suffix, tmp_path):
 
     with pytest.raises(OSError, match=f"full{suffix} can't be written: No space"):
         write_one()
+
+
+@pytest.mark.parametrize("suffix", [".json", ".csv"])
+def test_what_fits_on_a_disk_that_fills_up_is_whole(suffix, tmp_path, monkeypatch):
+    path, room = tmp_path / f"found{suffix}", 300
+    pwrite = os.pwrite
+
+    def write(file, data, place):
+        if place + len(data) > room:
+            data = data[: max(0, room - place)]  # as much as fits, then an error
+        if not data:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return pwrite(file, data, place)
+
+    def write_many():
+        nonlocal done
+        with photo_results(path, COLUMNS) as write_one:
+            for _ in range(40):
+                write_one(FOUND)
+                done += 1
+
+    monkeypatch.setattr(os, "pwrite", write)
+    done = 0
+    with pytest.raises(OSError, match="can't be written: No space"):
+        write_many()
+    assert done > 2
+    if suffix == ".json":
+        assert json.loads(path.read_text()) == [FOUND] * done
+    else:
+        assert path.read_text().splitlines()[1:] == ["a.jpg,9,7,,,"] * done
+
+
+def test_two_processes_do_not_write_one_file(tmp_path):
+    path = tmp_path / "found.json"
+    with photo_results(path, COLUMNS) as write:
+        write(FOUND)
+        with (
+            pytest.raises(OSError, match="is being written by another process"),
+            photo_results(path, COLUMNS),
+        ):
+            pass
+        assert json.loads(path.read_text()) == [FOUND]
 
 
 def test_results_are_written_to_known_formats_or_nowhere():

@@ -1,10 +1,12 @@
 """The pictures of a run."""
 
+import json
+
 import cv2
 import pytest
 
 from sppnet_jax.classification import pictures as plots
-from sppnet_jax.run.metrics import MetricsLog
+from sppnet_jax.run.metrics import MetricsLog, read_metrics
 from sppnet_jax.run.run_folder import save_config
 from sppnet_jax.training import curves
 from sppnet_jax.training.curves import _views, plot_training
@@ -57,3 +59,12 @@ def test_thousands_of_predictions_are_a_picture_of_the_first(tmp_path):
     shown = [plots.Prediction(picture(8, 8), "$_|" * 77, 0.5, "猫" * 76)] * 2000
     drawn = cv2.imread(str(plots.plot_predictions(shown, tmp_path / "drawn.png")))
     assert max(drawn.shape) < 3000
+
+
+def test_a_damaged_line_of_metrics_loses_no_other(tmp_path, caplog):
+    rows = [{"split": "train", "step": step, "loss": 1.0} for step in range(1, 6)]
+    lines = [json.dumps(row) for row in rows]
+    lines[2] = '{"split": "tra'
+    (tmp_path / "metrics.jsonl").write_text("\n".join(lines) + '\n{"spl')
+    assert read_metrics(tmp_path) == [row for row in rows if row["step"] != 3]
+    assert "2 damaged lines are left out" in caplog.text

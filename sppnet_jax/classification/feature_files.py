@@ -80,7 +80,7 @@ def write_features(
         output = (workdir or Path()) / name
     check_request(network.model, layer=layer, side=side, mode=mode)
     try:
-        check_can_write(output)
+        check_can_write(output, (".npz",))
     except OSError as error:
         raise ValueError(
             f"{error}: give --output=FILE.npz in a folder that you can write to"
@@ -119,6 +119,11 @@ def write_features(
             return output, {}
         features = label_rows(found[0], found[1], source)
         remove_all_but(folder)
+    if not len(features.values):
+        raise ValueError(
+            f"split {split!r} of {source.name!r} has no image to extract features of: "
+            "every image is broken"
+        )
     provenance = {
         "workdir": str(workdir.absolute()) if workdir else "",
         "trunk": settings.model.backbone,

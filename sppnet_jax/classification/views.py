@@ -14,7 +14,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
-from sppnet_jax.data.images import CENTER_AND_CORNERS, POSITIONS, crop_corner
+from sppnet_jax.data.images import (
+    CENTER_AND_CORNERS,
+    POSITIONS,
+    check_side,
+    crop_corner,
+)
 from sppnet_jax.pyramid.geometry import Geometry, boxes_to_windows
 
 NAMES = (
@@ -77,6 +82,8 @@ def named_protocol(
         if multiple:
             scales = tuple(round(view * side / _PAPER_VIEW) for side in _PAPER_SCALES)
     scales = tuple(sorted(set(scales)))
+    for scale in scales:
+        check_side(scale)
     own_positions = tuple(positions)
     if not positions:
         ten = CENTER_AND_CORNERS if name.startswith("ten_view") else ("center",)

@@ -4,6 +4,7 @@ Their files are read where they lie: nothing is copied, and nothing is kept.
 """
 
 import codecs
+import contextlib
 import errno
 import functools
 import hashlib
@@ -11,6 +12,7 @@ import logging
 import os
 import re
 import unicodedata
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -20,6 +22,7 @@ from sppnet_jax.data.sources import Record, split_spans
 
 log = logging.getLogger(__name__)
 
+_SAMPLED = 4096  # bytes, three times, of files that share their size
 IMAGE_SUFFIXES = (
     *(".jpg", ".jpeg", ".jfif", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff"),
 )
@@ -110,15 +113,33 @@ def read_split(
 def digest(root: Path, files: Iterable[tuple[str, str]]) -> str:
     """A hash of files' paths below a root, their sizes, and what is said of each.
 
+    Of files that share their size with another, as uncompressed images do, some of
+    their bytes as well.
+
     `files`: for each file its path, and the text, such as its class.
 
     Returns: 32 hexadecimal digits.
     """
-    found = hashlib.sha256()
-    for path, text in files:
-        size = os.stat(root / path).st_size
+    files = list(files)
+    sizes = [os.stat(root / path).st_size for path, _ in files]
+    times, found = Counter(sizes), hashlib.sha256()
+    for (path, text), size in zip(files, sizes, strict=True):
         found.update(f"{printable(path)}\0{size}\0{text}\n".encode())
+        if times[size] > 1:
+            found.update(_sample(root / path, size))
     return found.hexdigest()[:32]
+
+
+def _sample(path: Path, size: int) -> bytes:
+    """The first, the middle and the last bytes of a file; b"" of one that is none."""
+    if not path.is_file():  # a pipe would wait for its writer
+        return b""
+    parts = []
+    with contextlib.suppress(OSError), path.open("rb", buffering=0) as file:
+        for start in (0, (size - _SAMPLED) // 2, size - _SAMPLED):
+            file.seek(max(0, start))
+            parts.append(file.read(_SAMPLED))
+    return b"".join(parts)
 
 
 @functools.cache

@@ -78,6 +78,15 @@ def resize_whole(image: np.ndarray, side: int, max_aspect: float) -> np.ndarray:
     return _resize(image, *whole_size(height, width, side, max_aspect))
 
 
+def check_side(side: int) -> None:
+    """Raises ValueError for a shorter side that images of 4:1 can't have, in pixels."""
+    if not 1 <= side <= _LONGEST_SIDE // 4:
+        raise ValueError(
+            f"images at a shorter side of {side:,} pixels are not made: give 1 to "
+            f"{_LONGEST_SIDE // 4:,}"
+        )
+
+
 def check_image(image: np.ndarray) -> None:
     """Raises ValueError for an array that is no image, uint8 [height, width, 3]."""
     shape = list(np.shape(image))

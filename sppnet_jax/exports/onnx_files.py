@@ -23,7 +23,7 @@ from onnx import helper
 
 from sppnet_jax.detection.box_layer import BOX, SPREAD
 from sppnet_jax.detection.box_regression import MAX_LOG_RATIO
-from sppnet_jax.detection.detector import LEAST_SIDE, Suppression
+from sppnet_jax.detection.detector import LEAST_SIDE, VOTE_SOFTNESS, Suppression
 from sppnet_jax.detection.hard_negatives import NEVER
 from sppnet_jax.detection.trained_detector import Detector
 from sppnet_jax.exports.onnx_layers import (
@@ -127,6 +127,7 @@ def detector_to_onnx(
             "scorer": settings.scorer,
             "nms": settings.test.nms,
             "max_per_class": settings.test.max_per_class,
+            "vote": settings.test.vote,
             **_described(network),
         },
     )
@@ -153,6 +154,7 @@ def _described(network: Network) -> dict[str, Any]:
     return {
         "backbone": network.settings["model"]["backbone"],
         "levels": list(network.model.levels or ()),
+        "least_side": network.geometry.min_image_size,
         "pixels": "RGB, 0 to 255; normalised inside",
         "version": own_version(),
     }
@@ -327,7 +329,6 @@ def _add_moved(graph: Graph, deltas: str, classes: int) -> None:
 
 def _add_suppression(graph: Graph, settings: Suppression) -> None:
     """`detector.suppress` as outputs: each class by itself, as a batch of ONNX's."""
-    boxes = graph.add("Transpose", "moved", perm=[1, 0, 2])  # [classes, N, 4]
     one = graph.constant(np.array([1], np.int64))
     # Boxes that were moved out of the image are not there.
     sides = [
@@ -337,8 +338,11 @@ def _add_suppression(graph: Graph, settings: Suppression) -> None:
     two = graph.constant(np.array([2], np.int64))
     least = graph.add("ReduceMin", graph.add("Sub", *sides), two, keepdims=0)
     whole = graph.add("GreaterOrEqual", least, graph.constant(np.float32(LEAST_SIDE)))
-    never = graph.constant(np.float32(NEVER))
-    there = graph.add("Where", whole, "scores", never)
+    there = graph.add("Where", whole, "scores", graph.constant(np.float32(NEVER)))
+    inside = graph.add(
+        "Where", graph.add("Unsqueeze", whole, two), "moved", _zero(graph)
+    )
+    boxes = graph.add("Transpose", inside, perm=[1, 0, 2])  # [classes, N, 4]
     scores = graph.add("Unsqueeze", graph.add("Transpose", there, perm=[1, 0]), one)
     limits = (
         np.array([settings.max_per_class], np.int64),
@@ -351,8 +355,54 @@ def _add_suppression(graph: Graph, settings: Suppression) -> None:
     )
     columns = graph.constant(np.array([0, 2], np.int64))
     which = graph.add("Gather", kept, columns, axis=1)  # class, box
-    graph.add("GatherND", boxes, which, name="detections")
     flat = graph.add("Squeeze", scores, one)
     graph.add("GatherND", flat, which, name="confidences")
     first = graph.constant(np.array(0, np.int64))
-    graph.add("Gather", kept, first, axis=1, name="labels")
+    labels = graph.add("Gather", kept, first, axis=1, name="labels")
+    left = graph.add("GatherND", boxes, which)
+    if settings.vote:
+        left = _add_vote(graph, left, boxes, flat, labels, settings.vote)
+    _name(graph, left, "detections")
+
+
+def _add_vote(
+    graph: Graph, left: str, boxes: str, scores: str, labels: str, overlap: float
+) -> str:
+    """`detector.vote`: each becomes the mean of its class's boxes that overlap it.
+
+    `left`: [K, 4], of the classes `labels`. `boxes`, `scores`: [classes, N, 4] and
+    [classes, N], all there are.
+    """
+    one, two = (graph.constant(np.array([n], np.int64)) for n in (1, 2))
+    own = graph.add("Gather", boxes, labels, axis=0)  # [K, N, 4]
+    places = graph.add("Unsqueeze", left, one)  # [K, 1, 4]
+
+    def corners(array: str, columns: Sequence[int]) -> str:
+        return graph.add(
+            "Gather", array, graph.constant(np.array(columns, np.int64)), axis=2
+        )
+
+    def area(array: str) -> str:
+        sides = graph.add("Sub", corners(array, (2, 3)), corners(array, (0, 1)))
+        return graph.add("ReduceProd", sides, two, keepdims=0)
+
+    starts = graph.add("Max", corners(own, (0, 1)), corners(places, (0, 1)))
+    stops = graph.add("Min", corners(own, (2, 3)), corners(places, (2, 3)))
+    sides = graph.add("Max", graph.add("Sub", stops, starts), _zero(graph))
+    shared = graph.add("ReduceProd", sides, two, keepdims=0)
+    union = graph.add("Sub", graph.add("Add", area(own), area(places)), shared)
+    # Without a division, which has no answer where both have no area.
+    least = graph.add("Mul", union, graph.constant(np.float32(overlap)))
+    some = graph.add("Greater", shared, _zero(graph))
+    counted = graph.add("And", some, graph.add("GreaterOrEqual", shared, least))
+    rows = graph.add("Gather", scores, labels, axis=0)  # [K, N]
+    softness = graph.constant(np.float32(VOTE_SOFTNESS))
+    logits = graph.add("Div", rows, softness)
+    nothing = graph.constant(np.float32(-1e30))
+    weights = graph.add("Softmax", graph.add("Where", counted, logits, nothing), axis=1)
+    mean = graph.add("MatMul", graph.add("Unsqueeze", weights, one), own)
+    return graph.add("Squeeze", mean, one)
+
+
+def _zero(graph: Graph) -> str:
+    return graph.constant(np.float32(0))

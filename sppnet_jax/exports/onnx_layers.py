@@ -263,12 +263,11 @@ def add_pyramid(
 def _as_vectors(graph: Graph, pooled: str) -> str:
     """[N, C, rows, columns] as vectors, bin after bin."""
     last = graph.add("Transpose", pooled, perm=[0, 2, 3, 1])
-    return graph.add("Reshape", last, graph.constant(np.array([0, -1], np.int64)))
+    return graph.add("Flatten", last, axis=1)
 
 
 def _add_regions(graph: Graph, maps: str, windows: str) -> str:
     """What MaxRoiPool takes: (image, left, top, right, bottom), ends included."""
-    one = graph.constant(np.array([1], np.int64))
     if windows:
         columns = graph.constant(np.array([1, 0, 3, 2], np.int64))
         swapped = graph.add("Gather", windows, columns, axis=1)
@@ -289,6 +288,7 @@ def _add_regions(graph: Graph, maps: str, windows: str) -> str:
             ),
         )
         return graph.cast(graph.add("Concat", images, inside, axis=1), np.float32)
+    one = graph.constant(np.array([1], np.int64))
     count = graph.size(maps, 0)
     zero = graph.constant(np.array([0], np.int64))
     right = graph.add("Sub", graph.size(maps, 3), one)

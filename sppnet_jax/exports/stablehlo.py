@@ -25,6 +25,7 @@ from sppnet_jax.network.weight_files import write_tensors
 from sppnet_jax.run.files import own_version, whole_file, write_text
 
 PLATFORMS = ("cpu", "cuda", "tpu")
+_LARGEST = 2**15
 
 
 def export_stablehlo(
@@ -42,9 +43,23 @@ def export_stablehlo(
     Raises: ValueError for a bucket that is too small for the network.
     """
     folder, side = Path(folder).expanduser(), network.resize_side
+    unknown = sorted(set(platforms) - set(PLATFORMS))
+    if unknown or not platforms:
+        raise ValueError(
+            f"programs are exported for {', '.join(PLATFORMS)}, one or several; got "
+            f"{', '.join(unknown) or 'none'}"
+        )
+    platforms = tuple(dict.fromkeys(platforms))
     crop_side = network.model.image_size if network.model.levels is None else 0
-    buckets = [(crop_side, crop_side)] if crop_side else buckets or photo_buckets(side)
+    buckets = tuple(dict.fromkeys(buckets)) or photo_buckets(side)
+    if crop_side:
+        buckets = ((crop_side, crop_side),)
     for bucket in buckets:
+        if max(bucket) > _LARGEST:
+            raise ValueError(
+                f"the bucket {bucket[0]}×{bucket[1]} is larger than any image: give "
+                f"sides of {_LARGEST:,} pixels at most"
+            )
         if min(bucket) < side and not crop_side:
             raise ValueError(
                 f"the bucket {bucket[0]}×{bucket[1]} holds no image whose shorter side "

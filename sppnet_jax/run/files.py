@@ -63,7 +63,7 @@ def check_can_write(path: Path, suffixes: Sequence[str] = ()) -> None:
 
     Makes its folder. `suffixes`: ValueError for a name with none of these.
     """
-    if suffixes and path.suffix.lower() not in suffixes:
+    if suffixes and path.suffix.lower() not in suffixes and not path.is_dir():
         raise ValueError(
             f"can't write {str(path)!r}: give a file {' or '.join(suffixes)}"
         )

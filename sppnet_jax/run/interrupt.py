@@ -4,6 +4,7 @@ import contextlib
 import logging
 import os
 import signal
+import threading
 from typing import Any
 
 import jax
@@ -14,6 +15,29 @@ log = logging.getLogger(__name__)
 
 class Interrupted(KeyboardInterrupt):
     """Ctrl-C or SIGTERM stopped some work; what was done is saved, and can go on."""
+
+
+# Ctrl-C, what a system sends before it ends a process, and a terminal that was closed.
+_NUMBERS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+def stop_at_signals() -> None:
+    """From here on these end a command as Ctrl-C does, by a KeyboardInterrupt.
+
+    One that is ignored, as by `nohup`, stays so.
+    """
+    with contextlib.suppress(ValueError):  # only the main thread may set handlers
+        for number in _NUMBERS:
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                signal.signal(number, _raise)
+
+
+def _raise(number: int, frame: Any) -> None:
+    if frame is not None and frame.f_code.co_name == "_xla_gc_callback":
+        # JAX's, in which Python would print the exception and go on.
+        threading.Timer(0.01, os.kill, (os.getpid(), number)).start()
+        return
+    raise KeyboardInterrupt
 
 
 class Interrupt:
@@ -29,11 +53,11 @@ class Interrupt:
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> "Interrupt":
-        alone = jax.process_count() == 1
-        numbers = (signal.SIGINT, signal.SIGTERM) if alone else (signal.SIGINT,)
+        numbers = _NUMBERS if jax.process_count() == 1 else (signal.SIGINT,)
         with contextlib.suppress(ValueError):  # only the main thread may set handlers
             for number in numbers:
-                self._previous[number] = signal.signal(number, self._note)
+                if signal.getsignal(number) is not signal.SIG_IGN:
+                    self._previous[number] = signal.signal(number, self._note)
         return self
 
     def __exit__(self, *_: object) -> None:

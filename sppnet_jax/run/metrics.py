@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import json
+import logging
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +14,8 @@ if TYPE_CHECKING:
     from tensorboardX import SummaryWriter
 
 FILE = "metrics.jsonl"
+
+log = logging.getLogger(__name__)
 
 
 class MetricsLog:
@@ -69,14 +72,17 @@ class MetricsLog:
 
 
 def read_metrics(workdir: Path) -> list[dict[str, Any]]:
-    """The rows of a run's metrics.jsonl, up to a line that was cut off or damaged."""
+    """The rows of a run's metrics.jsonl, without lines that are cut off or damaged."""
     path = workdir / FILE
     rows: list[dict[str, Any]] = []
-    for line in path.read_bytes().splitlines() if path.exists() else ():
+    lines = path.read_bytes().splitlines() if path.exists() else []
+    for line in lines:
         with contextlib.suppress(ValueError):
             row = json.loads(line)
             if isinstance(row, dict) and {"split", "step"} <= set(row):
                 rows.append(row)
-                continue
-        break
+    # The last is cut where a run was killed; its step is run again.
+    if len(rows) < len(lines) - 1:
+        lost = len(lines) - len(rows)
+        log.warning("%s: %d damaged lines are left out", path, lost)
     return rows

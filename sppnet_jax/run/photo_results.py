@@ -2,12 +2,14 @@
 
 import contextlib
 import csv
+import fcntl
 import io
 import itertools
 import json
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from sppnet_jax.run.files import named
 
@@ -41,10 +43,11 @@ def photo_results(path: Path | None, columns: Sequence[str]) -> Iterator[Write]:
             check_suffix(path)
             with named(path):
                 path.parent.mkdir(parents=True, exist_ok=True)
-                file = path.open("wb")
-            stack.callback(_close, file, path)
-            as_json = path.suffix.lower() == ".json"
-            put = _json_writer(file) if as_json else _csv_writer(file, columns)
+                file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+                stack.callback(os.close, file)
+                _take(file, path)
+                as_json = path.suffix.lower() == ".json"
+                put = _json_writer(file) if as_json else _csv_writer(file, columns)
 
         def write(photo: Mapping[str, Any]) -> None:
             nonlocal count
@@ -70,34 +73,69 @@ def check_suffix(path: Path) -> None:
         )
 
 
-def _close(file: IO[bytes], path: Path) -> None:
-    with named(path):
-        file.close()
+def _take(file: int, path: Path) -> None:
+    """Empties a file that no other process writes; OSError where one does."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise OSError(
+            f"{path} is being written by another process: give another --out"
+        ) from None
+    with contextlib.suppress(OSError):  # of a device
+        os.ftruncate(file, 0)
 
 
-def _json_writer(file: IO[bytes]) -> Write:
-    file.write(b"[" + _END)
-    file.flush()
+def _appender(file: int, tail: bytes) -> Callable[[bytes], None]:
+    """Appends bytes to a file, that always ends with `tail`.
+
+    What can't be written in whole is taken back.
+    """
+    end = 0
+
+    def append(data: bytes) -> None:
+        nonlocal end
+        rest, place = memoryview(data + tail), end
+        try:
+            while rest:
+                written = os.pwrite(file, rest, place)
+                rest, place = rest[written:], place + written
+        except OSError:
+            with contextlib.suppress(OSError):
+                os.ftruncate(file, end)
+                os.pwrite(file, tail, end)
+            raise
+        end += len(data)
+
+    return append
+
+
+def _json_writer(file: int) -> Write:
+    append = _appender(file, _END)
+    append(b"[")
     parts = itertools.chain([b"\n"], itertools.repeat(b",\n"))
 
     def write(photo: Mapping[str, Any]) -> None:
-        file.seek(-len(_END), io.SEEK_END)  # each writes over the end before it
-        file.write(next(parts) + json.dumps(photo).encode() + _END)
-        file.flush()
+        append(next(parts) + json.dumps(photo).encode())
 
     return write
 
 
-def _csv_writer(file: IO[bytes], columns: Sequence[str]) -> Write:
-    text = io.TextIOWrapper(file, "utf-8", "backslashreplace", newline="")
+def _csv_writer(file: int, columns: Sequence[str]) -> Write:
+    append = _appender(file, b"")
     names = ("path", "width", "height", *columns, "error")
-    rows = csv.DictWriter(text, names, restval="")
-    rows.writeheader()
-    text.flush()
+
+    def put(rows: Sequence[Mapping[str, Any]], header: bool = False) -> None:
+        text = io.StringIO(newline="")
+        writer = csv.DictWriter(text, names, restval="")
+        if header:
+            writer.writeheader()
+        writer.writerows(rows)
+        append(text.getvalue().encode("utf-8", "backslashreplace"))
+
+    put([], header=True)
 
     def write(photo: Mapping[str, Any]) -> None:
         told = {name: photo[name] for name in photo if name != "found"}
-        rows.writerows([{**told, **one} for one in photo.get("found") or [{}]])
-        text.flush()
+        put([{**told, **one} for one in photo.get("found") or [{}]])
 
     return write

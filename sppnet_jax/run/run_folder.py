@@ -104,7 +104,7 @@ def newest_step(workdir: Path) -> int | None:
     """The step of a run's newest checkpoint; None before the first."""
     folder = workdir / CHECKPOINTS
     names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
-    return max((int(name) for name in names if name.isdigit()), default=None)
+    return max((int(name) for name in names if name.isdecimal()), default=None)
 
 
 def has_checkpoint(workdir: Path) -> bool:

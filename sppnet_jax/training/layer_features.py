@@ -21,6 +21,7 @@ from sppnet_jax.buckets.whole_images import (
 from sppnet_jax.data.batches import Batches, eval_batches, warped_batches
 from sppnet_jax.data.broken import BrokenImages
 from sppnet_jax.data.datasets import VIEWS
+from sppnet_jax.data.images import check_side
 from sppnet_jax.data.sources import Source
 from sppnet_jax.network.model import SPPNet
 from sppnet_jax.network.preprocess import Preprocessing, mirror, normalize
@@ -202,6 +203,7 @@ def check_request(model: SPPNet, *, layer: str, side: int, mode: str) -> None:
             f"features would be of no one length: choose from "
             f"{', '.join(layer_names(model, mode))}, or use the mode crop or warp"
         )
+    check_side(side)
     if mode == "crop" and side < model.image_size:
         raise ValueError(
             f"a crop of {model.image_size}×{model.image_size} pixels does not fit into "

@@ -78,6 +78,12 @@ def train_network(
             "config.model.head='none' has nothing to train: use 'fc' or 'linear'"
         )
     parallel.check_batch_size(settings.batch_size)
+    in_data = data.root and workdir.resolve().is_relative_to(Path(data.root).resolve())
+    if data.name == "image_folder" and in_data:
+        raise ValueError(
+            f"the run's folder {workdir} lies in that of the images, {data.root}, and "
+            "would be taken for a class: give another --workdir"
+        )
     source = open_split(data, "train")
     held_out = open_split(data, "validation")
     if held_out.class_names != source.class_names:
@@ -123,7 +129,11 @@ def _train(
     data = settings.data
     if parallel.is_first_process():
         run_folder.save_config(workdir, plain(settings))
-        run_folder.save_training_data(workdir, training_data(data, source))
+        told = training_data(data, source)
+        if run_folder.has_checkpoint(workdir):  # it is compared with what it began with
+            known = run_folder.load_training_data(workdir)
+            told = told._replace(held_out=known.held_out)
+        run_folder.save_training_data(workdir, told)
         _prepare_statistics(settings, source, workdir)
     parallel.wait_for_all_processes("the run's folder is prepared")
     log.info(
