@@ -56,7 +56,8 @@ class Interrupt:
         numbers = _NUMBERS if jax.process_count() == 1 else (signal.SIGINT,)
         with contextlib.suppress(ValueError):  # only the main thread may set handlers
             for number in numbers:
-                if signal.getsignal(number) is not signal.SIG_IGN:
+                ignored = signal.getsignal(number) is signal.SIG_IGN
+                if number != signal.SIGHUP or not ignored:  # as by nohup
                     self._previous[number] = signal.signal(number, self._note)
         return self
 
