@@ -14,7 +14,6 @@ the folder share the images: --process_index=I --process_count=N on each. With
 
 import logging
 import math
-import os
 import sys
 from collections import Counter
 from collections.abc import Sequence
@@ -36,8 +35,6 @@ log = logging.getLogger(__name__)
 COMMANDS = ("train", "test", "image")
 # Of what is written of a box.
 COLUMNS = ("label", "score", "ymin", "xmin", "ymax", "xmax")
-# Images that are searched before their turn: detection takes a sixth of a search.
-MOST_AHEAD = 8
 
 _SCORE = flags.DEFINE_float(
     "score",
@@ -120,13 +117,8 @@ def detect_in_files(
 
     folder = pictures or workdirs[0] / "images"
     check_folder(folder)
-    # All cores search the first image, while the detector is loaded; then each its own.
-    workers = settings.proposals.workers or os.cpu_count() or 1
-
-    def look(number: int) -> "tuple[np.ndarray, np.ndarray] | Exception":
-        return _look(paths[number], settings, 1 if number else workers)
-
-    with StepsAhead(look, len(paths), min(workers, MOST_AHEAD)) as ahead:
+    with StepsAhead(lambda n: _look(paths[n], settings), len(paths)) as ahead:
+        # The first image is searched while the detector is loaded.
         ahead.start_prefetch()
         from sppnet_jax.detection.detector_evaluation import (
             least_score,
@@ -162,7 +154,7 @@ def detect_in_files(
 
 
 def _look(
-    path: str, settings: DetectorSettings, threads: int
+    path: str, settings: DetectorSettings
 ) -> "tuple[np.ndarray, np.ndarray] | Exception":
     """An image and its proposals, or why it can't be read."""
     from sppnet_jax.data.photographs import read_image
@@ -172,7 +164,7 @@ def _look(
         image = read_image(path)
     except (OSError, ValueError) as error:
         return error
-    return image, find_boxes(image, settings.proposals, threads=threads)
+    return image, find_boxes(image, settings.proposals)
 
 
 def _tell(

@@ -1,23 +1,20 @@
-"""Batches that follow from the number of their step, loaded ahead."""
+"""Batches that follow from the number of their step, loaded one ahead."""
 
-from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 
 class StepsAhead:
-    """Batches that follow from the number of their step; the next are loaded ahead.
+    """Batches that follow from the number of their step; the next is loaded ahead.
 
-    `ahead`: how many, at the same time. The first is loaded alone.
-
-    A context manager, whose threads end with it.
+    A context manager, whose thread ends with it.
     """
 
-    def __init__(self, load: Callable[[int], Any], steps: int, ahead: int = 1) -> None:
-        self._load, self._steps, self._step, self._ahead = load, steps, 0, ahead
-        self._pool = ThreadPoolExecutor(ahead)
-        self._waiting: deque[Future[Any]] = deque()
+    def __init__(self, load: Callable[[int], Any], steps: int) -> None:
+        self._load, self._steps, self._step = load, steps, 0
+        self._pool = ThreadPoolExecutor(1)
+        self._waiting: Future[Any] | None = None
 
     def __enter__(self) -> "StepsAhead":
         return self
@@ -27,17 +24,16 @@ class StepsAhead:
 
     def __next__(self) -> Any:
         self.start_prefetch()
-        assert self._waiting, "there is no step left"
-        batch = self._waiting.popleft().result()
-        self._step += 1
-        self.start_prefetch(self._ahead)
+        assert self._waiting is not None, "there is no step left"
+        batch = self._waiting.result()
+        self._waiting, self._step = None, self._step + 1
+        self.start_prefetch()
         return batch
 
-    def start_prefetch(self, count: int = 1) -> None:
-        """Begins to load the next batches, so many in all."""
-        last = min(self._step + count, self._steps)
-        for step in range(self._step + len(self._waiting), last):
-            self._waiting.append(self._pool.submit(self._load, step))
+    def start_prefetch(self) -> None:
+        """Begins to load the next batch."""
+        if self._waiting is None and self._step < self._steps:
+            self._waiting = self._pool.submit(self._load, self._step)
 
     def get_state(self) -> dict[str, Any]:
         """The number of the next step."""
@@ -45,5 +41,4 @@ class StepsAhead:
 
     def set_state(self, state: dict[str, Any]) -> None:
         """Goes on at a step."""
-        self._step = int(state["step"])
-        self._waiting.clear()
+        self._step, self._waiting = int(state["step"]), None
