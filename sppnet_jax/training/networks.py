@@ -99,27 +99,29 @@ def train_network(
         **data.loading,
         **_this_process(),
     )
-    check_can_resume(settings, source, workdir)
+    now = training_data(data, source)
+    check_can_resume(settings, now, workdir)
     named = settings.model.weights not in ("", PRETRAINED)
     if named and not run_folder.has_checkpoint(workdir):  # which has them by then
         find_weights(settings.model.weights)
     told = {
-        f"{name} of split {one.split!r}": value
-        for one in (source, held_out)
-        for name, value in training_data(data, one)._asdict().items()
-        if name != "root"  # each process may have them in its own place
+        **{f"{k} of split {now.split!r}": v for k, v in now._asdict().items()},
+        f"records of split {held_out.split!r}": len(held_out.records),
+        f"digest of split {held_out.split!r}": held_out.digest,
+        "the newest checkpoint": run_folder.newest_step(workdir),
     }
-    told["the newest checkpoint"] = run_folder.newest_step(workdir)
+    del told[f"root of split {now.split!r}"]  # each process may have its own place
     parallel.check_alike("data, or folders of the run", told)
     first = parallel.is_first_process()
     with run_folder.locked(workdir) if first else contextlib.nullcontext():
         files.check_folder(workdir / run_folder.CHECKPOINTS)
-        return _train(settings, workdir, source, held_out, batches, features)
+        return _train(settings, workdir, now, source, held_out, batches, features)
 
 
 def _train(
     settings: NetworkSettings,
     workdir: Path,
+    now: run_folder.TrainingData,
     source: Source,
     held_out: Source,
     batches: Batches,
@@ -129,11 +131,10 @@ def _train(
     data = settings.data
     if parallel.is_first_process():
         run_folder.save_config(workdir, plain(settings))
-        told = training_data(data, source)
         if run_folder.has_checkpoint(workdir):  # it is compared with what it began with
             known = run_folder.load_training_data(workdir)
-            told = told._replace(held_out=known.held_out)
-        run_folder.save_training_data(workdir, told)
+            now = now._replace(held_out=known.held_out)
+        run_folder.save_training_data(workdir, now)
         _prepare_statistics(settings, source, workdir)
     parallel.wait_for_all_processes("the run's folder is prepared")
     log.info(
@@ -348,7 +349,9 @@ def training_data(data: ImageData, source: Source) -> run_folder.TrainingData:
     )
 
 
-def check_can_resume(settings: NetworkSettings, source: Source, workdir: Path) -> None:
+def check_can_resume(
+    settings: NetworkSettings, now: run_folder.TrainingData, workdir: Path
+) -> None:
     """Raises ValueError if a run in a folder can't go on with settings and data.
 
     Passes where there is no checkpoint yet.
@@ -358,12 +361,11 @@ def check_can_resume(settings: NetworkSettings, source: Source, workdir: Path) -
     if not run_folder.has_checkpoint(workdir):
         return
     with Checkpoints(workdir / run_folder.CHECKPOINTS) as checkpoints:
-        classes = len(source.class_names)
+        classes = len(now.class_names)
         checkpoints.check_shapes(
             param_shapes(make_model(settings.model, classes, settings.data.image_size))
         )
     known = run_folder.load_training_data(workdir)
-    now = training_data(settings.data, source)
     difference = known.difference(now)
     if difference:
         raise ValueError(

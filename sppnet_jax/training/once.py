@@ -12,7 +12,11 @@ from sppnet_jax.run.files import write_json, write_text
 from sppnet_jax.run.metrics import read_metrics
 from sppnet_jax.run.settings import fields_of
 from sppnet_jax.training.network_settings import NetworkSettings, network_settings
-from sppnet_jax.training.networks import check_can_resume, train_network
+from sppnet_jax.training.networks import (
+    check_can_resume,
+    train_network,
+    training_data,
+)
 from sppnet_jax.training.step_log import DivergedError
 
 DIVERGED, SECONDS = "diverged.txt", "seconds.json"
@@ -95,4 +99,5 @@ def _check_same(settings: NetworkSettings, workdir: Path) -> None:
             f"{workdir} was trained with other settings, {name}={before[name]!r}, not "
             f"{now[name]!r}: remove it, or use another folder"
         )
-    check_can_resume(settings, open_split(settings.data, "train"), workdir)
+    data = training_data(settings.data, open_split(settings.data, "train"))
+    check_can_resume(settings, data, workdir)
