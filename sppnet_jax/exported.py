@@ -143,10 +143,8 @@ def _read_program(path: Path, network: Exported) -> Any:
         ) from error
     if [one.shape for one in wanted] != [one.shape for one in given]:
         raise ValueError(f"the program {path} is not of the weights beside it")
-    platform = jax.default_backend()
-    if platform not in {name.replace("gpu", "cuda") for name in program.platforms} | (
-        {"gpu"} if "cuda" in program.platforms else set()
-    ):
+    platform = jax.default_backend().replace("gpu", "cuda")
+    if platform not in program.platforms:
         raise ValueError(
             f"{path} was exported for {', '.join(program.platforms)}, and JAX runs on "
             f"{platform} here: export with --platforms"

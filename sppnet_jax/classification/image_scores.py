@@ -45,7 +45,7 @@ def score_images(
     area = max(height * width for height, width in buckets)
     rows = fitting_batch(batch_size, network.model.image_size, area)
     rows = min(len(resized), rows)
-    table = BucketTable(_scores_of(network), network.params, buckets, rows)
+    table = BucketTable(scores_of(network), network.params, buckets, rows)
     found = dict(table.map(enumerate(resized)))
     return np.stack([found[number] for number in range(len(resized))])
 
@@ -57,7 +57,7 @@ def image_scorer(network: Network) -> Callable[[np.ndarray], np.ndarray]:
 
     Returns: a function from an image, uint8 [height, width, 3], to float32 [classes].
     """
-    program, params = jax.jit(_scores_of(network)), jax.device_put(network.params)
+    program, params = jax.jit(scores_of(network)), jax.device_put(network.params)
     buckets = photo_buckets(network.resize_side)
 
     def score(image: np.ndarray) -> np.ndarray:
@@ -77,7 +77,11 @@ def _resize(network: Network, image: np.ndarray) -> np.ndarray:
     return resized
 
 
-def _scores_of(network: Network) -> Callable[[Any, jax.Array, jax.Array], jax.Array]:
+def scores_of(network: Network) -> Callable[[Any, jax.Array, jax.Array], jax.Array]:
+    """The program of a bucket: (params, images, valid sizes) to softmax scores.
+
+    It takes uint8 [batch, height, width, 3] and int32 [batch, 2].
+    """
     model, preprocessing = network.model, network.preprocessing
 
     def score(params: Any, images: jax.Array, sizes: jax.Array) -> jax.Array:

@@ -92,7 +92,7 @@ def detector_to_onnx(
         )
     graph, model = Graph(), network.model
     params = jax.tree.map(np.asarray, dict(network.params))
-    batch = graph.add("Unsqueeze", "image", graph.constant(np.array([0], np.int64)))
+    batch = graph.add("Unsqueeze", "image", graph.ints(0))
     inputs = add_inputs(graph, batch, network.preprocessing)
     maps, positive = add_trunk(graph, model, params, inputs)
     windows = _add_windows(graph, network.geometry, settings.rule, "boxes", maps)
@@ -212,8 +212,7 @@ def _add_windows(
         return graph.constant(np.float64(value))
 
     def halves(axis_first: int) -> str:
-        columns = graph.constant(np.array([axis_first, axis_first + 1], np.int64))
-        return graph.add("Gather", position, columns, axis=1)
+        return graph.take(position, axis_first, axis_first + 1, axis=1)
 
     def snap(value: str) -> str:
         nearest = graph.add("Round", graph.add("Mul", value, number(2)))
@@ -226,7 +225,7 @@ def _add_windows(
     largest = graph.add(
         "ReduceMax",
         graph.add("Abs", edges),
-        graph.constant(np.array([1], np.int64)),
+        graph.ints(1),
         keepdims=1,
     )
     rounding = 4 * float(np.finfo(np.float64).eps) / geometry.stride
@@ -271,13 +270,13 @@ def _add_scores(
         seen |= named
     if svms is None:
         shares = graph.add("Softmax", logits, axis=1)
-        ends = [graph.constant(np.array([n], np.int64)) for n in (0, -1, 1)]
+        ends = [graph.ints(n) for n in (0, -1, 1)]
         scores = graph.add("Slice", shares, *ends)  # the last class is background
     else:
         matrix = graph.constant(np.asarray(svms.weights, np.float32).T, "svm.weight")
         bias = graph.constant(np.asarray(svms.biases, np.float32), "svm.bias")
         scores = graph.add("Gemm", seen[settings.layer], matrix, bias)
-    shape = graph.constant(np.array([0, len(detector.class_names), 4], np.int64))
+    shape = graph.ints(0, len(detector.class_names), 4)
     if moves_boxes:
         moves = add_fc(graph, weights["fc"], BOX, seen["fc7"])
         moves = graph.add("Reshape", moves, shape)
@@ -293,16 +292,15 @@ def _add_scores(
 
 def _add_moved(graph: Graph, deltas: str, classes: int) -> None:
     """`regress_boxes`: the output "moved" [N, classes, 4], inside the image."""
-    one = graph.constant(np.array([1], np.int64))
+    one = graph.ints(1)
     boxes = graph.add("Unsqueeze", "boxes", one)  # [N, 1, 4]
 
     def part(array: str, first: int) -> str:
-        columns = graph.constant(np.array([first, first + 1], np.int64))
-        return graph.add("Gather", array, columns, axis=2)
+        return graph.take(array, first, first + 1, axis=2)
 
     if not deltas:
         count = graph.size("boxes", 0)
-        tail = graph.constant(np.array([classes, 4], np.int64))
+        tail = graph.ints(classes, 4)
         graph.add(
             "Expand", boxes, graph.add("Concat", count, tail, axis=0), name="moved"
         )
@@ -329,13 +327,10 @@ def _add_moved(graph: Graph, deltas: str, classes: int) -> None:
 
 def _add_suppression(graph: Graph, settings: Suppression) -> None:
     """`detector.suppress` as outputs: each class by itself, as a batch of ONNX's."""
-    one = graph.constant(np.array([1], np.int64))
+    one = graph.ints(1)
     # Boxes that were moved out of the image are not there.
-    sides = [
-        graph.add("Gather", "moved", graph.constant(np.array(ends, np.int64)), axis=2)
-        for ends in ((2, 3), (0, 1))
-    ]
-    two = graph.constant(np.array([2], np.int64))
+    sides = [graph.take("moved", *ends, axis=2) for ends in ((2, 3), (0, 1))]
+    two = graph.ints(2)
     least = graph.add("ReduceMin", graph.add("Sub", *sides), two, keepdims=0)
     whole = graph.add("GreaterOrEqual", least, graph.constant(np.float32(LEAST_SIDE)))
     there = graph.add("Where", whole, "scores", graph.constant(np.float32(NEVER)))
@@ -353,8 +348,7 @@ def _add_suppression(graph: Graph, settings: Suppression) -> None:
     kept = graph.add(
         "NonMaxSuppression", boxes, scores, *(graph.constant(x) for x in limits)
     )
-    columns = graph.constant(np.array([0, 2], np.int64))
-    which = graph.add("Gather", kept, columns, axis=1)  # class, box
+    which = graph.take(kept, 0, 2, axis=1)  # class, box
     flat = graph.add("Squeeze", scores, one)
     graph.add("GatherND", flat, which, name="confidences")
     first = graph.constant(np.array(0, np.int64))
@@ -373,21 +367,19 @@ def _add_vote(
     `left`: [K, 4], of the classes `labels`. `boxes`, `scores`: [classes, N, 4] and
     [classes, N], all there are.
     """
-    one, two = (graph.constant(np.array([n], np.int64)) for n in (1, 2))
+    one, two = (graph.ints(n) for n in (1, 2))
     own = graph.add("Gather", boxes, labels, axis=0)  # [K, N, 4]
     places = graph.add("Unsqueeze", left, one)  # [K, 1, 4]
 
-    def corners(array: str, columns: Sequence[int]) -> str:
-        return graph.add(
-            "Gather", array, graph.constant(np.array(columns, np.int64)), axis=2
-        )
+    def corners(array: str, *columns: int) -> str:
+        return graph.take(array, *columns, axis=2)
 
     def area(array: str) -> str:
-        sides = graph.add("Sub", corners(array, (2, 3)), corners(array, (0, 1)))
+        sides = graph.add("Sub", corners(array, 2, 3), corners(array, 0, 1))
         return graph.add("ReduceProd", sides, two, keepdims=0)
 
-    starts = graph.add("Max", corners(own, (0, 1)), corners(places, (0, 1)))
-    stops = graph.add("Min", corners(own, (2, 3)), corners(places, (2, 3)))
+    starts = graph.add("Max", corners(own, 0, 1), corners(places, 0, 1))
+    stops = graph.add("Min", corners(own, 2, 3), corners(places, 2, 3))
     sides = graph.add("Max", graph.add("Sub", stops, starts), _zero(graph))
     shared = graph.add("ReduceProd", sides, two, keepdims=0)
     union = graph.add("Sub", graph.add("Add", area(own), area(places)), shared)

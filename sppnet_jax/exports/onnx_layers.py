@@ -55,6 +55,14 @@ class Graph:
         self.tensors.append(numpy_helper.from_array(np.asarray(value, order="C"), name))
         return name
 
+    def ints(self, *values: int) -> str:
+        """Whole numbers, int64 [n], that are part of the file; returns their name."""
+        return self.constant(np.array(values, np.int64))
+
+    def take(self, array: str, *indices: int, axis: int) -> str:
+        """Some places along an axis."""
+        return self.add("Gather", array, self.ints(*indices), axis=axis)
+
     def size(self, array: str, axis: int) -> str:
         """The length of an axis, int64 [1]."""
         return self.add("Shape", array, start=axis, end=axis + 1)
@@ -84,10 +92,8 @@ def add_inputs(graph: Graph, images: str, preprocessing: Preprocessing) -> str:
     pixels = graph.cast(images, np.float32)
     if mean.ndim == 3:
         # As `preprocess.normalize`: warped to the size of the images.
-        known = graph.constant(np.array([1, 3], np.int64))
-        sizes = graph.add(
-            "Concat", known, graph.size(images, 1), graph.size(images, 2), axis=0
-        )
+        sides = graph.size(images, 1), graph.size(images, 2)
+        sizes = graph.add("Concat", graph.ints(1, 3), *sides, axis=0)
         stored = graph.constant(mean.transpose(2, 0, 1)[None], "mean")
         warped = graph.add("Resize", stored, "", "", sizes, mode="linear", antialias=1)
         centred = graph.add(
@@ -223,7 +229,7 @@ def _add_joined(graph: Graph, maps: Sequence[str], grids: Sequence[Geometry]) ->
             place = graph.add("Mul", count, graph.constant(np.float64(scale)))
             place = graph.add("Add", place, graph.constant(np.float64(shift)))
             index = graph.cast(graph.add("Floor", place), np.int64)
-            one = graph.constant(np.array([1], np.int64))
+            one = graph.ints(1)
             last = graph.add("Sub", graph.size(found, axis), one)
             zero = graph.constant(np.int64(0))
             index = graph.add("Min", graph.add("Max", index, zero), last)
@@ -269,28 +275,15 @@ def _as_vectors(graph: Graph, pooled: str) -> str:
 def _add_regions(graph: Graph, maps: str, windows: str) -> str:
     """What MaxRoiPool takes: (image, left, top, right, bottom), ends included."""
     if windows:
-        columns = graph.constant(np.array([1, 0, 3, 2], np.int64))
-        swapped = graph.add("Gather", windows, columns, axis=1)
+        swapped = graph.take(windows, 1, 0, 3, 2, axis=1)
         ends = graph.constant(np.array([[0, 0, 1, 1]], np.int64))
         inside = graph.add("Sub", swapped, ends)
-        images = graph.add(
-            "Sub",
-            *(
-                [
-                    graph.add(
-                        "Gather",
-                        windows,
-                        graph.constant(np.array([0], np.int64)),
-                        axis=1,
-                    )
-                ]
-                * 2
-            ),
-        )
+        first = graph.take(windows, 0, axis=1)
+        images = graph.add("Sub", first, first)  # all are of image 0
         return graph.cast(graph.add("Concat", images, inside, axis=1), np.float32)
-    one = graph.constant(np.array([1], np.int64))
+    one = graph.ints(1)
     count = graph.size(maps, 0)
-    zero = graph.constant(np.array([0], np.int64))
+    zero = graph.ints(0)
     right = graph.add("Sub", graph.size(maps, 3), one)
     bottom = graph.add("Sub", graph.size(maps, 2), one)
     whole = graph.add("Concat", zero, zero, right, bottom, axis=0)
@@ -305,12 +298,7 @@ def _add_means(graph: Graph, maps: str, level: int, windows: str) -> str:
     for axis in (2, 3):
         size = graph.size(maps, axis)
         if windows:
-            ends = [
-                graph.add(
-                    "Gather", windows, graph.constant(np.array([n], np.int64)), axis=1
-                )
-                for n in (axis - 2, axis)
-            ]
+            ends = [graph.take(windows, n, axis=1) for n in (axis - 2, axis)]
             start, length = ends[0], graph.add("Sub", ends[1], ends[0])  # [N, 1]
         else:
             start, length = graph.constant(np.array([[0]], np.int64)), size
@@ -320,13 +308,13 @@ def _add_means(graph: Graph, maps: str, level: int, windows: str) -> str:
             graph.add("Mul", graph.constant(numbers), length),
             graph.constant(np.int64(level)),
         )
-        # Rounded up: the negative of what is rounded down is not in integers of ONNX.
+        # Rounded up, in integers.
         later = graph.add("Mul", graph.constant(numbers + 1), length)
         later = graph.add("Add", later, graph.constant(np.int64(level - 1)))
         last = graph.add("Div", later, graph.constant(np.int64(level)))
-        three = graph.constant(np.array([2], np.int64))
+        last_axis = graph.ints(2)
         first, last = (
-            graph.add("Unsqueeze", graph.add("Add", edge, start), three)
+            graph.add("Unsqueeze", graph.add("Add", edge, start), last_axis)
             for edge in (first, last)
         )
         cells = graph.range(size)
@@ -335,7 +323,7 @@ def _add_means(graph: Graph, maps: str, level: int, windows: str) -> str:
         count = graph.cast(graph.add("Sub", last, first), np.float32)
         shares.append(graph.add("Div", graph.cast(inside, np.float32), count))
     rows, columns = shares  # [N or 1, level, height], [N or 1, level, width]
-    one = graph.constant(np.array([1], np.int64))
+    one = graph.ints(1)
     rows, columns = (graph.add("Unsqueeze", share, one) for share in shares)
     across = graph.add("Transpose", columns, perm=[0, 1, 3, 2])
     pooled = graph.add("MatMul", graph.add("MatMul", rows, maps), across)

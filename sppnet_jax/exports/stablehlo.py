@@ -18,7 +18,7 @@ from jax import export
 from sppnet_jax import exported
 from sppnet_jax.buckets.choice import Bucket
 from sppnet_jax.buckets.whole_images import MAX_ASPECT, photo_buckets
-from sppnet_jax.network.preprocess import normalize
+from sppnet_jax.classification.image_scores import scores_of
 from sppnet_jax.network.pretrained import named_params
 from sppnet_jax.network.trained import Network
 from sppnet_jax.network.weight_files import write_tensors
@@ -70,7 +70,7 @@ def export_stablehlo(
         name: jax.ShapeDtypeStruct(tensor.shape, tensor.dtype)
         for name, tensor in tensors.items()
     }
-    program = export.export(jax.jit(_scores_of(network)), platforms=list(platforms))
+    program = export.export(jax.jit(_by_name(network)), platforms=list(platforms))
     folder.mkdir(parents=True, exist_ok=True)
     for bucket in buckets:
         made = program(
@@ -100,16 +100,15 @@ def export_stablehlo(
     return folder
 
 
-def _scores_of(network: Network) -> Callable[[Any, jax.Array, jax.Array], jax.Array]:
-    model, preprocessing = network.model, network.preprocessing
+def _by_name(network: Network) -> Callable[[Any, jax.Array, jax.Array], jax.Array]:
+    """`scores_of`, of parameters by one name each."""
+    score = scores_of(network)
 
-    def score(tensors: Any, images: jax.Array, sizes: jax.Array) -> jax.Array:
+    def score_by_name(tensors: Any, images: jax.Array, sizes: jax.Array) -> jax.Array:
         params: dict[str, dict[str, jax.Array]] = {}
         for name, tensor in tensors.items():
             layer, part = name.split(".")
             params.setdefault(layer, {})[part] = tensor
-        valid = None if model.levels is None else sizes
-        inputs = normalize(images, preprocessing, valid)
-        return jax.nn.softmax(model.apply({"params": params}, inputs, valid)[0])
+        return score(params, images, sizes)
 
-    return score
+    return score_by_name
