@@ -36,6 +36,7 @@ from experiments.runs import (
 from sppnet_jax import cli
 from sppnet_jax.detection.detector_settings import DetectorSettings
 from sppnet_jax.run import caches, run_folder
+from sppnet_jax.run.memory import keep_memory
 from sppnet_jax.run.settings import read
 from sppnet_jax.training.network_settings import NetworkSettings, network_settings
 from sppnet_jax.training.once import is_finished, train_once
@@ -226,6 +227,7 @@ def _run(
 ) -> None:
     """Runs an experiment into its folder, and shows its table."""
     options = parser.parse_args()
+    keep_memory()
     folder = Path(options.out or f"runs/experiments/{options.preset}").expanduser()
     caches.use_compilation_cache()
     with messages_alone(options.traceback, "the same command goes on from there"):

@@ -17,11 +17,13 @@ if TYPE_CHECKING:
     from sppnet_jax.pyramid.geometry import boxes_to_windows
     from sppnet_jax.pyramid.pooling import num_bins, pyramid_bins, spatial_pyramid_pool
     from sppnet_jax.pyramid.windows import window_pyramid_pool
+    from sppnet_jax.run.memory import keep_memory
 
 __all__ = [
     "backbone_geometry",
     "boxes_to_windows",
     "create_model",
+    "keep_memory",
     "load_network",
     "load_pretrained",
     "num_bins",
@@ -37,6 +39,7 @@ _LATER = {
     "backbone_geometry": "sppnet_jax.network.trunks",
     "boxes_to_windows": "sppnet_jax.pyramid.geometry",
     "create_model": "sppnet_jax.network.model",
+    "keep_memory": "sppnet_jax.run.memory",
     "load_network": "sppnet_jax.network.trained",
     "load_pretrained": "sppnet_jax.network.pretrained",
     "num_bins": "sppnet_jax.pyramid.pooling",

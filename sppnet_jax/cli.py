@@ -21,7 +21,7 @@ from ml_collections import ConfigDict, config_flags
 from tqdm import tqdm
 
 from sppnet_jax.data.sources import FOLDERS
-from sppnet_jax.run import caches, parallel
+from sppnet_jax.run import caches, memory, parallel
 from sppnet_jax.run.files import check_can_write
 from sppnet_jax.run.interrupt import Interrupted, stop_at_signals
 from sppnet_jax.run.photo_results import check_suffix
@@ -109,6 +109,7 @@ def run(
     """
 
     def guarded(argv: Sequence[str]) -> None:
+        memory.keep_memory()
         caches.use_compilation_cache()
         names = [part.partition("=")[0] for part in sys.argv if part.startswith("--")]
         for name in dict.fromkeys(n for n in names[1:] if names.count(n) > 1):

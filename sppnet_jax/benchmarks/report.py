@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import jax
 
 from sppnet_jax.run.files import check_folder, write_json
+from sppnet_jax.run.memory import keep_memory
 
 Measurements = Mapping[str, Any]
 PACKAGES = ("jax", "jaxlib", "flax", "numpy", "torch", "torchvision", "onnxruntime")
@@ -73,6 +74,7 @@ def timing_parser(
 def timing_of(parser: argparse.ArgumentParser) -> tuple[argparse.Namespace, Timing]:
     """What the command line says; its errors are those of argparse."""
     given = parser.parse_args()
+    keep_memory()
     if given.rounds < 1:
         parser.error(f"--rounds must be at least 1, got {given.rounds}")
     return given, Timing(given.rounds, given.quick, given.out)

@@ -19,6 +19,7 @@ from typing import Any
 
 from sppnet_jax.run import parallel
 from sppnet_jax.run.files import write_json
+from sppnet_jax.run.memory import give_back
 
 STAGE_FILE = "stage.json"
 
@@ -76,6 +77,7 @@ def _run_recorded(
     parallel.wait_for_all_processes(f"{name} begins")
     started = time.monotonic()
     report = compute(folder)
+    give_back()
     seconds = round(time.monotonic() - started, 1)
     log.info("stage %s took %.1f s", name, seconds)
     done = {**record, "done": True, "seconds": seconds, "report": report}

@@ -17,6 +17,7 @@ import numpy as np
 from sppnet_jax.run import parallel
 from sppnet_jax.run.checkpoints import Checkpoints
 from sppnet_jax.run.interrupt import Interrupt, Interrupted
+from sppnet_jax.run.memory import give_back
 from sppnet_jax.run.metrics import MetricsLog
 from sppnet_jax.run.run_folder import CHECKPOINTS
 from sppnet_jax.training.profile import FOLDER as PROFILE
@@ -87,6 +88,7 @@ def train(
                 batches.start_prefetch()
         if step < last_step:
             checkpoints.check_space(jax.eval_shape(lambda: _first(state)))
+            give_back()  # what making the state has freed
         first = parallel.is_first_process()
         with (
             Interrupt() as interrupt,
@@ -113,6 +115,7 @@ def train(
                     )
                     if not known:  # the call returns when the program is compiled
                         step_log.compiled(step, size, time.monotonic() - started)
+                        give_back()
                 step += 1
                 profile.add(metrics)
                 step_log.add(step, learning_rate, metrics)
