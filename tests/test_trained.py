@@ -144,21 +144,22 @@ def test_unreadable_photographs_are_errors_in_their_place(tmp_path):
     paths[2].write_bytes(paths[0].read_bytes()[:80])
     found = dict(read_images([str(path) for path in paths], threads=2))
     kinds = [type(found[str(path)]).__name__ for path in paths]
-    assert kinds == ["ndarray", "FileNotFoundError", "ValueError", "ndarray"]
-    np.testing.assert_array_equal(found[str(paths[0])], picture(20, 30))
+    assert kinds == ["Decoded", "FileNotFoundError", "ValueError", "Decoded"]
+    np.testing.assert_array_equal(found[str(paths[0])].pixels, picture(20, 30))
+    assert found[str(paths[0])].size == (20, 30)
 
 
 def test_predict_decodes_each_photograph_once(run, flowers, tmp_path, monkeypatch):
     paths = [str(tmp_path / f"{number}.png") for number in range(3)]
     for path in paths:
         (tmp_path / path).write_bytes(encode(picture(80, 100)))
-    decode, decoded = photographs.decode_image, []
+    decode, decoded = photographs.decode_part, []
 
-    def counted(data):
+    def counted(data, *needed):
         decoded.append(data)
-        return decode(data)
+        return decode(data, *needed)
 
-    monkeypatch.setattr(photographs, "decode_image", counted)
+    monkeypatch.setattr(photographs, "decode_part", counted)
     shown = settings_for(flowers), load_network(run), paths, tmp_path / "drawn.png"
     assert predict.show_images(*shown) == 0
     assert len(decoded) == 3
