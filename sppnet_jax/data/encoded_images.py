@@ -54,7 +54,8 @@ _REDUCED = {
     4: cv2.IMREAD_REDUCED_GRAYSCALE_4,
     8: cv2.IMREAD_REDUCED_GRAYSCALE_8,
 }
-_TALL = cv2.imencode(".jpg", np.zeros((16, 8), np.uint8))[1].tobytes()
+_BLOCKS = np.array([[0, 255], [255, 255], [255, 255]], np.uint8)
+_CORNER = cv2.imencode(".jpg", _BLOCKS.repeat(8, axis=0).repeat(8, axis=1))[1].tobytes()
 
 
 class EncodedImage(bytes):
@@ -137,11 +138,28 @@ def size_in_header(encoded: bytes) -> tuple[int, int] | None:
         if unturned:
             return height, width
         if is_jpeg(encoded):
-            return (width, height) if _is_turned(encoded) else (height, width)
+            rows, columns = _with_exif_of(encoded).shape[:2]
+            return (width, height) if rows < columns else (height, width)
     except Exception:
         # Pillow raises errors of many types for odd files; OpenCV decides.
         pass
     return None
+
+
+def beyond(encoded: bytes, size: tuple[int, int], reduction: int) -> tuple[int, int]:
+    """How far above and left of a JPEG its first pixels begin when it is decoded small.
+
+    The last rows and columns of a file may fill a part of a pixel only. Where the EXIF
+    orientation mirrors an image, they are its first.
+
+    `size`: (height, width), as shown, in pixels, as are the distances.
+    """
+    above, left = -size[0] % reduction, -size[1] % reduction
+    if not (above or left):
+        return 0, 0
+    shown = _with_exif_of(encoded)
+    mirrored = shown[:8].min() > 127, shown[:, :8].min() > 127
+    return above * int(mirrored[0]), left * int(mirrored[1])
 
 
 def is_jpeg(encoded: bytes) -> bool:
@@ -214,14 +232,20 @@ def _whole_number(digits: bytes) -> int:
     return int.from_bytes(digits, "big")
 
 
-def _is_turned(encoded: bytes) -> bool:
-    """Whether OpenCV turns a JPEG by 90°: what it does to a tiny one with its EXIF."""
+def _with_exif_of(encoded: bytes) -> np.ndarray:
+    """A tiny image, tall, with a black corner top left, as the EXIF of a JPEG turns it.
+
+    That shows what OpenCV makes of any EXIF.
+    """
     segments = itertools.takewhile(
         lambda segment: segment[0] != 0xDA, _jpeg_segments(encoded)
     )
     exif = b"".join(encoded[s - 2 : end] for kind, s, end in segments if kind == 0xE1)
-    height, width = decode(_TALL[:2] + exif + _TALL[2:]).shape[:2]
-    return height < width
+    with caught():
+        shown = _decode(_CORNER[:2] + exif + _CORNER[2:], 1)
+    if shown is None:
+        raise ValueError("its EXIF block can't be read")
+    return shown
 
 
 def _decode(encoded: bytes, reduction: int) -> np.ndarray | None:

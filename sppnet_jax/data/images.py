@@ -78,23 +78,24 @@ def decode_part(
     Raises: ValueError as `decode_image` does.
     """
     whole = encoded_images.check(encoded)
-    size, pixels = None, None
-    # Most have too few pixels: their headers are not read any further.
-    shorter = min(encoded_images.stated_size(whole))
-    if encoded_images.is_jpeg(whole) and _reduction(shorter, least_side) > 1:
-        size = encoded_images.size_in_header(whole)
+    size = None
+    if encoded_images.is_jpeg(whole):
+        # Most have too few pixels: their headers are not read any further.
+        shorter = min(encoded_images.stated_size(whole))
+        if _reduction(shorter, least_side) > 1:
+            size = encoded_images.size_in_header(whole)
+    pixels, by = None, 1
     if size is None:
         pixels = encoded_images.decode(whole)
         size = pixels.shape[0], pixels.shape[1]
-    top, left, height, width = choose(*size) if choose else (0, 0, *size)
-    reduction = 1
+    top, left, rows, columns = choose(*size) if choose else (0, 0, *size)
     if pixels is None:
-        reduction = _reduction(min(height, width), least_side)
-        pixels = encoded_images.decode(whole, reduction)
-    edges = (top, left, top + height, left + width)
-    top, left, bottom, right = (
-        (2 * edge + reduction) // (2 * reduction) for edge in edges
-    )
+        by = _reduction(min(rows, columns), least_side)
+        pixels = encoded_images.decode(whole, by)
+        above, before = encoded_images.beyond(whole, size, by)
+        top, left = top + above, left + before
+    edges = (top, left, top + rows, left + columns)
+    top, left, bottom, right = ((2 * edge + by) // (2 * by) for edge in edges)
     return Decoded(pixels[top:bottom, left:right], size)
 
 
