@@ -17,8 +17,8 @@ from jaxtyping import Array, Float, Int
 
 from sppnet_jax.network.layers import (
     ValidSize,
+    conv,
     depthwise_conv,
-    image_conv,
     join_maps,
     max_pool,
     run_table,
@@ -132,9 +132,8 @@ class SPPNet(nn.Module):
         for number, layer in enumerate(convs_of(self.table), start=1):
             filters = _scaled(layer.filters, self.width)
             depthwise = layer.groups == layer.filters > 1
-            conv_as = image_conv if number == 1 else None
             before, after = Sliding(layer.kernel, layer.stride, layer.padding).pads
-            conv = nn.Conv(
+            layer_conv = nn.Conv(
                 filters,
                 kernel_size=(layer.kernel, layer.kernel),
                 strides=layer.stride,
@@ -143,9 +142,9 @@ class SPPNet(nn.Module):
                 dtype=self.dtype,
                 kernel_init=self._kernel_init(),
                 bias_init=self._bias_init(layer.bias),
-                conv_general_dilated=depthwise_conv if depthwise else conv_as,
+                conv_general_dilated=conv if layer.groups == 1 else depthwise_conv,
             )
-            setattr(self, f"conv{number}", conv)
+            setattr(self, f"conv{number}", layer_conv)
         if self.head == "fc":
             self.fc6 = self._dense(_scaled(4096, self.width), bias=1.0)
             self.fc7 = self._dense(_scaled(4096, self.width), bias=1.0)
