@@ -184,10 +184,10 @@ def _resize(image: np.ndarray, rows: int, columns: int) -> np.ndarray:
 def _merged_regions(image: np.ndarray, threads: int, colour: bool) -> np.ndarray:
     """Rectangles (x, y, width, height) of all regions, int [N, 4], in a fixed order."""
     # The smaller k takes longer: it goes first.
-    parts = list(itertools.product(_KS, _COLOURS))
+    parts = list(itertools.product(_KS, _COLOURS, (colour,)))
     # Segmentations know nothing of each other, and OpenCV releases Python's lock.
     with ThreadPoolExecutor(min(threads or os.cpu_count() or 1, len(parts))) as pool:
-        found = pool.map(lambda part: _grown_regions(image, *part, colour), parts)
+        found = pool.map(lambda part: _grown_regions(image, *part), parts)
         # The set of rectangles is always the same, their order is not.
         return np.unique(np.concatenate(list(found)), axis=0)
 
