@@ -5,7 +5,7 @@ remembers (a JSON dict, the position of the data iterator in it). Each is writte
 temporary folder and renamed, so a killed run leaves whole checkpoints only.
 
 Who wants the parameters alone reads their arrays as Orbax does, by TensorStore, without
-Orbax's import and its manager, which take three times as long.
+Orbax's import and its manager: 0.04 s for 0.33 s with a small network.
 """
 
 import contextlib
