@@ -1,5 +1,7 @@
 """The network: its parameters, its twin without SPP, and images in larger buckets."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,6 +9,9 @@ import pytest
 
 import sppnet_jax as sn
 from sppnet_jax.network.layers import conv, local_response_norm
+from sppnet_jax.network.model import init_params, param_shapes, pooled_length
+from sppnet_jax.network.stack import cut_names
+from sppnet_jax.network.trunks import BACKBONES
 
 pytestmark = pytest.mark.quick
 
@@ -43,6 +48,27 @@ def test_parameter_counts_are_those_of_table_1(name, levels):
     bins = 36 if levels is None else sum(n * n for n in levels)
     fc6 = bins * CONVOLUTIONS[name][-1][2] * 4096 + 4096
     assert count == convs + fc6 + 4096 * 4096 + 4096 + 4096 * 1000 + 1000
+
+
+@pytest.mark.parametrize("name", BACKBONES)
+def test_the_shapes_that_the_table_tells_are_those_of_tracing(name):
+    backbone = BACKBONES[name]
+    cuts = cut_names(backbone.layers)[-2:]
+    given = [((3, 1), (), "fc")]
+    given += [((2, 1), cuts, "linear"), ((1,), cuts[:1], "none")] if cuts else []
+    given += [(None, (), "fc")] if backbone.last_pool else []
+    for levels, chosen, head in given:
+        model = sn.create_model(name, levels, 7, width=0.1, cuts=chosen, head=head)
+        traced = jax.eval_shape(
+            functools.partial(init_params, model), jax.random.key(0)
+        )
+        told = param_shapes(model)
+        assert jax.tree.structure(told) == jax.tree.structure(traced)
+        for one, other in zip(*map(jax.tree.leaves, (told, traced)), strict=True):
+            assert (one.shape, one.dtype) == (other.shape, other.dtype)
+        images = jax.ShapeDtypeStruct((1, 224, 224, 3), jnp.float32)
+        _, seen = jax.eval_shape(model.apply, {"params": traced}, images)
+        assert pooled_length(model) == seen["pyramid"].shape[1]
 
 
 @pytest.fixture(scope="module")

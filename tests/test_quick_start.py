@@ -12,7 +12,7 @@ from tests.processes import import_times, run_command
 
 # What training, testing and drawing take, each a tenth of a second or more.
 NOT_NEEDED = (
-    *("orbax", "tensorflow_datasets", "grain", "sklearn", "scipy", "pandas"),
+    *("orbax", "tensorflow_datasets", "grain", "sklearn", "scipy", "pandas", "optax"),
     *("matplotlib", "tensorboardX", "onnx", "torch", "IPython"),
 )
 

@@ -25,6 +25,8 @@ from sppnet_jax.network.layers import (
     zero_beyond,
 )
 from sppnet_jax.network.stack import (
+    Branches,
+    Conv,
     Cut,
     Table,
     convs_of,
@@ -33,7 +35,7 @@ from sppnet_jax.network.stack import (
 )
 from sppnet_jax.network.trunks import BACKBONES, Backbone, Published, get_backbone
 from sppnet_jax.pyramid.geometry import Geometry, Sliding
-from sppnet_jax.pyramid.pooling import check_levels, spatial_pyramid_pool
+from sppnet_jax.pyramid.pooling import check_levels, num_bins, spatial_pyramid_pool
 from sppnet_jax.pyramid.windows import window_pyramid_pool
 from sppnet_jax.run.settings import Valid, at_least, between, one_of
 
@@ -457,8 +459,58 @@ def _grids(backbone: Backbone, cuts: Sequence[str]) -> list[Geometry]:
 
 
 def param_shapes(model: SPPNet) -> Any:
-    """The shapes of a model's parameters; nothing is computed."""
-    return jax.eval_shape(lambda rng: init_params(model, rng), jax.random.PRNGKey(0))
+    """The shapes of a model's parameters, from its table: to trace it takes longer."""
+    shapes, _ = _trunk_shapes(model)
+    length = pooled_length(model)
+    if model.head == "fc":
+        for name in ("fc6", "fc7"):
+            units = _scaled(4096, model.width)
+            shapes[name], length = _weights(length, units), units
+    if model.head != "none":
+        shapes["fc8"] = _weights(length, model.num_classes)
+    return shapes
+
+
+def pooled_length(model: SPPNet) -> int:
+    """The length of the vector that the pyramid makes of a map."""
+    _, channels = _trunk_shapes(model)
+    if model.levels is not None:
+        return channels * num_bins(model.levels)
+    assert model.backbone.last_pool is not None
+    last = (*model.backbone.layers, model.backbone.last_pool)
+    return channels * table_geometry(last).map_size(model.image_size) ** 2
+
+
+def _trunk_shapes(model: SPPNet) -> tuple[dict[str, Any], int]:
+    """The shapes of all convolutions' parameters, and the channels of the last map."""
+    shapes: dict[str, Any] = {}
+    cuts: dict[str, int] = {}
+
+    def follow(table: Table, channels: int) -> int:
+        for layer in table:
+            if isinstance(layer, Conv):
+                filters = _scaled(layer.filters, model.width)
+                depthwise = layer.groups == layer.filters > 1
+                seen = channels // (filters if depthwise else layer.groups)
+                sides = layer.kernel, layer.kernel
+                shapes[f"conv{len(shapes) + 1}"] = _weights(*sides, seen, filters)
+                channels = filters
+            elif isinstance(layer, Branches):
+                ends = [follow(own, channels) for own in layer.tables]
+                channels = sum(ends) if layer.join == "concat" else ends[0]
+            elif isinstance(layer, Cut):
+                cuts[layer.name] = channels
+        return channels
+
+    channels = follow(model.table, 3)
+    joined = len(model.cuts) > 1
+    return shapes, sum(cuts[cut] for cut in model.cuts) if joined else channels
+
+
+def _weights(*shape: int) -> dict[str, jax.ShapeDtypeStruct]:
+    """The shapes of a kernel and its bias."""
+    parts = {"kernel": shape, "bias": shape[-1:]}
+    return {k: jax.ShapeDtypeStruct(v, jnp.float32) for k, v in parts.items()}
 
 
 def init_params(model: SPPNet, rng: jax.Array) -> Any:
