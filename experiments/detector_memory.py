@@ -41,7 +41,7 @@ from sppnet_jax.detection.detector_settings import DetectorSettings
 from sppnet_jax.detection.maps import image_sizes, map_file, scaled_sizes
 from sppnet_jax.detection.proposals import save_proposals
 from sppnet_jax.detection.scales import map_size_of
-from sppnet_jax.detection.trained_detector import pooled_length
+from sppnet_jax.network.model import pooled_length
 from sppnet_jax.network.trained import Network
 from sppnet_jax.pyramid.pooling import num_bins
 from sppnet_jax.run import progress, run_folder
@@ -172,7 +172,7 @@ def _link_maps(
     network: Network, source: Source, folder: Path, *, sides: Sequence[int], **_: Any
 ) -> None:
     """Puts made-up maps where those of a split's images would be written."""
-    channels = pooled_length(network) // num_bins(network.model.levels or ())
+    channels = pooled_length(network.model) // num_bins(network.model.levels or ())
     made, records = folder.with_name("made_up_maps"), source.records
     for side in sides:
         for index, size in enumerate(scaled_sizes(image_sizes(source), side)):

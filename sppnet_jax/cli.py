@@ -20,6 +20,7 @@ from absl import app, flags
 from ml_collections import ConfigDict, config_flags
 from tqdm import tqdm
 
+import sppnet_jax.run.quick_start
 from sppnet_jax.data.sources import FOLDERS
 from sppnet_jax.run import caches, memory, parallel
 from sppnet_jax.run.files import check_can_write
@@ -109,6 +110,7 @@ def run(
     """
 
     def guarded(argv: Sequence[str]) -> None:
+        sppnet_jax.run.quick_start.collect_from_here()
         memory.keep_memory()
         caches.use_compilation_cache()
         names = [part.partition("=")[0] for part in sys.argv if part.startswith("--")]

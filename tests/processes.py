@@ -130,6 +130,12 @@ def start_anew(module: str, arguments: list[str]) -> None:
     os.execv(sys.executable, [sys.executable, "-m", module, *arguments])
 
 
+def import_times(module: str, arguments: list[str]) -> None:
+    """The same, and writes each module that is imported to stderr."""
+    python = [sys.executable, "-X", "importtime", "-m"]
+    os.execv(sys.executable, [*python, module, *arguments])
+
+
 def _run(
     function: Callable[..., None],
     arguments: tuple[Any, ...],

@@ -62,7 +62,8 @@ from tests.data_helpers import (
     write_voc_folder,
 )
 from tests.network_helpers import write_network
-from tests.processes import Started, run_and_be_killed
+from tests.processes import Started, import_times, run_and_be_killed
+from tests.test_quick_start import NOT_NEEDED
 
 CLASSES = ("disc", "square")
 SIZE = (90, 120)
@@ -1009,6 +1010,21 @@ def test_a_new_photograph_compiles_nothing(base, trained, log):
         assert not [line for line in log.messages if line.startswith("Compiling")]
         look(5, 120, 90)
         assert [line for line in log.messages if line.startswith("Compiling")]
+
+
+def test_looking_imports_nothing_that_it_has_no_need_of(
+    base, trained, command_line, tmp_path
+):
+    photo = tmp_path / "photo.png"
+    photo.write_bytes(encode(draw_scene(7)[0]))
+    arguments = "image", f"--workdir={trained}", f"--pictures={tmp_path}", photo
+    result = command_line("detect", *arguments, how=import_times)
+    assert "picture: " in result.stdout
+    imported = {line.split()[-1] for line in result.stderr.splitlines()}
+    assert {"jax", "cv2", "matplotlib.figure"} <= imported
+    assert "matplotlib.pyplot" not in imported
+    rooms = {name.split(".")[0] for name in imported}
+    assert not rooms & (set(NOT_NEEDED) - {"matplotlib"})
 
 
 def test_the_command_line_trains_tests_and_looks(base, trained, command_line):

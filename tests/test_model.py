@@ -1,12 +1,17 @@
 """The network: its parameters, its twin without SPP, and images in larger buckets."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import sppnet_jax as sn
-from sppnet_jax.network.layers import image_conv, local_response_norm
+from sppnet_jax.network.layers import conv, local_response_norm
+from sppnet_jax.network.model import init_params, param_shapes, pooled_length
+from sppnet_jax.network.stack import cut_names
+from sppnet_jax.network.trunks import BACKBONES
 
 pytestmark = pytest.mark.quick
 
@@ -43,6 +48,27 @@ def test_parameter_counts_are_those_of_table_1(name, levels):
     bins = 36 if levels is None else sum(n * n for n in levels)
     fc6 = bins * CONVOLUTIONS[name][-1][2] * 4096 + 4096
     assert count == convs + fc6 + 4096 * 4096 + 4096 + 4096 * 1000 + 1000
+
+
+@pytest.mark.parametrize("name", BACKBONES)
+def test_the_shapes_that_the_table_tells_are_those_of_tracing(name):
+    backbone = BACKBONES[name]
+    cuts = cut_names(backbone.layers)[-2:]
+    given = [((3, 1), (), "fc")]
+    given += [((2, 1), cuts, "linear"), ((1,), cuts[:1], "none")] if cuts else []
+    given += [(None, (), "fc")] if backbone.last_pool else []
+    for levels, chosen, head in given:
+        model = sn.create_model(name, levels, 7, width=0.1, cuts=chosen, head=head)
+        traced = jax.eval_shape(
+            functools.partial(init_params, model), jax.random.key(0)
+        )
+        told = param_shapes(model)
+        assert jax.tree.structure(told) == jax.tree.structure(traced)
+        for one, other in zip(*map(jax.tree.leaves, (told, traced)), strict=True):
+            assert (one.shape, one.dtype) == (other.shape, other.dtype)
+        images = jax.ShapeDtypeStruct((1, 224, 224, 3), jnp.float32)
+        _, seen = jax.eval_shape(model.apply, {"params": traced}, images)
+        assert pooled_length(model) == seen["pyramid"].shape[1]
 
 
 @pytest.fixture(scope="module")
@@ -152,15 +178,31 @@ def test_what_cannot_be_built_is_refused_at_once(arguments, message):
         sn.create_model(**{"name": "zf5", **arguments})
 
 
-@pytest.mark.parametrize("filters", [4, 32])
-def test_the_first_convolution_and_its_gradients_are_those_of_the_formula(filters):
+UNEVEN = (2, 3), ((1, 2), (0, 1))
+
+
+@pytest.mark.parametrize(
+    ("shape", "kernel", "strides", "padding"),
+    [
+        ((2, 15, 18, 3), (5, 4, 3, 4), *UNEVEN),
+        ((2, 15, 18, 3), (5, 4, 3, 32), *UNEVEN),
+        ((2, 15, 18, 6), (5, 4, 6, 4), *UNEVEN),
+        ((18, 33, 49, 5), (3, 3, 5, 4), *UNEVEN),  # large maps, two images at a time
+        ((2, 9, 10, 6), (1, 1, 6, 4), (2, 3), ((0, 0), (0, 0))),
+        ((2, 9, 10, 6), (1, 1, 6, 4), (1, 1), ((0, 0), (0, 0))),
+        ((2, 9, 10, 6), (1, 1, 6, 4), *UNEVEN),
+    ],
+)
+def test_a_convolution_and_its_gradients_are_those_of_the_formula(
+    shape, kernel, strides, padding
+):
     random = np.random.default_rng(0)
-    images = random.normal(size=(2, 15, 18, 3)).astype(np.float32)
-    kernel = random.normal(size=(5, 4, 3, filters)).astype(np.float32)
-    strides, padding = (2, 3), ((1, 2), (0, 1))
+    images = random.normal(size=shape).astype(np.float32)
+    kernel = random.normal(size=kernel).astype(np.float32)
+    (down, across), (rows, columns) = strides, kernel.shape[:2]
 
     def convolve(images, kernel):
-        return image_conv(images, kernel, strides, padding)
+        return conv(images, kernel, strides, padding)
 
     padded = np.pad(images, ((0, 0), *padding, (0, 0))).astype(np.float64)
     outputs, back = jax.vjp(convolve, images, kernel)
@@ -168,21 +210,24 @@ def test_the_first_convolution_and_its_gradients_are_those_of_the_formula(filter
     weights = random.normal(size=outputs.shape).astype(np.float32)
     for_images, for_kernel = np.zeros(padded.shape), np.zeros(kernel.shape)
     for y, x in np.ndindex(outputs.shape[1:3]):
-        seen = (slice(None), slice(2 * y, 2 * y + 5), slice(3 * x, 3 * x + 4))
+        top, left = down * y, across * x
+        seen = (slice(None), slice(top, top + rows), slice(left, left + columns))
         expected[:, y, x] = np.einsum("bijc,ijcf->bf", padded[seen], kernel)
         own = weights[:, y, x]
         for_images[seen] += np.einsum("bf,ijcf->bijc", own, kernel)
         for_kernel += np.einsum("bijc,bf->ijcf", padded[seen], own)
     ours = back(jnp.asarray(weights))
     np.testing.assert_allclose(outputs, expected, rtol=1e-4, atol=1e-4)
-    np.testing.assert_allclose(ours[0], for_images[:, 1:-2, :-1], rtol=1e-4, atol=1e-3)
+    (top, bottom), (left, right) = padding
+    inside = (slice(None), slice(top, -bottom or None), slice(left, -right or None))
+    np.testing.assert_allclose(ours[0], for_images[inside], rtol=1e-4, atol=1e-3)
     np.testing.assert_allclose(ours[1], for_kernel, rtol=1e-4, atol=1e-3)
 
 
-def test_the_first_convolution_refuses_what_it_does_not_do():
+def test_a_convolution_refuses_what_it_does_not_do():
     images, kernel = jnp.ones((1, 9, 9, 3)), jnp.ones((3, 3, 3, 2))
     with pytest.raises(ValueError, match=r"takes no rhs_dilation, got \(2, 2\)"):
-        image_conv(images, kernel, (1, 1), ((0, 0), (0, 0)), rhs_dilation=(2, 2))
+        conv(images, kernel, (1, 1), ((0, 0), (0, 0)), rhs_dilation=(2, 2))
 
 
 @pytest.mark.parametrize("size", [5, 4])

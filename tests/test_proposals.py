@@ -17,6 +17,7 @@ from sppnet_jax.data.sources import Objects, Source
 from sppnet_jax.detection import proposals
 from sppnet_jax.detection.proposals import (
     ProposalSettings,
+    find_boxes,
     load_proposals,
     proposal_recall,
     propose,
@@ -124,6 +125,36 @@ def test_an_image_is_searched_in_parts_with_the_windows_of_the_whole(threads):
     assert set(map(tuple, boxes.tolist())) == found
     alone = selective_search(image, width=0, min_side=9, max_windows=10**6, threads=1)
     np.testing.assert_array_equal(boxes, alone)
+
+
+@pytest.mark.parametrize("colour", [True, False])
+def test_all_regions_of_the_segmentations_are_windows(colour):
+    """They are where the merging begins, whatever it goes by."""
+    image = cv2.resize(blocks(), (250, 190), interpolation=cv2.INTER_CUBIC)
+    lib = cv2.ximgproc.segmentation
+    expected = {(0.0, 0.0, 190.0, 250.0)}
+    for space in (cv2.COLOR_RGB2HSV_FULL, cv2.COLOR_RGB2Lab):
+        for k in (50, 100):
+            segmentation = lib.createGraphSegmentation(0.8, k, k)
+            regions = segmentation.processImage(cv2.cvtColor(image, space))
+            for region in range(regions.max() + 1):
+                rows, columns = np.nonzero(regions == region)
+                box = rows.min(), columns.min(), rows.max() + 1, columns.max() + 1
+                expected.add(tuple(map(float, box)))
+    boxes = selective_search(
+        image, width=0, min_side=1, max_windows=10**6, colour=colour
+    )
+    assert expected <= set(map(tuple, boxes.tolist()))
+
+
+def test_regions_are_merged_by_colour_or_without_it():
+    settings = SMALL._replace(method="selective_search_no_colour")
+    plain = find_boxes(blocks(), settings)
+    np.testing.assert_array_equal(
+        plain, selective_search(blocks(), width=60, min_side=8, colour=False)
+    )
+    coloured = find_boxes(blocks(), SMALL)
+    assert set(map(tuple, plain.tolist())) != set(map(tuple, coloured.tolist()))
 
 
 @pytest.mark.parametrize("width", [0, 50])
@@ -304,6 +335,7 @@ def test_every_setting_that_matters_is_part_of_the_key(edge_model):
         SMALL._replace(width=61),
         SMALL._replace(min_side=9),
         SMALL._replace(seed=1),
+        SMALL._replace(method="selective_search_no_colour"),
         SMALL._replace(method="edge_boxes", model=str(edge_model)),
     ]
     assert len({settings_key(settings) for settings in changed}) == len(changed)

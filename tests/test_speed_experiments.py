@@ -14,6 +14,7 @@ from data_helpers import encode, picture
 from experiments import pipeline_speed, startup_speed
 from experiments.first_step import CPU, PARTS, TOTAL
 from experiments.photographs import SIZE, photograph, photograph_folder
+from experiments.startup_speed import WHOLE
 from sppnet_jax.benchmarks.report import Timing, show
 from sppnet_jax.data.images import decode_image, image_size
 from sppnet_jax.data.sources import Source
@@ -105,6 +106,26 @@ def test_second_starts_are_compared_with_first_ones_round_by_round(
     assert not list(tmp_path.iterdir())
     show(report, Timing(3, True, tmp_path / "out"))
     assert decode_image((tmp_path / "out/startup.png").read_bytes()).std() > 10
+
+
+def test_a_command_is_timed_from_its_start_to_its_end(tmp_path):
+    """Beside trainings, as one part of its own."""
+    commands = {"help": ["sppnet_jax.inspect", "--help"]}
+    report = startup_speed.measure({}, rounds=1, folder=tmp_path, commands=commands)
+    parts = [(row["start"], row["part"]) for row in report.rows]
+    assert parts == [(n, p) for n in ("first", "second") for p in (WHOLE, CPU)]
+    assert all(row["s"] > 0 for row in report.rows)
+    assert "at its end as the first" in report.notes[0]
+    show(report, Timing(1, True, tmp_path / "out"))
+    assert decode_image((tmp_path / "out/startup.png").read_bytes()).std() > 10
+    wrong = {"wrong": ["sppnet_jax.inspect", "no such folder"]}
+    with pytest.raises(RuntimeError, match="no such folder"):
+        startup_speed.measure({}, rounds=1, folder=tmp_path, commands=wrong)
+
+
+def test_a_folder_without_a_demo_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="holds no demo: run make demo"):
+        startup_speed.photo_commands(tmp_path, tmp_path)
 
 
 @pytest.mark.slow

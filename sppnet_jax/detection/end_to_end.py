@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
 from sppnet_jax.buckets import choose_buckets
 from sppnet_jax.buckets.table import smallest_bucket
@@ -261,6 +260,7 @@ def losses_of(
     `box_weight` times the smooth-L1 loss of its class's box. `scale`: of the pooled
     vectors, before the head sees them.
     """
+    import optax
 
     def losses(
         params: Any, batch: dict[str, jax.Array], rng: jax.Array

@@ -14,7 +14,6 @@ from typing import Annotated, Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
 from sppnet_jax.detection.examples import Examples
 from sppnet_jax.detection.window_features import (
@@ -312,6 +311,8 @@ def _losses(
     model: SPPNet, params: Any, batch: dict[str, jax.Array], rng: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     """Losses and logits of pooled windows, as `make_step` takes them."""
+    import optax
+
     logits, _ = model.apply(
         {"params": params},
         batch["pooled"],

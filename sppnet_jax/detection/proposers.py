@@ -43,6 +43,7 @@ def selective_search(
     max_windows: int = 2000,
     seed: int = 0,
     threads: int = 0,
+    colour: bool = True,
 ) -> np.ndarray:
     """Windows around the regions that grow when similar neighbours are merged.
 
@@ -61,6 +62,9 @@ def selective_search(
     `seed`: of the ranking.
     `threads`: that search this image, of which each takes a colour space and a k; 0 is
     one for each core. The windows don't depend on them.
+    `colour`: False merges regions by texture, size and fill, by the last two and by
+    size: OpenCV looks at the whole image for the colours of each region, which takes
+    half of the time of photographs.
 
     Returns: float32 [N, 4] with 1 ≤ N ≤ max_windows, no two alike; the whole image
     where there is no window (section 4.1 of the paper).
@@ -75,7 +79,7 @@ def selective_search(
     rows, columns = _searched_size(image, width)
     if min(rows, columns) < min_side:
         return _whole_image(image)
-    rectangles = _merged_regions(_resize(image, rows, columns), threads)
+    rectangles = _merged_regions(_resize(image, rows, columns), threads, colour)
     rectangles = rectangles[(rectangles[:, 2:] >= min_side).all(axis=1)]
     if not len(rectangles):
         return _whole_image(image)
@@ -177,10 +181,10 @@ def _resize(image: np.ndarray, rows: int, columns: int) -> np.ndarray:
     return cv2.resize(image, (columns, rows), interpolation=interpolation)
 
 
-def _merged_regions(image: np.ndarray, threads: int) -> np.ndarray:
+def _merged_regions(image: np.ndarray, threads: int, colour: bool) -> np.ndarray:
     """Rectangles (x, y, width, height) of all regions, int [N, 4], in a fixed order."""
     # The smaller k takes longer: it goes first.
-    parts = list(itertools.product(_KS, _COLOURS))
+    parts = list(itertools.product(_KS, _COLOURS, (colour,)))
     # Segmentations know nothing of each other, and OpenCV releases Python's lock.
     with ThreadPoolExecutor(min(threads or os.cpu_count() or 1, len(parts))) as pool:
         found = pool.map(lambda part: _grown_regions(image, *part), parts)
@@ -188,22 +192,24 @@ def _merged_regions(image: np.ndarray, threads: int) -> np.ndarray:
         return np.unique(np.concatenate(list(found)), axis=0)
 
 
-def _grown_regions(image: np.ndarray, k: int, colours: int) -> np.ndarray:
+def _grown_regions(image: np.ndarray, k: int, space: int, colour: bool) -> np.ndarray:
     """Rectangles of all that grows from one segmentation in one colour space."""
     lib = cv2.ximgproc.segmentation
     # New objects for every image: strategies remember the last one's histograms.
     search = lib.createSelectiveSearchSegmentation()
-    search.addImage(cv2.cvtColor(image, colours))
+    search.addImage(cv2.cvtColor(image, space))
     search.addGraphSegmentation(lib.createGraphSegmentation(_SIGMA, k, k))
-    colour = lib.createSelectiveSearchSegmentationStrategyColor()
-    others = (
-        lib.createSelectiveSearchSegmentationStrategyFill(),
-        lib.createSelectiveSearchSegmentationStrategyTexture(),
-        lib.createSelectiveSearchSegmentationStrategySize(),
-    )
+    fill = lib.createSelectiveSearchSegmentationStrategyFill()
+    texture = lib.createSelectiveSearchSegmentationStrategyTexture()
+    size = lib.createSelectiveSearchSegmentationStrategySize()
     combine = lib.createSelectiveSearchSegmentationStrategyMultiple
-    search.addStrategy(combine(colour, *others))
-    search.addStrategy(combine(*others))
+    if colour:
+        by_colour = lib.createSelectiveSearchSegmentationStrategyColor()
+        search.addStrategy(combine(by_colour, fill, texture, size))
+    search.addStrategy(combine(fill, texture, size))
+    if not colour:
+        search.addStrategy(combine(fill, size))
+        search.addStrategy(size)
     return np.asarray(search.process(), np.int64).reshape(-1, 4)
 
 

@@ -33,7 +33,7 @@ from sppnet_jax.detection.window_features import (
     make_program,
     padded_count,
 )
-from sppnet_jax.network.model import SPPNet
+from sppnet_jax.network.model import SPPNet, pooled_length
 from sppnet_jax.network.trained import Network, digest_arrays, load_network
 from sppnet_jax.run import files, run_folder, stages
 from sppnet_jax.run.progress import progress_bar
@@ -315,7 +315,9 @@ def finetuning_params(settings: DetectorSettings, network: Network) -> Any:
     """The fc6 and fc7 that fine-tuning begins with: the network's, or fresh ones."""
     if has_fitting_fc(network):
         return network.params
-    return drawn_fc(pooled_length(network), settings.finetune.units, settings.seed)
+    return drawn_fc(
+        pooled_length(network.model), settings.finetune.units, settings.seed
+    )
 
 
 def detecting_network(settings: DetectorSettings, network: Network) -> Network:
@@ -333,22 +335,10 @@ def detecting_network(settings: DetectorSettings, network: Network) -> Network:
     return dataclasses.replace(network, model=changed, geometry=changed.geometry)
 
 
-def pooled_length(network: Network) -> int:
-    """The length of a window's pooled vector."""
-    model, side = network.model, network.model.image_size
-    image = jax.ShapeDtypeStruct((1, side, side, 3), np.float32)
-
-    def pooled(params: Any, images: jax.Array) -> Any:
-        maps, _ = model.apply({"params": params}, images, method="features")
-        return model.apply({"params": params}, maps, method="pool")
-
-    return jax.eval_shape(pooled, network.params, image).shape[1]
-
-
 def has_fitting_fc(network: Network) -> bool:
     """Whether the network's fc layers take the vectors that its windows give."""
     fc6 = network.params.get("fc6")
-    return fc6 is not None and fc6["kernel"].shape[0] == pooled_length(network)
+    return fc6 is not None and fc6["kernel"].shape[0] == pooled_length(network.model)
 
 
 def detector_fc(

@@ -1,21 +1,24 @@
 """How a table of layers runs, with gradients of their own where XLA's are slow.
 
     run_table            every row of a table, and the masks of larger buckets
-    image_conv           the first convolution
+    conv                 filters over all channels
     depthwise_conv       a filter for each channel
     local_response_norm  normalisation across channels
     max_pool             of a table's row
     zero_beyond          the mask of images in larger buckets
 
-On a CPU, XLA's gradient of the first convolution's filters treats the three colours as
-a batch of three, which leaves the CPU idle: for 7×7 filters at stride 2 it took five
-times as long as the convolution itself. Here it is a matrix product for each row of the
-filters, and takes as long as the convolution. XLA's gradient of a sum over neighbouring
-channels is slow there too; here it is that same sum again: what a channel takes from
-its neighbours, they take from it. Its grouped convolution takes several times as long
-as a sum of shifted products, which depthwise convolutions are here; so is the gradient
-of their maps, and that of their filters adds up row by row. Elsewhere, and for the
-gradient of the images, everything is XLA's. They differentiate in reverse mode only.
+On a CPU, XLA's gradient of filters treats the channels as a batch and the batch as
+channels. Of the three colours of the first convolution that leaves the CPU idle: for
+7×7 filters at stride 2 it took five times as long as the convolution itself. Here it is
+a matrix product for each row of the filters, and takes as long as the convolution. Of
+16 images it takes up to five times as long, too, where maps are large; here it adds up
+XLA's gradients of single images. 1×1 filters are a matrix product, whose gradients are
+two more. XLA's gradient of a sum over neighbouring channels is slow there too; here it
+is that same sum again: what a channel takes from its neighbours, they take from it. Its
+grouped convolution takes several times as long as a sum of shifted products, which
+depthwise convolutions are here; so is the gradient of their maps, and that of their
+filters adds up row by row. Elsewhere, and for the gradient of the maps, everything is
+XLA's. They differentiate in reverse mode only.
 """
 
 import functools
@@ -44,7 +47,10 @@ from sppnet_jax.pyramid.span_max import materialized, span_max
 ValidSize = Int[Array, "batch 2"]
 Padding = tuple[tuple[int, int], tuple[int, int]]
 LAYOUT = ("NHWC", "HWIO", "NHWC")
-FEW_FILTERS = 24  # with fewer, XLA is fast
+FEW_FILTERS = 24  # with fewer, XLA's gradient of the first convolution is fast
+COLOURS = 4  # channels of images, at most
+LARGE_MAP = 256  # cells; where there are fewer, XLA's gradient of filters is fast
+MOST_PARTS = 16  # of a batch: each is a convolution to compile
 
 
 def run_table(
@@ -269,16 +275,17 @@ def _shifted_backward(
 _shifted_products.defvjp(_shifted_forward, _shifted_backward)
 
 
-def image_conv(
-    images: jax.Array,
+def conv(
+    maps: jax.Array,
     kernel: jax.Array,
     strides: Sequence[int],
     padding: Sequence[tuple[int, int]],
     **options: Any,
 ) -> jax.Array:
-    """Convolves images [batch, height, width, colours]; for flax's `nn.Conv`.
+    """Convolves with filters over all channels; for flax's `nn.Conv`.
 
-    `kernel`: [rows, columns, colours, filters]. `options`: the others that `nn.Conv`
+    `maps`: [batch, height, width, channels]. `kernel`: [rows, columns, channels,
+    filters]. `options`: the others that `nn.Conv`
     gives to `lax.conv_general_dilated`; all of them have to be at their defaults.
 
     Returns: [batch, rows, columns, filters].
@@ -288,10 +295,13 @@ def image_conv(
         default = {1} if isinstance(value, tuple) else {1, None}
         seen = set(value) if isinstance(value, tuple) else {value}
         if name != "dimension_numbers" and not seen <= default:
-            raise ValueError(f"image_conv takes no {name}, got {value}")
+            raise ValueError(f"conv takes no {name}, got {value}")
     stride = int(strides[0]), int(strides[1])
     (top, bottom), (left, right) = padding
-    return _conv(images, kernel, stride, ((top, bottom), (left, right)))
+    if kernel.shape[:2] == (1, 1) and not any((top, bottom, left, right)):
+        some = maps[:, :: stride[0], :: stride[1]]
+        return jax.lax.dot_general(some, kernel[0, 0], (((3,), (0,)), ((), ())))
+    return _conv(maps, kernel, stride, ((top, bottom), (left, right)))
 
 
 def local_response_norm(
@@ -327,17 +337,17 @@ def zero_beyond(maps: Array, size: ValidSize | None) -> Array:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def _conv(
-    images: jax.Array, kernel: jax.Array, strides: tuple[int, int], padding: Padding
+    maps: jax.Array, kernel: jax.Array, strides: tuple[int, int], padding: Padding
 ) -> jax.Array:
     return jax.lax.conv_general_dilated(
-        images, kernel, strides, padding, dimension_numbers=LAYOUT
+        maps, kernel, strides, padding, dimension_numbers=LAYOUT
     )
 
 
 def _conv_forward(
-    images: jax.Array, kernel: jax.Array, strides: tuple[int, int], padding: Padding
+    maps: jax.Array, kernel: jax.Array, strides: tuple[int, int], padding: Padding
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    return _conv(images, kernel, strides, padding), (images, kernel)
+    return _conv(maps, kernel, strides, padding), (maps, kernel)
 
 
 def _conv_backward(
@@ -346,24 +356,35 @@ def _conv_backward(
     saved: tuple[jax.Array, jax.Array],
     gradient: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
-    images, kernel = saved
+    maps, kernel = saved
 
-    def xla(images: jax.Array, kernel: jax.Array) -> jax.Array:
+    def xla(maps: jax.Array, kernel: jax.Array) -> jax.Array:
         return jax.lax.conv_general_dilated(
-            images, kernel, strides, padding, dimension_numbers=LAYOUT
+            maps, kernel, strides, padding, dimension_numbers=LAYOUT
         )
 
-    def on_cpu(gradient: jax.Array) -> jax.Array:
-        return _kernel_gradient(images, kernel, strides, padding, gradient)
+    def at_once(maps: jax.Array, gradient: jax.Array) -> jax.Array:
+        return jax.vjp(functools.partial(xla, maps), kernel)[1](gradient)[0]
 
-    def elsewhere(gradient: jax.Array) -> jax.Array:
-        return jax.vjp(functools.partial(xla, images), kernel)[1](gradient)[0]
+    def in_parts(maps: jax.Array, gradient: jax.Array) -> jax.Array:
+        images = -(-maps.shape[0] // MOST_PARTS)
+        parts = [
+            at_once(maps[start : start + images], gradient[start : start + images])
+            for start in range(0, maps.shape[0], images)
+        ]
+        return functools.reduce(jnp.add, parts)
 
-    for_images = jax.vjp(lambda images: xla(images, kernel), images)[1](gradient)[0]
-    if kernel.shape[-1] < FEW_FILTERS:
-        return for_images, elsewhere(gradient)
-    return for_images, jax.lax.platform_dependent(
-        gradient, cpu=on_cpu, default=elsewhere
+    def by_rows(maps: jax.Array, gradient: jax.Array) -> jax.Array:
+        return _kernel_gradient(maps, kernel, strides, padding, gradient)
+
+    for_maps = jax.vjp(lambda maps: xla(maps, kernel), maps)[1](gradient)[0]
+    on_cpu = at_once
+    if kernel.shape[2] <= COLOURS and kernel.shape[3] >= FEW_FILTERS:
+        on_cpu = by_rows
+    elif gradient.shape[1] * gradient.shape[2] >= LARGE_MAP:
+        on_cpu = in_parts
+    return for_maps, jax.lax.platform_dependent(
+        maps, gradient, cpu=on_cpu, default=at_once
     )
 
 

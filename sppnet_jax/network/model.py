@@ -17,14 +17,16 @@ from jaxtyping import Array, Float, Int
 
 from sppnet_jax.network.layers import (
     ValidSize,
+    conv,
     depthwise_conv,
-    image_conv,
     join_maps,
     max_pool,
     run_table,
     zero_beyond,
 )
 from sppnet_jax.network.stack import (
+    Branches,
+    Conv,
     Cut,
     Table,
     convs_of,
@@ -33,7 +35,7 @@ from sppnet_jax.network.stack import (
 )
 from sppnet_jax.network.trunks import BACKBONES, Backbone, Published, get_backbone
 from sppnet_jax.pyramid.geometry import Geometry, Sliding
-from sppnet_jax.pyramid.pooling import check_levels, spatial_pyramid_pool
+from sppnet_jax.pyramid.pooling import check_levels, num_bins, spatial_pyramid_pool
 from sppnet_jax.pyramid.windows import window_pyramid_pool
 from sppnet_jax.run.settings import Valid, at_least, between, one_of
 
@@ -132,9 +134,8 @@ class SPPNet(nn.Module):
         for number, layer in enumerate(convs_of(self.table), start=1):
             filters = _scaled(layer.filters, self.width)
             depthwise = layer.groups == layer.filters > 1
-            conv_as = image_conv if number == 1 else None
             before, after = Sliding(layer.kernel, layer.stride, layer.padding).pads
-            conv = nn.Conv(
+            layer_conv = nn.Conv(
                 filters,
                 kernel_size=(layer.kernel, layer.kernel),
                 strides=layer.stride,
@@ -143,9 +144,9 @@ class SPPNet(nn.Module):
                 dtype=self.dtype,
                 kernel_init=self._kernel_init(),
                 bias_init=self._bias_init(layer.bias),
-                conv_general_dilated=depthwise_conv if depthwise else conv_as,
+                conv_general_dilated=conv if layer.groups == 1 else depthwise_conv,
             )
-            setattr(self, f"conv{number}", conv)
+            setattr(self, f"conv{number}", layer_conv)
         if self.head == "fc":
             self.fc6 = self._dense(_scaled(4096, self.width), bias=1.0)
             self.fc7 = self._dense(_scaled(4096, self.width), bias=1.0)
@@ -458,8 +459,58 @@ def _grids(backbone: Backbone, cuts: Sequence[str]) -> list[Geometry]:
 
 
 def param_shapes(model: SPPNet) -> Any:
-    """The shapes of a model's parameters; nothing is computed."""
-    return jax.eval_shape(lambda rng: init_params(model, rng), jax.random.PRNGKey(0))
+    """The shapes of a model's parameters, from its table: to trace it takes longer."""
+    shapes, _ = _trunk_shapes(model)
+    length = pooled_length(model)
+    if model.head == "fc":
+        for name in ("fc6", "fc7"):
+            units = _scaled(4096, model.width)
+            shapes[name], length = _weights(length, units), units
+    if model.head != "none":
+        shapes["fc8"] = _weights(length, model.num_classes)
+    return shapes
+
+
+def pooled_length(model: SPPNet) -> int:
+    """The length of the vector that the pyramid makes of a map."""
+    _, channels = _trunk_shapes(model)
+    if model.levels is not None:
+        return channels * num_bins(model.levels)
+    assert model.backbone.last_pool is not None
+    last = (*model.backbone.layers, model.backbone.last_pool)
+    return channels * table_geometry(last).map_size(model.image_size) ** 2
+
+
+def _trunk_shapes(model: SPPNet) -> tuple[dict[str, Any], int]:
+    """The shapes of all convolutions' parameters, and the channels of the last map."""
+    shapes: dict[str, Any] = {}
+    cuts: dict[str, int] = {}
+
+    def follow(table: Table, channels: int) -> int:
+        for layer in table:
+            if isinstance(layer, Conv):
+                filters = _scaled(layer.filters, model.width)
+                depthwise = layer.groups == layer.filters > 1
+                seen = channels // (filters if depthwise else layer.groups)
+                sides = layer.kernel, layer.kernel
+                shapes[f"conv{len(shapes) + 1}"] = _weights(*sides, seen, filters)
+                channels = filters
+            elif isinstance(layer, Branches):
+                ends = [follow(own, channels) for own in layer.tables]
+                channels = sum(ends) if layer.join == "concat" else ends[0]
+            elif isinstance(layer, Cut):
+                cuts[layer.name] = channels
+        return channels
+
+    channels = follow(model.table, 3)
+    joined = len(model.cuts) > 1
+    return shapes, sum(cuts[cut] for cut in model.cuts) if joined else channels
+
+
+def _weights(*shape: int) -> dict[str, jax.ShapeDtypeStruct]:
+    """The shapes of a kernel and its bias."""
+    parts = {"kernel": shape, "bias": shape[-1:]}
+    return {k: jax.ShapeDtypeStruct(v, jnp.float32) for k, v in parts.items()}
 
 
 def init_params(model: SPPNet, rng: jax.Array) -> Any:

@@ -3,10 +3,15 @@
 A checkpoint holds the parameters, the rest of the training state, and what the host
 remembers (a JSON dict, the position of the data iterator in it). Each is written to a
 temporary folder and renamed, so a killed run leaves whole checkpoints only.
+
+Who wants the parameters alone reads their arrays as Orbax does, by TensorStore, without
+Orbax's import and its manager: 0.04 s for 0.33 s with a small network.
 """
 
 import contextlib
+import functools
 import glob
+import json
 import logging
 import os
 from collections.abc import Callable, Iterator
@@ -15,7 +20,6 @@ from typing import Any
 
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
 
 from sppnet_jax.run import files
 
@@ -49,16 +53,22 @@ class Checkpoints:
     def __init__(self, folder: str | Path, *, keep: int = 2) -> None:
         self.step: int | None = None
         self._folder = Path(folder).absolute()
+        self._keep = keep
         self._saved = f"a checkpoint in {self._folder}"
         self._closing = contextlib.ExitStack()
-        self._manager = ocp.CheckpointManager(
+
+    @functools.cached_property
+    def _manager(self) -> Any:
+        import orbax.checkpoint as ocp
+
+        return ocp.CheckpointManager(
             self._closing.enter_context(_without_pattern(self._folder)),
             item_handlers={
                 "params": ocp.StandardCheckpointHandler(),
                 "training": ocp.StandardCheckpointHandler(),
                 "host": ocp.JsonCheckpointHandler(),
             },
-            options=ocp.CheckpointManagerOptions(max_to_keep=keep),
+            options=ocp.CheckpointManagerOptions(max_to_keep=self._keep),
         )
 
     def __enter__(self) -> "Checkpoints":
@@ -66,6 +76,8 @@ class Checkpoints:
 
     def __exit__(self, kind: object, error: object, trace: object) -> None:
         with self._closing:
+            if "_manager" not in vars(self):
+                return
             if error is not None and jax.process_count() > 1:
                 return  # closing waits for all processes
             try:
@@ -85,6 +97,8 @@ class Checkpoints:
 
         Raises: OSError that says what it takes, where it can't be written.
         """
+        import orbax.checkpoint as ocp
+
         with self._writing():
             self._manager.wait_until_finished()  # what is written before takes room too
         self.check_space(params, training, step=step)
@@ -122,6 +136,8 @@ class Checkpoints:
         are renamed, so that they can be written again.
         Raises: ValueError that names every array whose shape differs.
         """
+        import orbax.checkpoint as ocp
+
         restored = self._restore(
             params,
             training=ocp.args.StandardRestore(training),
@@ -140,9 +156,20 @@ class Checkpoints:
 
         None takes them as they are there.
         """
-        return self._restore(params).params
+        names = [path.name for path in self._folder.glob("[0-9]*")]
+        newest = max((int(name) for name in names if name.isdecimal()), default=None)
+        try:
+            found = _read_arrays(self._folder / str(newest) / "params")
+        except Exception:  # of many kinds: Orbax tells what is wrong
+            return self._restore(params).params
+        if params is not None and _types(found) != _types(params):
+            return self._restore(params).params
+        self.step = newest
+        return found
 
     def _restore(self, params: Any, **others: Any) -> Any:
+        import orbax.checkpoint as ocp
+
         if self.latest_step() is None:
             raise FileNotFoundError(
                 f"no checkpoint in {self._folder}: train first, or give the --workdir "
@@ -237,6 +264,42 @@ def _without_pattern(folder: Path) -> Iterator[Path]:
         yield other
     finally:
         os.close(number)
+
+
+def _read_arrays(folder: Path) -> Any:
+    """A tree of arrays that Orbax has written, of nested dicts.
+
+    Raises: whatever goes wrong, where it isn't whole or not written so.
+    """
+    import tensorstore as ts
+
+    context = ts.Context()
+    described = json.loads((folder / "_METADATA").read_text())
+    if not described["use_ocdbt"] or described["use_zarr3"]:
+        raise ValueError("arrays are stored in another way")
+    base = {"driver": "file", "path": f"{folder}/"}
+    reads = {}
+    for one in described["tree_metadata"].values():
+        if one["value_metadata"]["value_type"] not in ("np.ndarray", "jax.Array"):
+            raise ValueError("it holds other values than arrays")
+        keys = tuple(key["key"] for key in one["key_metadata"])
+        place = {"driver": "ocdbt", "base": base, "path": f"{'.'.join(keys)}/"}
+        # Missing parts would else be zeros.
+        store = {"driver": "zarr", "kvstore": place, "fill_missing_data_reads": False}
+        reads[keys] = ts.open(store, open=True, read=True, context=context)
+    arrays = {keys: opened.result().read() for keys, opened in reads.items()}
+    tree: dict[str, Any] = {}
+    for (*groups, name), array in arrays.items():
+        inner = functools.reduce(lambda at, key: at.setdefault(key, {}), groups, tree)
+        inner[name] = array.result()
+    if not tree:
+        raise ValueError("it holds no parameters")
+    return tree
+
+
+def _types(tree: Any) -> Any:
+    """The shape and the type of each array by its place."""
+    return jax.tree.map(lambda x: (tuple(x.shape), np.dtype(x.dtype)), tree)
 
 
 def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:

@@ -9,7 +9,6 @@ from typing import Annotated, Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
 from sppnet_jax.network.model import SPPNet, init_params
 from sppnet_jax.network.preprocess import (
@@ -50,6 +49,8 @@ class Optimizer(NamedTuple):
 
     def transform(self, frozen: Collection[str] = ()) -> Any:
         """The updates for a learning rate of 1; none of the `frozen` layers."""
+        import optax
+
         sgd = optax.chain(
             optax.add_decayed_weights(self.weight_decay, mask=_is_kernel),
             optax.trace(decay=self.momentum, nesterov=self.nesterov),
@@ -119,6 +120,8 @@ def make_step(
     takes) and a key for random numbers to the losses [rows] and logits [rows, classes].
     `frozen`: layers that stay as they are.
     """
+    import optax  # not above: settings have no need of it
+
     transform = optimizer.transform(frozen)
 
     def step(
@@ -187,6 +190,8 @@ def smoothed_losses(
     logits: jax.Array, labels: jax.Array, optimizer: Optimizer
 ) -> jax.Array:
     """The cross entropy of each row, with the optimizer's label smoothing."""
+    import optax
+
     targets = optax.smooth_labels(
         jax.nn.one_hot(labels, logits.shape[-1]), optimizer.label_smoothing
     )
