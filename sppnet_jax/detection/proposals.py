@@ -146,7 +146,7 @@ def searched_side(settings: ProposalSettings) -> float:
 
     See `images.decode_part`. EdgeBoxes looks at every pixel of an image.
     """
-    if settings.method != "selective_search":
+    if settings.method not in ("selective_search", NO_COLOUR):
         return math.inf
     return settings.width or math.sqrt(MAX_PIXELS)
 
