@@ -38,10 +38,10 @@ def main(argv: Sequence[str]) -> None:
         raise ValueError(f"{ROOT.value} holds no photographs n01440764_NAME.jpg")
     labels = np.array([numbers[file.name.partition("_")[0]] for file in files])
     images = []
-    for path, image in read_images([str(file) for file in files]):
-        if isinstance(image, Exception):
-            raise ValueError(f"{path}: {image}")
-        images.append(image)
+    for path, read in read_images([str(file) for file in files]):
+        if isinstance(read, Exception):
+            raise ValueError(f"{path}: {read}")
+        images.append(read.pixels)
     print("| trunk | shorter side | top-1 | top-5 | ms an image, with compiling |")
     print("|---|--:|--:|--:|--:|")
     for named in TRUNKS.value:

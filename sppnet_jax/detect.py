@@ -28,6 +28,7 @@ from sppnet_jax.detection.detector_settings import DetectorSettings, detector_se
 if TYPE_CHECKING:
     import numpy as np
 
+    from sppnet_jax.data.images import Decoded
     from sppnet_jax.detection.detector import Detections
 
 log = logging.getLogger(__name__)
@@ -35,6 +36,8 @@ log = logging.getLogger(__name__)
 COMMANDS = ("train", "test", "image")
 # Of what is written of a box.
 COLUMNS = ("label", "score", "ymin", "xmin", "ymax", "xmax")
+# Half of the least shorter side of a picture of a photograph that is larger, in pixels.
+_DRAWN_SIDE = 500
 
 _SCORE = flags.DEFINE_float(
     "score",
@@ -117,7 +120,7 @@ def detect_in_files(
 
     folder = pictures or workdirs[0] / "images"
     check_folder(folder)
-    with StepsAhead(lambda n: _look(paths[n], settings), len(paths)) as ahead:
+    with StepsAhead(lambda n: _look(paths[n], settings, workdirs), len(paths)) as ahead:
         # The first image is searched while the detector is loaded.
         ahead.start_prefetch()
         from sppnet_jax.detection.detector_evaluation import (
@@ -138,10 +141,10 @@ def detect_in_files(
                     attempt(write, {"path": path, "error": str(looked)})
                     failed += 1
                     continue
-                image, boxes = looked
-                found = detect(image, boxes)
-                told = _tell(path, image, found, least, class_names)
-                attempt(write, told)
+                read, boxes = looked
+                image, found = read.pixels, detect(read.pixels, boxes)
+                whole = found._replace(boxes=read.in_whole(found.boxes))
+                attempt(write, _tell(path, read.size, whole, least, class_names))
                 from sppnet_jax.detection.pictures import draw_detections, save_image
 
                 drawn = draw_detections(image, *found.above(least), class_names)
@@ -154,28 +157,36 @@ def detect_in_files(
 
 
 def _look(
-    path: str, settings: DetectorSettings
-) -> "tuple[np.ndarray, np.ndarray] | Exception":
-    """An image and its proposals, or why it can't be read."""
-    from sppnet_jax.data.photographs import read_image
-    from sppnet_jax.detection.proposals import find_boxes
+    path: str, settings: DetectorSettings, workdirs: Sequence[Path]
+) -> "tuple[Decoded, np.ndarray] | Exception":
+    """An image and its proposals, in its pixels, or why it can't be read.
 
+    It is decoded no larger than it is convolved, searched and drawn.
+    """
+    from sppnet_jax.data.photographs import read_part
+    from sppnet_jax.detection.proposals import find_boxes, searched_side
+
+    every = [settings, *map(detector_settings, workdirs[1:])]
+    sides = [max(own.scales) for own in every]
+    needed = max(*sides, searched_side(settings.proposals), _DRAWN_SIDE)
+    if any(own.system == "rcnn" for own in every):  # which looks at every pixel
+        needed = math.inf
     try:
-        image = read_image(path)
+        read = read_part(path, needed)
     except (OSError, ValueError) as error:
         return error
-    return image, find_boxes(image, settings.proposals)
+    return read, find_boxes(read.pixels, settings.proposals)
 
 
 def _tell(
     path: str,
-    image: "np.ndarray",
+    size: tuple[int, int],
     found: "Detections",
     least: float,
     class_names: Sequence[str],
 ) -> dict[str, Any]:
     """Prints what was found in an image, and gives it as `photo_results` writes it."""
-    height, width = image.shape[:2]
+    height, width = size
     print(f"{path} ({width}×{height} pixels)")
     rows = []
     for box, label, value in zip(*found.above(least), strict=True):

@@ -96,18 +96,21 @@ def show_images(
     from sppnet_jax.run.photo_results import photo_results
 
     names, score, failed = network.class_names, image_scorer(network), 0
+    side = network.resize_side
     shown: list[Any] = []
+    needed = max(side, _THUMBNAIL) if picture else side
     with all_tried() as attempt, photo_results(out, COLUMNS) as write:
-        for path, image in read_images(paths, settings.data.threads):
-            if isinstance(image, Exception):
+        for path, read in read_images(paths, settings.data.threads, needed):
+            if isinstance(read, Exception):
                 failed += 1
-                attempt(write, _unread(path, image))
+                attempt(write, _unread(path, read))
                 continue
-            scores = score(image)
-            attempt(write, _tell(path, image, names, scores))
+            pixels, size = read
+            scores = score(resize_whole(pixels, side, MAX_ASPECT, size))
+            attempt(write, _tell(path, size, names, scores))
             if picture and len(shown) < _MOST_DRAWN:
                 best = int(scores.argmax())
-                small = resize_whole(image, _THUMBNAIL, MAX_ASPECT)
+                small = resize_whole(pixels, _THUMBNAIL, MAX_ASPECT, size)
                 shown.append((small, names[best], float(scores[best]), None))
     if picture and shown:
         from sppnet_jax.classification.pictures import Prediction, plot_predictions
@@ -133,23 +136,31 @@ def show_windows(
     """
     import numpy as np
 
+    from sppnet_jax.buckets.whole_images import MAX_ASPECT
     from sppnet_jax.classification.image_scores import image_scorer
+    from sppnet_jax.data.images import resize_whole
     from sppnet_jax.data.photographs import read_images
     from sppnet_jax.detection.pictures import draw_detections, save_image
+    from sppnet_jax.detection.proposals import ProposalSettings, searched_side
     from sppnet_jax.detection.window_classes import classify_windows
     from sppnet_jax.run.photo_results import photo_results
 
     names, score, failed = network.class_names, image_scorer(network), 0
+    side = network.resize_side
     with all_tried() as attempt, photo_results(out, (*COLUMNS, *SIDES)) as write:
-        images = read_images(paths, settings.data.threads)
-        for number, (path, image) in enumerate(images, start=1):
-            if isinstance(image, Exception):
+        needed = max(2 * side, searched_side(ProposalSettings()))
+        images = read_images(paths, settings.data.threads, needed)
+        for number, (path, read) in enumerate(images, start=1):
+            if isinstance(read, Exception):
                 failed += 1
-                attempt(write, _unread(path, image))
+                attempt(write, _unread(path, read))
                 continue
-            told = _tell(path, image, names, score(image), best=1)
+            image, size = read
+            scores = score(resize_whole(image, side, MAX_ASPECT, size))
+            told = _tell(path, size, names, scores, best=1)
             found = classify_windows(network, image, most=BEST)
-            for box, label, value in zip(*found, strict=True):
+            whole = found._replace(boxes=read.in_whole(found.boxes))
+            for box, label, value in zip(*whole, strict=True):
                 sides = ymin, xmin, ymax, xmax = [round(float(edge), 2) for edge in box]
                 print(
                     f"  {value:6.1%}  {names[label]}, x {xmin:.0f} to {xmax:.0f}, "
@@ -173,13 +184,13 @@ def show_windows(
 
 def _tell(
     path: str,
-    image: "np.ndarray",
+    size: tuple[int, int],
     names: Sequence[str],
     scores: "np.ndarray",
     best: int = BEST,
 ) -> dict[str, Any]:
     """Prints an image's best classes, and gives them as `photo_results` writes them."""
-    height, width = image.shape[:2]
+    height, width = size
     print(f"{path} ({width}×{height} pixels)")
     ranked = (-scores).argsort(kind="stable")[:best]
     for label in ranked:

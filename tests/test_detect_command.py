@@ -54,7 +54,13 @@ from sppnet_jax.network.trained import load_network
 from sppnet_jax.run import run_folder
 from sppnet_jax.run.files import read_arrays
 from sppnet_jax.run.settings import plain, read
-from tests.data_helpers import encode, voc_object, voc_xml, write_voc_folder
+from tests.data_helpers import (
+    encode,
+    overlap,
+    voc_object,
+    voc_xml,
+    write_voc_folder,
+)
 from tests.network_helpers import write_network
 from tests.processes import Started, import_times, run_and_be_killed
 from tests.test_quick_start import NOT_NEEDED
@@ -784,9 +790,11 @@ def test_proposals_may_come_from_a_file(base, trained, tmp_path, report):
 def test_photographs_are_looked_at_and_unreadable_ones_named(
     base, trained, tmp_path, capsys, monkeypatch
 ):
-    decoded, decode = [], photographs.decode_image
+    decoded, decode = [], photographs.decode_part
     monkeypatch.setattr(
-        photographs, "decode_image", lambda data: decode(decoded.append(data) or data)
+        photographs,
+        "decode_part",
+        lambda data, side: decode(decoded.append(data) or data, side),
     )
     photos = []
     for number, folder in enumerate(("one", "two")):
@@ -814,6 +822,30 @@ def test_photographs_are_looked_at_and_unreadable_ones_named(
     detect.detect_in_files(*given[:2], paths[:1], score=1e6, pictures=pictures)
     assert "nothing of a score of 1e+06 or more; the best: " in capsys.readouterr().out
     assert not list(base.glob("cache/*photo*"))
+
+
+def test_boxes_of_a_large_jpeg_are_in_its_own_pixels(
+    base, trained, tmp_path, monkeypatch
+):
+    """Although it is decoded, searched and drawn at a smaller size."""
+    monkeypatch.setattr(detect, "_DRAWN_SIDE", 100)
+    image = cv2.resize(draw_scene(100)[0], (960, 720))
+    photo, out = tmp_path / "photo.jpg", tmp_path / "found.json"
+    photo.write_bytes(encode(image, ".jpg"))
+    config = small_config(base)
+    given = config, [trained], [str(photo)]
+    detect.detect_in_files(*given, score=-1.0, pictures=tmp_path, out=out)
+    drawn = cv2.imread(str(tmp_path / "photo_detections.jpg"))
+    assert drawn.shape in {(360, 480, 3), (180, 240, 3)}
+    (told,) = json.loads(out.read_text())
+    assert (told["height"], told["width"]) == (720, 960)
+    (whole,) = detect_images(
+        load_detectors([trained], [config]), [decode_image(encode(image, ".jpg"))]
+    )
+    for label, name in enumerate(CLASSES):
+        best = next(row for row in told["found"] if row["label"] == name)
+        expected = whole.boxes[np.flatnonzero(whole.labels == label)[0]]
+        assert overlap([best[side] for side in detect.COLUMNS[2:]], expected) > 0.8
 
 
 def test_a_picture_that_can_t_be_written_loses_no_other_image(

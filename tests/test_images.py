@@ -1,7 +1,10 @@
 """Whatever an image file holds, the pipeline gets 8-bit RGB or a clear error."""
 
 import ctypes
+import functools
 import io
+import itertools
+import math
 import struct
 import zlib
 from concurrent.futures import ThreadPoolExecutor
@@ -11,6 +14,7 @@ import numpy as np
 import pytest
 from data_helpers import encode, picture
 from PIL import Image, ImageOps
+from sklearn.datasets import load_sample_image
 
 from sppnet_jax.data import encoded_images, images
 from sppnet_jax.data.library_lines import caught
@@ -379,6 +383,162 @@ def test_a_damaged_png_is_an_error():
     encoded[middle : middle + 40] = bytes(40)
     with pytest.raises(ValueError, match="not an image"):
         images.decode_image(bytes(encoded))
+
+
+def jpegs(height, width):
+    """A picture as JPEGs of all colours, codings, samplings and orientations."""
+    image, files = Image.fromarray(picture(height, width)), {}
+    for mode, progressive, orientation in itertools.product(
+        ("RGB", "L", "CMYK"), (False, True), range(1, 9)
+    ):
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        options = {"progressive": progressive, "exif": exif, "quality": 95}
+        files[mode, progressive, orientation] = saved(
+            image.convert(mode), "JPEG", subsampling=2 * progressive, **options
+        )
+    return files
+
+
+@pytest.mark.parametrize(
+    ("least_side", "size"),
+    [
+        (math.inf, (60, 80)),
+        (16, (60, 80)),
+        (15, (30, 40)),  # just twice as many
+        (8, (30, 40)),
+        (7, (15, 20)),
+        (3, (8, 10)),  # 7.5 rounds up
+        (1, (8, 10)),
+    ],
+)
+def test_a_jpeg_is_decoded_to_twice_what_is_needed_or_more(least_side, size):
+    pixels, own_size = images.decode_part(
+        saved(Image.fromarray(IMAGE), "JPEG"), least_side
+    )
+    assert (pixels.shape, own_size) == ((*size, 3), (60, 80))
+
+
+@pytest.mark.parametrize("shape", [(120, 160), (121, 163), (117, 207)])
+def test_a_jpeg_that_was_decoded_small_is_the_whole_image_averaged(shape):
+    """Of any kind, turned or not, its sides multiples of the reduction or not."""
+    for kind, encoded in jpegs(*shape).items():
+        whole = images.decode_image(encoded)
+        assert images.image_size(encoded) == whole.shape[:2]
+        for side in (5, 7, 14, 23, 29):
+            pixels, size = images.decode_part(encoded, side)
+            assert size == whole.shape[:2], kind
+            assert pixels.size <= whole.size / 3, kind
+            found = images.decode_resized(encoded, side).astype(int)
+            expected = images.resize_shorter_side(whole, side)
+            assert found.shape == expected.shape
+            assert np.abs(found - expected).mean() < 4, (kind, side)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_a_part_is_within_half_a_pixel_that_was_decoded(orientation):
+    """A ramp over rows and one over columns say where each pixel comes from."""
+    ramp = np.zeros((203, 251, 3), np.uint8)
+    ramp[..., 0] = np.arange(203)[:, None]
+    ramp[..., 1] = ramp[..., 2] = np.arange(251)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    encoded = saved(Image.fromarray(ramp), "JPEG", exif=exif, quality=98, subsampling=0)
+    whole = images.decode_image(encoded)
+    rng = np.random.default_rng(orientation)
+    for side, by in ((20, 4), (10, 8), (40, 2)):
+        least = 2 * by * side
+        top, left = rng.integers(0, np.subtract(whole.shape[:2], least - 1)).tolist()
+        rectangle = (top, left, least, least)
+        part = images.decode_part(encoded, side, lambda *_, r=rectangle: r)
+        assert part.size == whole.shape[:2]
+        assert abs(part.pixels.shape[0] - least / by) <= 1
+        found = images.warp(part.pixels, side).astype(float)
+        expected = images.warp(whole[top : top + least, left : left + least], side)
+        assert np.abs(found - expected).max() < by / 2 + 3
+
+
+def test_other_formats_and_smaller_jpegs_are_what_they_are_in_every_bit():
+    for name, encoded in complete_files().items():
+        whole = images.decode_image(encoded)
+        side = 16 if "JPEG" in name else 3
+        np.testing.assert_array_equal(
+            images.decode_resized(encoded, side),
+            images.resize_shorter_side(whole, side),
+        )
+        rngs = [np.random.default_rng(4) for _ in range(2)]
+        choose = functools.partial(images.random_rectangle, rng=rngs[0])
+        part = images.decode_part(encoded, side, choose)
+        np.testing.assert_array_equal(
+            images.warp(part.pixels, side),
+            images.random_resized_crop(whole, side, rngs[1]),
+        )
+        assert rngs[0].random() == rngs[1].random(), "other draws"
+
+
+@pytest.mark.parametrize("name", [n for n in complete_files() if "JPEG" in n])
+def test_a_damaged_jpeg_decoded_small_is_refused_and_told_as_whole(name, monkeypatch):
+    encoded, rng = complete_files()[name], np.random.default_rng(len(name))
+
+    def outcome(data, least_side):
+        monkeypatch.setattr(encoded_images, "_odd", {})
+        try:
+            return images.decode_part(
+                data, least_side
+            ).size, encoded_images.odd_images()
+        except ValueError as error:
+            return str(error)
+
+    outcomes = set()
+    for number in range(80):
+        damaged = bytearray(encoded)
+        for place in rng.integers(len(encoded) if number % 2 else 300, size=3):
+            damaged[place] = rng.integers(256)
+        if number % 4 == 0:
+            damaged = damaged[: rng.integers(len(encoded))]
+        expected = outcome(bytes(damaged), math.inf)
+        for least_side in (3, 15):
+            assert outcome(bytes(damaged), least_side) == expected
+        outcomes.add(type(expected))
+    for cut in (1, 2):
+        assert outcome(encoded[:-cut], 3) == outcome(encoded[:-cut], math.inf)
+    assert outcomes == {tuple, str}
+
+
+def test_an_image_of_too_many_pixels_is_refused_however_small_it_is_needed(monkeypatch):
+    encoded = saved(Image.fromarray(IMAGE), "JPEG")
+    monkeypatch.setattr(encoded_images, "max_pixels", lambda: 60 * 80 - 1)
+    with pytest.raises(ValueError, match="60×80 pixels"):
+        images.decode_part(encoded, 1)
+
+
+@pytest.fixture(scope="module")
+def large():
+    """A photograph of 12 megapixels, as a telephone held upright takes it."""
+    image = cv2.resize(load_sample_image("china.jpg"), (4000, 3000))
+    noise = np.random.default_rng(0).integers(-6, 7, (300, 400, 3), np.int16)
+    noisy = np.clip(image + np.tile(noise, (10, 10, 1)), 0, 255).astype(np.uint8)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    return saved(Image.fromarray(noisy), "JPEG", exif=exif, quality=90)
+
+
+def test_twelve_megapixels_are_read_small_with_the_pixels_of_reading_them_whole(large):
+    whole = images.decode_image(large)
+    assert whole.shape == (4000, 3000, 3)
+    pixels, size = images.decode_part(large, 256)
+    assert (pixels.shape, size) == ((1000, 750, 3), (4000, 3000))
+    found = images.decode_resized(large, 256).astype(int)
+    difference = np.abs(found - images.resize_shorter_side(whole, 256))
+    assert difference.mean() < 1
+    assert np.percentile(difference, 99.9) <= 8
+    rngs = [np.random.default_rng(1) for _ in range(2)]
+    for _ in range(4):
+        choose = functools.partial(images.random_rectangle, rng=rngs[0])
+        part = images.warp(images.decode_part(large, 224, choose).pixels, 224)
+        expected = images.random_resized_crop(whole, 224, rngs[1])
+        # The crop's edges are rounded: what differs is where there are edges.
+        assert np.abs(part.astype(int) - expected).mean() < 3
 
 
 @pytest.mark.parametrize(

@@ -175,6 +175,42 @@ def test_a_test_counts_every_record_once_on_any_number_of_processes(total, count
             np.testing.assert_array_equal(batch["mask"], batch["index"] >= 0)
 
 
+def read_each_way(source):
+    """Batches of every kind, and whole images, as lists of arrays."""
+    crops = [
+        [batch["image"] for batch in train(source, 3, crop=crop, seed=2)]
+        for crop in images.CROPS
+    ]
+    places = [batch["image"] for batch in evaluate(source, positions=images.POSITIONS)]
+    with warped_batches(source, batch_size=4, image_size=16) as batches:
+        warped = [batch["image"] for batch in batches]
+    whole = [example["images"] for example in read_whole(source, sides=(16, 24))]
+    return [*itertools.chain(*crops), *places, *warped, *itertools.chain(*whole)]
+
+
+def test_large_jpegs_are_decoded_small_and_look_the_same(monkeypatch):
+    """Crops lie where they would if they were decoded whole."""
+    source = make_source(8)
+    large = [
+        {**record, "image": encode(picture(148 + index, 201, seed=index), ".jpg")}
+        for index, record in enumerate(source.records)
+    ]
+    source = source._replace(records=large)
+    reductions, reduction = [], images._reduction
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            images,
+            "_reduction",
+            lambda *given: reductions.append(reduction(*given)) or reductions[-1],
+        )
+        found = read_each_way(source)
+    assert {1, 2, 4} >= set(reductions) >= {2, 4}
+    monkeypatch.setattr(images, "_reduction", lambda *_: 1)
+    for one, other in zip(found, read_each_way(source), strict=True):
+        assert one.shape == other.shape
+        assert np.abs(one.astype(int) - other).mean() < 3
+
+
 def test_a_test_sees_centre_crops():
     source = make_source(3)
     batch = evaluate(source)[0]

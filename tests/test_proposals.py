@@ -283,6 +283,21 @@ def test_proposals_of_a_source_are_those_of_its_images(tmp_path, caplog):
     assert count_kept(tmp_path / "new" / "cache") == 6
 
 
+@pytest.mark.parametrize("method", ["selective_search", "selective_search_no_colour"])
+def test_windows_of_a_jpeg_that_is_decoded_small_are_in_its_own_pixels(
+    method, tmp_path, searches
+):
+    image = np.full((240, 320, 3), 90, np.uint8)
+    image[120:200, 160:280] = (230, 40, 30)
+    source = make_source(1)
+    jpeg = {**source.records[0], "image": encode(image, ".jpg")}
+    settings = SMALL._replace(method=method)
+    (boxes,) = propose(source._replace(records=[jpeg]), settings, tmp_path)
+    assert searches == [(120, 160, 3)]
+    assert max(overlap(box, (120, 160, 200, 280)) for box in boxes) > 0.8
+    assert (boxes.max(axis=0) <= [240, 320, 240, 320]).all()
+
+
 @pytest.fixture
 def searches(monkeypatch):
     """The shapes of the images that are searched from here on."""

@@ -15,6 +15,7 @@ from sppnet_jax import predict
 from sppnet_jax.classification import evaluation
 from sppnet_jax.classification.evaluation import evaluate_networks
 from sppnet_jax.classification.feature_files import write_features
+from sppnet_jax.classification.image_scores import score_images
 from sppnet_jax.data import photographs
 from sppnet_jax.data.datasets import ImageData
 from sppnet_jax.data.images import crop, resize_whole
@@ -144,21 +145,41 @@ def test_unreadable_photographs_are_errors_in_their_place(tmp_path):
     paths[2].write_bytes(paths[0].read_bytes()[:80])
     found = dict(read_images([str(path) for path in paths], threads=2))
     kinds = [type(found[str(path)]).__name__ for path in paths]
-    assert kinds == ["ndarray", "FileNotFoundError", "ValueError", "ndarray"]
-    np.testing.assert_array_equal(found[str(paths[0])], picture(20, 30))
+    assert kinds == ["Decoded", "FileNotFoundError", "ValueError", "Decoded"]
+    np.testing.assert_array_equal(found[str(paths[0])].pixels, picture(20, 30))
+    assert found[str(paths[0])].size == (20, 30)
+
+
+def test_predict_scores_a_large_jpeg_as_it_does_the_whole(
+    run, flowers, tmp_path, capsys
+):
+    image, file = picture(403, 300), tmp_path / "large.jpg"
+    file.write_bytes(encode(image, ".jpg"))
+    network, out = load_network(run), tmp_path / "found.json"
+    given = settings_for(flowers), network, [str(file)]
+    assert predict.show_images(*given, out=out) == 0
+    (told,) = json.loads(out.read_text())
+    assert (told["height"], told["width"]) == (403, 300)
+    assert "(300×403 pixels)" in capsys.readouterr().out
+    ((_, read),) = read_images([str(file)], least_side=network.resize_side)
+    assert read.pixels.shape[1] < 300
+    (scores,) = score_images(network, [image])
+    for row in told["found"]:
+        expected = scores[network.class_names.index(row["label"])]
+        assert abs(row["score"] - expected) < 0.01
 
 
 def test_predict_decodes_each_photograph_once(run, flowers, tmp_path, monkeypatch):
     paths = [str(tmp_path / f"{number}.png") for number in range(3)]
     for path in paths:
         (tmp_path / path).write_bytes(encode(picture(80, 100)))
-    decode, decoded = photographs.decode_image, []
+    decode, decoded = photographs.decode_part, []
 
-    def counted(data):
+    def counted(data, *needed):
         decoded.append(data)
-        return decode(data)
+        return decode(data, *needed)
 
-    monkeypatch.setattr(photographs, "decode_image", counted)
+    monkeypatch.setattr(photographs, "decode_part", counted)
     shown = settings_for(flowers), load_network(run), paths, tmp_path / "drawn.png"
     assert predict.show_images(*shown) == 0
     assert len(decoded) == 3

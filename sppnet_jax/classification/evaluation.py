@@ -14,7 +14,7 @@ from sppnet_jax.classification.pictures import Prediction, plot_predictions
 from sppnet_jax.classification.scores import Scores, split_scorer
 from sppnet_jax.data.broken import BrokenImages
 from sppnet_jax.data.datasets import open_split
-from sppnet_jax.data.images import crop, decode_image, resize_shorter_side, resize_whole
+from sppnet_jax.data.images import crop, decode_resized
 from sppnet_jax.data.sources import Source, subset
 from sppnet_jax.network.trained import load_network
 from sppnet_jax.run import files, run_folder
@@ -183,11 +183,11 @@ def _sample(
     """Some evenly spaced images, as the protocol sees them first, and their numbers."""
     spaced = np.linspace(0, len(valid) - 1, min(EXAMPLES, len(valid))).astype(int)
     for index in spaced[valid[spaced]].tolist():
-        image = decode_image(source.records[index]["image"])
+        encoded, side = source.records[index]["image"], protocol.scales[0]
         if protocol.on_map:
-            yield index, resize_whole(image, protocol.scales[0], MAX_ASPECT)
+            yield index, decode_resized(encoded, side, MAX_ASPECT)
         else:
-            image = resize_shorter_side(image, protocol.scales[0])
+            image = decode_resized(encoded, side)
             yield index, crop(image, view, protocol.positions[0])
 
 

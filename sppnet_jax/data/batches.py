@@ -93,11 +93,15 @@ def train_batches(
     if not 0 < min_area <= 1:
         raise ValueError(f"min_area must be above 0 and at most 1, not {min_area}")
 
-    def augment(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    def augment(encoded: bytes, rng: np.random.Generator) -> np.ndarray:
         if crop == "random_resized":
-            image = images.random_resized_crop(image, image_size, rng, (min_area, 1.0))
+            choose = functools.partial(
+                images.random_rectangle, rng=rng, area=(min_area, 1.0)
+            )
+            part = images.decode_part(encoded, image_size, choose).pixels
+            image = images.warp(part, image_size)
         else:
-            image = images.resize_shorter_side(image, resize_side)
+            image = images.decode_resized(encoded, resize_side)
             if crop == "random":
                 image = images.random_crop(image, image_size, rng)
             else:
@@ -167,8 +171,8 @@ def eval_batches(
     several = (len(positions),) if len(positions) > 1 else ()
     shape = (*several, image_size, image_size, 3)
 
-    def cut(image: np.ndarray) -> np.ndarray:
-        image = images.resize_shorter_side(image, resize_side)
+    def cut(encoded: bytes) -> np.ndarray:
+        image = images.decode_resized(encoded, resize_side)
         crops = [images.crop(image, image_size, place) for place in positions]
         return np.reshape(crops, shape)
 
@@ -182,7 +186,10 @@ def warped_batches(
 
     As `eval_batches` but for what is seen of an image: all of it, at another aspect.
     """
-    cut = functools.partial(images.warp, side=image_size)
+
+    def cut(encoded: bytes) -> np.ndarray:
+        return images.warp(images.decode_part(encoded, image_size).pixels, image_size)
+
     return _in_order(source, cut, (image_size, image_size, 3), batch_size, **loading)
 
 
@@ -217,8 +224,9 @@ def whole_images(
     _check_process(process_index, process_count)
     _check_whole(sides, max_aspect, threads)
 
-    def resize(image: np.ndarray) -> list[np.ndarray]:
-        return [images.resize_whole(image, side, max_aspect) for side in sides]
+    def resize(encoded: bytes) -> list[np.ndarray]:
+        pixels, size = images.decode_part(encoded, max(sides))
+        return [images.resize_whole(pixels, side, max_aspect, size) for side in sides]
 
     def blank(encoded: bytes) -> list[np.ndarray]:
         sizes = [_whole_size(encoded, side, max_aspect) for side in sides]
@@ -263,7 +271,7 @@ def describe_broken(source: Source, index: int) -> str:
 
 def _in_order(
     source: Source,
-    cut: Callable[[np.ndarray], np.ndarray],
+    cut: Callable[[bytes], np.ndarray],
     shape: tuple[int, ...],
     batch_size: int,
     *,
@@ -296,7 +304,7 @@ def _load(
     index: int,
     source: Source,
     key: str,
-    cut: Callable[[np.ndarray], Any],
+    cut: Callable[[bytes], Any],
     blank: Callable[[bytes], Any],
     strict: bool,
 ) -> Example:
@@ -305,7 +313,7 @@ def _load(
     check_label(source, record)
     label = record["labels"] if "labels" in record else np.int32(record["label"])
     try:
-        seen = cut(images.decode_image(record["image"]))
+        seen = cut(record["image"])
     except ValueError as error:
         if strict:
             raise ValueError(

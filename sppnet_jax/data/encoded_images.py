@@ -6,6 +6,7 @@ it isn't as it should be.
 
 import functools
 import io
+import itertools
 import logging
 import os
 import re
@@ -46,6 +47,16 @@ cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
 warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
 PIL.Image.MAX_IMAGE_PIXELS = None  # `max_pixels` limits all
 
+# The colours come from IMREAD_COLOR_RGB: with it, IMREAD_REDUCED_COLOR_* are refused.
+_REDUCED = {
+    1: 0,
+    2: cv2.IMREAD_REDUCED_GRAYSCALE_2,
+    4: cv2.IMREAD_REDUCED_GRAYSCALE_4,
+    8: cv2.IMREAD_REDUCED_GRAYSCALE_8,
+}
+_BLOCKS = np.array([[0, 255], [255, 255], [255, 255]], np.uint8)
+_CORNER = cv2.imencode(".jpg", _BLOCKS.repeat(8, axis=0).repeat(8, axis=1))[1].tobytes()
+
 
 class EncodedImage(bytes):
     """An image as it is in its file, with the file's name.
@@ -74,7 +85,7 @@ def check(encoded: bytes) -> bytes:
         raise ValueError(fault)
     if not encoded:
         raise ValueError("the file is empty (0 bytes)")
-    height, width = _stated_size(encoded)
+    height, width = stated_size(encoded)
     if height * width > max_pixels():
         raise ValueError(
             f"{height:,}×{width:,} pixels (height×width) are more than the "
@@ -83,20 +94,23 @@ def check(encoded: bytes) -> bytes:
     missing = _missing_end(encoded)
     if not missing:
         return encoded
-    completed = _completed(encoded) if encoded.startswith(b"\xff\xd8") else b""
+    completed = _completed(encoded) if is_jpeg(encoded) else b""
     if not completed:
         raise ValueError(f"truncated after {len(encoded):,} bytes: {missing}")
     _tell_odd(encoded, "a JPEG with all its data but no end marker")
     return EncodedImage(completed, _name_of(encoded))
 
 
-def decode(encoded: bytes) -> np.ndarray:
+def decode(encoded: bytes, reduction: int = 1) -> np.ndarray:
     """A whole image as it is shown: uint8 [H, W, 3].
+
+    `reduction`: 2, 4 or 8 decodes a JPEG so many times smaller, sides rounded up: each
+    block of 8×8 pixels gives 4×4, 2×2 or 1 from its lowest frequencies.
 
     Raises: ValueError as `images.decode_image` does.
     """
     with caught() as pieces:
-        image = _decode(encoded)
+        image = _decode(encoded, reduction)
     lines = b"".join(pieces).decode("utf-8", "replace").splitlines()
     said = "; ".join(filter(None, lines))
     if image is None:
@@ -113,16 +127,43 @@ def size_in_header(encoded: bytes) -> tuple[int, int] | None:
     """The (height, width) that a header tells; None where only decoding can tell.
 
     TIFF and GIF are left to the decoder, because nothing else finds the broken ones. So
-    are files that may be turned by 90°: OpenCV and Pillow don't read all EXIF alike.
+    are files that may be turned by 90°, but for JPEGs: OpenCV and Pillow don't read all
+    EXIF alike.
     """
     try:
         with PIL.Image.open(io.BytesIO(encoded), formats=_HEADER_FORMATS) as image:
             default = 0 if "exif" in image.info else 1
             unturned = image.getexif().get(ORIENTATION, default) in (1, 2, 3, 4)
-            return (image.height, image.width) if unturned else None
+            height, width = image.height, image.width
+        if unturned:
+            return height, width
+        if is_jpeg(encoded):
+            rows, columns = _with_exif_of(encoded).shape[:2]
+            return (width, height) if rows < columns else (height, width)
     except Exception:
         # Pillow raises errors of many types for odd files; OpenCV decides.
-        return None
+        pass
+    return None
+
+
+def beyond(encoded: bytes, size: tuple[int, int], reduction: int) -> tuple[int, int]:
+    """How far above and left of a JPEG its first pixels begin when it is decoded small.
+
+    The last rows and columns of a file may fill a part of a pixel only. Where the EXIF
+    orientation mirrors an image, they are its first.
+
+    `size`: (height, width), as shown, in pixels, as are the distances.
+    """
+    above, left = -size[0] % reduction, -size[1] % reduction
+    if not (above or left):
+        return 0, 0
+    shown = _with_exif_of(encoded)
+    mirrored = shown[:8].min() > 127, shown[:, :8].min() > 127
+    return above * int(mirrored[0]), left * int(mirrored[1])
+
+
+def is_jpeg(encoded: bytes) -> bool:
+    return encoded.startswith(b"\xff\xd8")
 
 
 @functools.cache
@@ -170,11 +211,11 @@ def _tell_odd(encoded: bytes, what: str) -> None:
         log.warning("more odd images are counted, and each hundredth is named")
 
 
-def _stated_size(encoded: bytes) -> tuple[int, int]:
+def stated_size(encoded: bytes) -> tuple[int, int]:
     """The (height, width) that a header states, in any orientation; zeros for none."""
     if encoded.startswith(b"\x89PNG\r\n\x1a\n"):
         return _whole_number(encoded[20:24]), _whole_number(encoded[16:20])
-    if encoded.startswith(b"\xff\xd8"):
+    if is_jpeg(encoded):
         for kind, start, _ in _jpeg_segments(encoded):
             if 0xC0 <= kind <= 0xCF and kind not in (0xC4, 0xC8, 0xCC):
                 sides = encoded[start + 3 : start + 5], encoded[start + 5 : start + 7]
@@ -191,7 +232,23 @@ def _whole_number(digits: bytes) -> int:
     return int.from_bytes(digits, "big")
 
 
-def _decode(encoded: bytes) -> np.ndarray | None:
+def _with_exif_of(encoded: bytes) -> np.ndarray:
+    """A tiny image, tall, with a black corner top left, as the EXIF of a JPEG turns it.
+
+    That shows what OpenCV makes of any EXIF.
+    """
+    segments = itertools.takewhile(
+        lambda segment: segment[0] != 0xDA, _jpeg_segments(encoded)
+    )
+    exif = b"".join(encoded[s - 2 : end] for kind, s, end in segments if kind == 0xE1)
+    with caught():
+        shown = _decode(_CORNER[:2] + exif + _CORNER[2:], 1)
+    if shown is None:
+        raise ValueError("its EXIF block can't be read")
+    return shown
+
+
+def _decode(encoded: bytes, reduction: int) -> np.ndarray | None:
     """A whole image as it is shown; None if it can't be decoded."""
     if encoded.startswith((b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")):
         tags = _tiff_tags(encoded)
@@ -206,7 +263,7 @@ def _decode(encoded: bytes) -> np.ndarray | None:
                 raise ValueError(f"Pillow can't decode this TIFF: {error}") from error
     buffer = np.frombuffer(encoded, np.uint8)
     try:
-        return cv2.imdecode(buffer, cv2.IMREAD_COLOR_RGB)
+        return cv2.imdecode(buffer, cv2.IMREAD_COLOR_RGB | _REDUCED[reduction])
     except cv2.error as error:
         raise ValueError(f"OpenCV can't decode it: {error}") from error
 
@@ -240,7 +297,7 @@ def _missing_end(encoded: bytes) -> str:
 
     OpenCV fills what a truncated file lacks with gray, without an error.
     """
-    if encoded.startswith(b"\xff\xd8"):
+    if is_jpeg(encoded):
         ends = any(kind == 0xD9 for kind, *_ in _jpeg_segments(encoded))
         return "" if ends else "no end-of-image marker"
     if encoded.startswith(b"\x89PNG\r\n\x1a\n"):

@@ -5,7 +5,8 @@ format that OpenCV reads: JPEG, PNG, BMP, WebP, GIF (first frame), TIFF.
 """
 
 import math
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import cv2
 import numpy as np
@@ -19,6 +20,28 @@ POSITIONS = (*CENTER_AND_CORNERS, "top", "bottom", "left", "right")
 # Longest side that `resize_shorter_side` makes: a needle of an image would fill memory.
 _LONGEST_SIDE = 32_767
 _MOST_IN_FLOAT = 1_000_000  # pixels
+
+# What is kept of pixels is kept with this number: raise it where images are decoded or
+# resized in another way.
+READING = 3
+
+Rectangle = tuple[int, int, int, int]  # top, left, height, width, in pixels
+
+
+class Decoded(NamedTuple):
+    """An image, or a part of one, at its own resolution or a smaller one.
+
+    `pixels`: uint8 [h, w, 3]. `size`: the (height, width) of the whole image at its own
+    resolution, after the EXIF orientation.
+    """
+
+    pixels: np.ndarray
+    size: tuple[int, int]
+
+    def in_whole(self, boxes: np.ndarray) -> np.ndarray:
+        """Boxes [N, 4] of these pixels, if they are the whole image, in its own."""
+        factors = np.tile(np.divide(self.size, self.pixels.shape[:2]), 2)
+        return (boxes * factors).astype(boxes.dtype)
 
 
 def decode_image(encoded: bytes) -> np.ndarray:
@@ -34,7 +57,66 @@ def decode_image(encoded: bytes) -> np.ndarray:
     Raises: ValueError if the bytes are no image, a truncated one, one of more than
     `max_pixels()`, or a TIFF of numbers that are no colours.
     """
-    return encoded_images.decode(encoded_images.check(encoded))
+    return decode_part(encoded, math.inf).pixels
+
+
+def decode_part(
+    encoded: bytes,
+    least_side: float,
+    choose: Callable[[int, int], Rectangle] | None = None,
+) -> Decoded:
+    """Decodes an image no larger than it is needed, and cuts a part out of it.
+
+    A JPEG is decoded at 1/8, 1/4 or 1/2 where that leaves at least twice the resolution
+    that is needed, so that what follows still averages over two pixels or more; the
+    part's edges are rounded to these. All else is as in `decode_image`, and so are
+    the pixels where nothing is reduced.
+
+    `least_side`: that the part's shorter side will be shrunk to, in pixels.
+    `choose`: from the whole image's (height, width) to the part; None: all of it.
+
+    Raises: ValueError as `decode_image` does.
+    """
+    whole = encoded_images.check(encoded)
+    size = None
+    if encoded_images.is_jpeg(whole):
+        # Most have too few pixels: their headers are not read any further.
+        shorter = min(encoded_images.stated_size(whole))
+        if _reduction(shorter, least_side) > 1:
+            size = encoded_images.size_in_header(whole)
+    pixels, by = None, 1
+    if size is None:
+        pixels = encoded_images.decode(whole)
+        size = pixels.shape[0], pixels.shape[1]
+    top, left, rows, columns = choose(*size) if choose else (0, 0, *size)
+    if pixels is None:
+        by = _reduction(min(rows, columns), least_side)
+        pixels = encoded_images.decode(whole, by)
+        above, before = encoded_images.beyond(whole, size, by)
+        top, left = top + above, left + before
+    edges = (top, left, top + rows, left + columns)
+    top, left, bottom, right = ((2 * edge + by) // (2 * by) for edge in edges)
+    return Decoded(pixels[top:bottom, left:right], size)
+
+
+def decode_resized(
+    encoded: bytes, side: int, max_aspect: float = math.inf
+) -> np.ndarray:
+    """The whole image as `resize_whole` resizes it, decoded no larger than it takes.
+
+    Raises: ValueError as `decode_image` and `whole_size` do.
+    """
+    pixels, size = decode_part(encoded, side)
+    return resize_whole(pixels, side, max_aspect, size)
+
+
+def _reduction(side: int, least_side: float) -> int:
+    """How many times smaller a JPEG is decoded: 1, 2, 4 or 8.
+
+    `side`: the shorter one of what is needed. `least_side`: what it is shrunk to.
+    """
+    enough = (by for by in (8, 4, 2) if side >= 2 * by * max(least_side, 1))
+    return next(enough, 1)
 
 
 def image_size(encoded: bytes) -> tuple[int, int]:
@@ -68,13 +150,20 @@ def resize_shorter_side(image: np.ndarray, side: int) -> np.ndarray:
     return resize_whole(image, side, math.inf)
 
 
-def resize_whole(image: np.ndarray, side: int, max_aspect: float) -> np.ndarray:
+def resize_whole(
+    image: np.ndarray,
+    side: int,
+    max_aspect: float,
+    size: tuple[int, int] | None = None,
+) -> np.ndarray:
     """Resizes an image so that its shorter side is `side`, its aspect bounded.
 
     As `resize_shorter_side`, but an image whose longer side is more than `max_aspect`
     times the shorter one is squeezed to that; its size is `whole_size`'s.
+
+    `size`: the image's own (height, width) where it was decoded smaller.
     """
-    height, width = image.shape[:2]
+    height, width = size or image.shape[:2]
     return _resize(image, *whole_size(height, width, side, max_aspect))
 
 
@@ -178,20 +267,36 @@ def random_resized_crop(
 ) -> np.ndarray:
     """Cuts out a random rectangle and resizes it to a square, uint8 [size, size, 3].
 
+    `area`, `aspect`: see `random_rectangle`.
+    """
+    rows, columns = image.shape[:2]
+    top, left, height, width = random_rectangle(rows, columns, rng, area, aspect)
+    return warp(image[top : top + height, left : left + width], size)
+
+
+def random_rectangle(
+    height: int,
+    width: int,
+    rng: np.random.Generator,
+    area: tuple[float, float] = (0.35, 1.0),
+    aspect: tuple[float, float] = (3 / 4, 4 / 3),
+) -> Rectangle:
+    """A random rectangle of an image of this height and width.
+
     `area`: range of the rectangle's area, relative to the image's; uniform.
     `aspect`: range of its width/height; log-uniform.
     """
-    height, width = image.shape[:2]
     for _ in range(10):
         pixels = rng.uniform(*area) * height * width
         ratio = np.exp(rng.uniform(np.log(aspect[0]), np.log(aspect[1])))
         rows, columns = round(np.sqrt(pixels / ratio)), round(np.sqrt(pixels * ratio))
         if 0 < rows <= height and 0 < columns <= width:
-            top = rng.integers(height - rows + 1)
-            left = rng.integers(width - columns + 1)
-            return _resize(image[top : top + rows, left : left + columns], size, size)
+            top = int(rng.integers(height - rows + 1))
+            left = int(rng.integers(width - columns + 1))
+            return top, left, rows, columns
     # A very long image has no such rectangle.
-    return _resize(crop(image, min(height, width), "center"), size, size)
+    side = min(height, width)
+    return (*crop_corner(height - side, width - side, "center"), side, side)
 
 
 def _resize(image: np.ndarray, height: int, width: int) -> np.ndarray:

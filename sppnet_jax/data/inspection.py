@@ -12,7 +12,7 @@ from sppnet_jax.data import box_folder, image_folder
 from sppnet_jax.data.annotated_folders import read_once
 from sppnet_jax.data.encoded_images import odd_images
 from sppnet_jax.data.folders import existing_folder, printable
-from sppnet_jax.data.images import decode_image, image_size
+from sppnet_jax.data.images import decode_part, image_size
 from sppnet_jax.data.sources import Objects, Source, open_detection_source, open_source
 from sppnet_jax.run.figures import (
     color_of,
@@ -159,10 +159,10 @@ def draw_contact_sheet(found: Inspected, path: Path) -> Path:
     shown: list[tuple[np.ndarray, tuple[int, int], Seen]] = []
     for split, number, one in _choose(found):
         try:
-            image = decode_image(found.sources[split].records[number]["image"])
+            encoded = found.sources[split].records[number]["image"]
+            image, (height, width) = decode_part(encoded, _LONGEST)
         except ValueError:
             continue
-        height, width = image.shape[:2]
         times = min(1.0, _LONGEST / max(height, width))
         size = max(1, round(width * times)), max(1, round(height * times))
         small = cv2.resize(image, size, interpolation=cv2.INTER_AREA)

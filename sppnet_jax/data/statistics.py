@@ -9,6 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 from sppnet_jax.data.batches import eval_batches
+from sppnet_jax.data.images import READING
 from sppnet_jax.data.sources import Source, subset
 from sppnet_jax.run.files import read_arrays, write_arrays
 from sppnet_jax.run.progress import progress_bar
@@ -23,9 +24,6 @@ class Statistics(NamedTuple):
     covariance: np.ndarray
 
 
-_VERSION = 2
-
-
 def kept_statistics(
     source: Source, folder: Path | None, *, threads: int = 8, **settings: int
 ) -> Statistics:
@@ -36,8 +34,7 @@ def kept_statistics(
     """
     if folder is None or not source.digest:
         return image_statistics(source, **settings, threads=threads)
-    # Raise _VERSION when images are decoded or resized in another way.
-    key = repr((_VERSION, source.digest, sorted(settings.items())))
+    key = repr((READING, source.digest, sorted(settings.items())))
     path = folder / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.npz"
     with contextlib.suppress(Exception):  # absent, damaged or closed: computed
         return Statistics(**read_arrays(path))

@@ -18,7 +18,7 @@ import numpy as np
 from sppnet_jax.buckets import choose_buckets
 from sppnet_jax.buckets.table import smallest_bucket
 from sppnet_jax.buckets.whole_images import MAX_ASPECT
-from sppnet_jax.data.images import decode_image, mirror, resize_whole, whole_size
+from sppnet_jax.data.images import decode_resized, mirror, whole_size
 from sppnet_jax.data.sources import Objects
 from sppnet_jax.detection.box_layer import BOX, SPREAD, predict_boxes
 from sppnet_jax.detection.box_split import BoxSplit
@@ -381,8 +381,8 @@ def _batch_loader(
             "target": [],
         }
         for place, one in enumerate(mine):
-            image = decode_image(split.source.records[one.image]["image"])
-            image = resize_whole(image, one.side, MAX_ASPECT)
+            encoded = split.source.records[one.image]["image"]
+            image = decode_resized(encoded, one.side, MAX_ASPECT)
             chosen, targets = boxes[one.image][one.rows], one.targets
             if one.mirrored:
                 image = mirror(image)

@@ -28,7 +28,7 @@ from sppnet_jax.buckets.whole_images import (
     photo_buckets,
 )
 from sppnet_jax.data.broken import BrokenImages
-from sppnet_jax.data.images import decode_image, image_size, resize_whole, whole_size
+from sppnet_jax.data.images import decode_part, image_size, resize_whole, whole_size
 from sppnet_jax.data.sources import Source
 from sppnet_jax.detection.scales import Size, map_size_of
 from sppnet_jax.network.model import SPPNet
@@ -211,7 +211,7 @@ def decodable(source: Source, threads: int = 8) -> np.ndarray:
 
     def try_one(index: int) -> bool:
         try:
-            decode_image(source.records[index]["image"])
+            decode_part(source.records[index]["image"], 1)
         except ValueError:
             return False
         return True

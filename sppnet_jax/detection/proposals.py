@@ -13,6 +13,7 @@ Proposals are a list, one float32 [N, 4] for each record of a source: half-open 
 import hashlib
 import json
 import logging
+import math
 import os
 import zipfile
 from collections.abc import Mapping, Sequence
@@ -23,10 +24,11 @@ from typing import Annotated, Any, NamedTuple
 import numpy as np
 
 from sppnet_jax.data.broken import BrokenImages
-from sppnet_jax.data.images import decode_image, image_size
+from sppnet_jax.data.images import READING, decode_part, image_size
 from sppnet_jax.data.sources import Objects, Source
 from sppnet_jax.detection.boxes import clip_boxes, iou
 from sppnet_jax.detection.proposers import (
+    MAX_PIXELS,
     edge_boxes,
     load_edge_model,
     selective_search,
@@ -139,6 +141,16 @@ def find_boxes(
     )
 
 
+def searched_side(settings: ProposalSettings) -> float:
+    """What the shorter side of an image that is searched is at most, in pixels.
+
+    See `images.decode_part`. EdgeBoxes looks at every pixel of an image.
+    """
+    if settings.method not in ("selective_search", NO_COLOUR):
+        return math.inf
+    return settings.width or math.sqrt(MAX_PIXELS)
+
+
 def settings_key(settings: ProposalSettings) -> str:
     """The settings that decide about the boxes, as canonical JSON.
 
@@ -150,6 +162,7 @@ def settings_key(settings: ProposalSettings) -> str:
         "method": settings.method,
         "max_windows": settings.max_windows,
         "version": _VERSION,
+        "reading": READING,
     }
     if settings.method == "edge_boxes":
         load_edge_model(settings.model)
@@ -306,11 +319,12 @@ def _find_missing(
         index = records[number]
         record = source.records[index]
         try:
-            image = decode_image(record["image"])
+            read = decode_part(record["image"], searched_side(settings))
         except ValueError:
             return  # `propose` names it
         try:
-            boxes = find_boxes(image, settings, threads=threads)
+            found = find_boxes(read.pixels, settings, threads=threads)
+            boxes = read.in_whole(found)
         except Exception as error:
             raise RuntimeError(
                 f"no proposals could be found in {record['name']!r}, record {index} of "

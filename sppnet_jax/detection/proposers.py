@@ -29,7 +29,7 @@ _KS = (50, 100)
 _COLOURS = (cv2.COLOR_RGB2HSV_FULL, cv2.COLOR_RGB2Lab)
 _SIGMA = 0.8
 # The time can grow with the square of the pixels, and OpenCV turns images by 45°.
-_MAX_PIXELS = 500_000
+MAX_PIXELS = 500_000
 _MAX_SIDE = 2000
 # What the structured-edge model looks at around a pixel; OpenCV reads it unchecked.
 _EDGE_PATCH = 32
@@ -167,7 +167,7 @@ def _searched_size(image: np.ndarray, wanted: int) -> tuple[int, int]:
     factor = wanted / width if wanted else 1.0
     factor = min(
         factor,
-        math.sqrt(_MAX_PIXELS / (height * width)),
+        math.sqrt(MAX_PIXELS / (height * width)),
         _MAX_SIDE / max(height, width),
     )
     return max(1, round(height * factor)), max(1, round(width * factor))

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from sppnet_jax.buckets.whole_images import photo_buckets
+from sppnet_jax.data.images import READING
 from sppnet_jax.detection import rcnn
 from sppnet_jax.detection.box_split import BoxSplit
 from sppnet_jax.detection.detector_settings import DetectorSettings
@@ -56,7 +57,7 @@ def split_features(
         inputs["boxes"] = digest_arrays(boxes)
         stored += ["network", "pyramid", "boxes", "context", "side"]
     # The maps of a scale serve every pyramid, every list of scales, and both rules.
-    name = digest_of({name: inputs[name] for name in stored})
+    name = digest_of({"reading": READING, **{name: inputs[name] for name in stored}})
     cache, model = settings.cache_folder(workdir), network.model
     windows = np.mean([len(own) for own in boxes])
     if settings.system == "rcnn":

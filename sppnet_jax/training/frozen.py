@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from sppnet_jax.data.images import READING
 from sppnet_jax.data.sources import Source
 from sppnet_jax.network.model import SPPNet
 from sppnet_jax.network.preprocess import Preprocessing
@@ -98,6 +99,7 @@ def _pooled_levels(
         "trunk": network.trunk_digest,
         "data": [source.name, source.split, source.digest, list(source.class_names)],
         "seen": [data.view, side, model.image_size, mirrored, model.reducer],
+        "reading": READING,
     }
     folder = folder / digest_of(key)
     files = {level: folder / f"{level}.npy" for level in levels}
