@@ -27,6 +27,7 @@ from sppnet_jax.network.model import SPPNet, create_model
 from sppnet_jax.network.preprocess import Preprocessing
 from sppnet_jax.network.trunks import PAPER
 from sppnet_jax.run import caches
+from sppnet_jax.run.memory import give_back
 from sppnet_jax.training.steps import (
     Optimizer,
     TrainState,
@@ -110,7 +111,8 @@ def _explanations(platform: str, torch: Any) -> list[str]:
     if platform == "cpu":
         notes.append(
             "peak MB: of resident memory in a second step, above that of a process "
-            "with the packages loaded; each alternative in a process of its own"
+            "with the packages loaded; each alternative in a process of its own",
+            "times: in one process that keeps the memory it frees, PyTorch's steps too",
         )
     else:
         notes.append(
@@ -152,6 +154,7 @@ def _rows(
     )
     peaks = {what: own.peak_bytes for what, own in running.items()}
     running.clear()  # frees their states
+    give_back()
     if jax.devices()[0].platform == "cpu":
         peaks = _resident_peaks(name, dtype, size, [None, *peers.values()])
     rows: list[Measurements] = []
