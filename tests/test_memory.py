@@ -33,13 +33,18 @@ def in_turn():  # blocks of 64 MiB, each freed before the next, and a larger one
 """
 IN_A_PROGRAM = f"""{BLOCKS}
 import sppnet_jax
-from sppnet_jax.run.memory import give_back
+from sppnet_jax.run.memory import give_back, large_blocks_go_back
 print(in_turn())
 print(sppnet_jax.keep_memory())
 print(in_turn())
 kept = resident()
 give_back()
 print(kept - resident())
+before = resident()
+with large_blocks_go_back():
+    np.ones(2**24, np.float32)
+    print(resident() - before)
+print(in_turn())
 """
 IN_A_COMMAND = f"""{BLOCKS}
 from sppnet_jax import cli
@@ -66,11 +71,13 @@ def run(program, **environment):
 
 @LINUX
 def test_a_program_that_keeps_memory_is_given_hardly_a_page_for_what_it_has_freed():
-    before, said, after, given_back = run(IN_A_PROGRAM)
+    before, said, after, given_back, left, again = run(IN_A_PROGRAM)
     assert int(before) > 3 * PAGES
     assert said.startswith("freed memory stays with this process")
     assert int(after) < PAGES / 4
     assert int(given_back) > 0.9 * PAGES
+    assert int(left) < PAGES / 4
+    assert int(again) < PAGES / 4
 
 
 @LINUX

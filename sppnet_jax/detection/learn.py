@@ -36,6 +36,7 @@ from sppnet_jax.detection.window_features import (
     rows_of,
 )
 from sppnet_jax.run.files import read_arrays, write_arrays
+from sppnet_jax.run.memory import large_blocks_go_back
 
 SVM_FILE = "svm.npz"
 REGRESSION_FILE = "regression.npz"
@@ -44,6 +45,7 @@ ROUNDS_FILE = "rounds.npz"
 log = logging.getLogger(__name__)
 
 
+@large_blocks_go_back()
 def learn_svms(
     folder: Path,
     features: WindowFeatures,
@@ -138,6 +140,7 @@ def learn_svms(
     return report
 
 
+@large_blocks_go_back()
 def learn_regression(
     folder: Path,
     features: WindowFeatures,
