@@ -109,11 +109,11 @@ def _explanations(platform: str, torch: Any) -> list[str]:
         "fastest matrix product"
     ]
     if platform == "cpu":
-        notes.append(
+        notes += [
             "peak MB: of resident memory in a second step, above that of a process "
             "with the packages loaded; each alternative in a process of its own",
             "times: in one process that keeps the memory it frees, PyTorch's steps too",
-        )
+        ]
     else:
         notes.append(
             "peak MB: ours as XLA plans it (arguments, temporary buffers), PyTorch's "
