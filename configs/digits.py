@@ -3,10 +3,10 @@
 python -m sppnet_jax.train --config=configs/digits.py --workdir=runs/digits
 python -m sppnet_jax.evaluate --workdir=runs/digits --protocol=single
 
-Measured: 94.0 % top-1 on two CPU cores (1,012 of 1,077 test scenes), 93.7 % on one busy
-core, where the training took 8 min 8 s. `make demo`, with its detector and the
-installation, took 8 min 58 s on two cores and 13 min 40 s on one. docs/results.md has
-the table.
+Measured: 94.6 % top-1 on two CPU cores (1,019 of 1,077 test scenes); 93.7 and 94.0 %
+with sums that round otherwise, on one busy core and on two. `make demo`, with its
+detector and the installation, took 8 min 58 s on two cores, 11 min 43 s on two busy
+ones and 13 min 40 s on one. docs/results.md has the table.
 """
 
 from ml_collections import ConfigDict
