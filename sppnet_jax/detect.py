@@ -12,6 +12,7 @@ the folder share the images: --process_index=I --process_count=N on each. With
 --coordinator=HOST:PORT they also train end to end together.
 """
 
+import functools
 import logging
 import math
 import sys
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 
     from sppnet_jax.data.images import Decoded
     from sppnet_jax.detection.detector import Detections
+    from sppnet_jax.detection.proposals import ProposalSettings
 
 log = logging.getLogger(__name__)
 
@@ -120,7 +122,12 @@ def detect_in_files(
 
     folder = pictures or workdirs[0] / "images"
     check_folder(folder)
-    with StepsAhead(lambda n: _look(paths[n], settings, workdirs), len(paths)) as ahead:
+    side = functools.cache(lambda: _needed_side(settings, workdirs))
+
+    def look(number: int) -> "tuple[Decoded, np.ndarray] | Exception":
+        return _look(paths[number], settings.proposals, side())
+
+    with StepsAhead(look, len(paths)) as ahead:
         # The first image is searched while the detector is loaded.
         ahead.start_prefetch()
         from sppnet_jax.detection.detector_evaluation import (
@@ -156,26 +163,33 @@ def detect_in_files(
     return failed
 
 
+def _needed_side(settings: DetectorSettings, workdirs: Sequence[Path]) -> float:
+    """The shorter side that photographs are convolved, searched and drawn at, at most."""
+    from sppnet_jax.detection.proposals import searched_side
+
+    every = [settings, *map(detector_settings, workdirs[1:])]
+    if any(own.system == "rcnn" for own in every):  # which looks at every pixel
+        return math.inf
+    sides = [max(own.scales) for own in every]
+    return max(*sides, searched_side(settings.proposals), _DRAWN_SIDE)
+
+
 def _look(
-    path: str, settings: DetectorSettings, workdirs: Sequence[Path]
+    path: str, settings: "ProposalSettings", side: float
 ) -> "tuple[Decoded, np.ndarray] | Exception":
     """An image and its proposals, in its pixels, or why it can't be read.
 
-    It is decoded no larger than it is convolved, searched and drawn.
+    `side`: that its shorter side will be shrunk to; it is decoded no larger than that
+    takes.
     """
     from sppnet_jax.data.photographs import read_part
-    from sppnet_jax.detection.proposals import find_boxes, searched_side
+    from sppnet_jax.detection.proposals import find_boxes
 
-    every = [settings, *map(detector_settings, workdirs[1:])]
-    sides = [max(own.scales) for own in every]
-    needed = max(*sides, searched_side(settings.proposals), _DRAWN_SIDE)
-    if any(own.system == "rcnn" for own in every):  # which looks at every pixel
-        needed = math.inf
     try:
-        read = read_part(path, needed)
+        read = read_part(path, side)
     except (OSError, ValueError) as error:
         return error
-    return read, find_boxes(read.pixels, settings.proposals)
+    return read, find_boxes(read.pixels, settings)
 
 
 def _tell(

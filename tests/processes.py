@@ -10,6 +10,7 @@ import multiprocessing
 import os
 import runpy
 import signal
+import subprocess
 import sys
 import tempfile
 import time
@@ -44,6 +45,18 @@ def with_devices(count: int) -> dict[str, str]:
     """The environment of a process with so many host devices; the last flag counts."""
     flag = f"--xla_force_host_platform_device_count={count}"
     return {"XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {flag}"}
+
+
+def run_program(program: str, **environment: str) -> "subprocess.CompletedProcess[str]":
+    """Runs lines of Python in a process of their own; it has to end with 0."""
+    return subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=REPOSITORY,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
 
 
 class Finished(NamedTuple):

@@ -7,8 +7,6 @@ import re
 import shutil
 import signal
 import socket
-import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import cv2
@@ -18,7 +16,7 @@ import pytest
 from configs import digits, folder, imagenet
 from sppnet_jax.run.settings import read
 from sppnet_jax.training.network_settings import NetworkSettings
-from tests.conftest import REPOSITORY, SMALL
+from tests.conftest import SMALL
 from tests.data_helpers import (
     encode,
     picture,
@@ -27,7 +25,7 @@ from tests.data_helpers import (
     write_two_colors,
 )
 from tests.mock_imagenet import prepare_mock_imagenet
-from tests.processes import Started, run_command
+from tests.processes import Started, run_command, run_program
 
 
 def losses(workdir):
@@ -563,21 +561,12 @@ cli.run(main, NetworkSettings)
 def start_a_program(cache_home, **environment):
     """A command line of one small program, as the first in a user's cache folder."""
     given = {
-        **os.environ,
         "XDG_CACHE_HOME": str(cache_home),
         "JAX_COMPILATION_CACHE_DIR": "",
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "JAX_LOG_COMPILES": "1",
-        **environment,
     }
-    return subprocess.run(
-        [sys.executable, "-c", PROGRAM],
-        cwd=REPOSITORY,
-        env=given,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
+    return run_program(PROGRAM, **{**given, **environment})
 
 
 def test_a_second_start_loads_its_programs_from_the_user_s_cache_folder(tmp_path):

@@ -1,14 +1,11 @@
 """Memory that is freed is used again: counted by the pages that a process is given."""
 
 import ctypes
-import os
-import subprocess
-import sys
 
 import pytest
 
 from sppnet_jax.run import memory
-from tests.processes import REPOSITORY
+from tests.processes import run_program
 
 LINUX = pytest.mark.skipif(
     not hasattr(ctypes.CDLL(None), "mallopt"), reason="the C library isn't glibc"
@@ -56,17 +53,7 @@ cli.run(lambda argv: print(in_turn()), NetworkSettings)
 def run(program, **environment):
     # NumPy alone asks for huge pages, one fault for 512 pages.
     own = {"SPPNET_JAX_KEEP_MEMORY": "", "NUMPY_MADVISE_HUGEPAGE": "0"}
-    given = {**os.environ, **own, **environment}
-    given.pop("MALLOC_ARENA_MAX", None)
-    done = subprocess.run(
-        [sys.executable, "-c", program],
-        cwd=REPOSITORY,
-        env=given,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    return done.stdout.splitlines()
+    return run_program(program, **{**own, **environment}).stdout.splitlines()
 
 
 @LINUX

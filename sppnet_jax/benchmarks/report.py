@@ -72,7 +72,10 @@ def timing_parser(
 
 
 def timing_of(parser: argparse.ArgumentParser) -> tuple[argparse.Namespace, Timing]:
-    """What the command line says; its errors are those of argparse."""
+    """What the command line says, to a process that keeps memory from here on.
+
+    Errors are those of argparse.
+    """
     given = parser.parse_args()
     keep_memory()
     if given.rounds < 1:
