@@ -164,7 +164,7 @@ def detect_in_files(
 
 
 def _needed_side(settings: DetectorSettings, workdirs: Sequence[Path]) -> float:
-    """The shorter side that photographs are convolved, searched and drawn at, at most."""
+    """What photographs are shrunk to at most, their shorter side in pixels."""
     from sppnet_jax.detection.proposals import searched_side
 
     every = [settings, *map(detector_settings, workdirs[1:])]
