@@ -12,6 +12,7 @@ is. The same command goes on where it stopped.
 """
 
 import argparse
+import itertools
 import os
 import resource
 import subprocess
@@ -156,7 +157,10 @@ def train(folder: Path) -> None:
 
     def note(step: str, done: bool = False) -> None:
         new = step not in peaks
-        peaks[step] = max(peaks.get(step, 0.0), _peak())
+        peaks.setdefault(step, 0.0)
+        # The kernel's count is rounded, and may fall: an earlier step's is a bound.
+        before = itertools.takewhile(lambda name: name != step, list(peaks))
+        peaks[step] = max(peaks[step], _peak(), *(peaks[name] for name in before))
         if new or done:
             seconds = round(known["seconds"] + time.monotonic() - started)
             seen = {"peak": max(peaks.values()), "seconds": seconds, "peaks": peaks}
