@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from configs import digits, folder, imagenet
+from sppnet_jax.run.parallel import reason
 from sppnet_jax.run.settings import read
 from sppnet_jax.training.network_settings import NetworkSettings
 from tests.conftest import SMALL
@@ -672,3 +673,10 @@ def test_sigterm_ends_any_command_with_a_sentence(digits_run, tmp_path):
     assert ended.returncode == 1, ended.stderr
     assert "interrupted" in ended.stderr
     assert "Traceback" not in ended.stderr
+
+
+def test_an_error_that_says_nothing_is_named():
+    assert reason(MemoryError("std::bad_alloc")) == "out of memory (std::bad_alloc)"
+    assert reason(MemoryError()) == "out of memory"
+    assert reason(RuntimeError()) == "RuntimeError"
+    assert reason(ValueError("two sizes")) == "two sizes"

@@ -115,6 +115,14 @@ def test_the_twin_without_spp_refuses_other_sizes_and_says_why():
         model.apply(variables, random_images(1, 64, 80))
 
 
+@pytest.mark.parametrize("size", [(10, 100), (101, 50), (0, 0)])
+def test_valid_sizes_that_no_image_of_the_bucket_has_are_refused(narrow, size):
+    model, variables, _ = narrow
+    bucket = random_images(2, 100, 100)
+    with pytest.raises(ValueError, match=rf"valid_size.*\[{size[0]}, {size[1]}\]"):
+        model.apply(variables, bucket, jnp.array([(50, 50), size]))
+
+
 def test_bfloat16_activations_keep_float32_parameters_and_logits():
     model = sn.create_model(
         "zf5", (2, 1), 5, width=0.1, weight_init="he", dtype=jnp.bfloat16

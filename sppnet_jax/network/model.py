@@ -13,6 +13,7 @@ from typing import Annotated, Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
 from sppnet_jax.network.layers import (
@@ -182,6 +183,8 @@ class SPPNet(nn.Module):
         Returns: float32 logits [batch, classes], and a dict of activations: "conv1" …
         after their activation and the map at each cut, "pyramid" (what the head sees),
         "fc6" and "fc7" after their ReLU where there are such.
+
+        Raises: ValueError for images or valid sizes that the network can't take.
         """
         features, maps = self.features(images, valid_size)
         pyramid = self.pool(features, valid_size)
@@ -199,6 +202,7 @@ class SPPNet(nn.Module):
         """
         if self.levels is None:
             self._check_fixed_size(images, valid_size)
+        self._check_valid_size(images, valid_size)
         maps = zero_beyond(images.astype(self.dtype), valid_size)
         count = sum(1 for _ in convs_of(self.table))
         names = [f"conv{number}" for number in range(1, count + 1)]
@@ -279,6 +283,17 @@ class SPPNet(nn.Module):
                 f"of {side}×{side} pixels only, got {seen}. Crop or warp them, or "
                 f"create the model with levels such as (6, 3, 2, 1), or another "
                 f"image_size."
+            )
+
+    def _check_valid_size(self, images: Array, valid_size: ValidSize | None) -> None:
+        if valid_size is None or isinstance(valid_size, jax.core.Tracer):
+            return
+        least, sizes = self.geometry.min_image_size, np.asarray(valid_size)
+        if (sizes < least).any() or (sizes > images.shape[1:3]).any():
+            raise ValueError(
+                f"valid_size, the (height, width) of each image, must be at least "
+                f"{least} and within the bucket {images.shape[1:3]}, got "
+                f"{sizes.tolist()}"
             )
 
     def _dense(self, units: int, bias: float) -> Dense:

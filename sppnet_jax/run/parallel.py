@@ -90,7 +90,9 @@ def reason(error: BaseException) -> str:
     """An error in words; where it may come from another process, this is said."""
     if jax.distributed.is_initialized() and "gloo" in str(error).lower():
         return LOST
-    return str(error)
+    if isinstance(error, MemoryError):  # those of C++ say no more than "bad_alloc"
+        return f"out of memory ({error})".removesuffix(" ()")
+    return str(error) or type(error).__name__
 
 
 def check_alike(what: str, values: Mapping[str, Any]) -> None:
