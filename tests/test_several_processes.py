@@ -6,6 +6,8 @@ import re
 import shutil
 import signal
 import socket
+import subprocess
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -536,3 +538,25 @@ def test_a_port_that_is_taken_is_told():
         address = f"localhost:{taken.getsockname()[1]}"
         with pytest.raises(ValueError, match="process 0 can't listen at"):
             parallel.join_processes(address, 0, 2)
+
+
+LEAVES = """
+import atexit, signal, sys
+from sppnet_jax.run import parallel
+
+atexit.register(signal.raise_signal, signal.SIGABRT)  # when JAX leaves, or before
+parallel.join_processes(sys.argv[1], 0, 1)
+if sys.argv[2] == "working":
+    signal.raise_signal(signal.SIGABRT)
+"""
+
+
+@pytest.mark.parametrize(("when", "lost"), [("working", True), ("done", False)])
+def test_a_process_whose_work_is_done_is_not_lost_with_another(when, lost):
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-c", LEAVES, f"localhost:{port}", when]
+    ended = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert ended.returncode == lost, ended.stderr
+    assert ("another process has ended" in ended.stderr) == lost

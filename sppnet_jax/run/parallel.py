@@ -5,6 +5,7 @@ stays replicated from step to step, so that it can be donated: the fc layers mak
 large, and one copy of it is enough.
 """
 
+import atexit
 import ctypes
 import hashlib
 import json
@@ -34,6 +35,7 @@ _OWN_ERROR_SECONDS = 3  # for a process to say by itself why all end
 _MEET_SECONDS = 300  # for all processes to come
 _TOLD_BYTES = 1 << 15  # for all values that are compared
 _SHORT = 60  # characters of a value that is told whole
+_ENDED: list[bool] = []  # something, once this process has come to its end
 
 log = logging.getLogger(__name__)
 
@@ -75,6 +77,7 @@ def join_processes(coordinator: str, process_index: int, process_count: int) -> 
         heartbeat_timeout_seconds=_ALIVE_SECONDS,
     )
     joined.result()
+    atexit.register(_note_end)
 
 
 def end_together(code: int) -> None:
@@ -239,10 +242,19 @@ def _check_port(coordinator: str) -> None:
             ) from None
 
 
+def _note_end() -> None:
+    if getattr(sys, "last_value", None) is None:  # no error that nobody caught
+        sys.stdout.flush()
+        sys.stderr.flush()
+        _ENDED.append(True)
+
+
 @ctypes.CFUNCTYPE(None, ctypes.c_int)
 def _END_WITH_ANOTHER(_: int) -> None:
     """Where JAX aborts this process, for another has ended or can't be reached."""
     if jax.distributed.is_initialized():
+        if _ENDED:  # its work is done; the other was only sooner to leave
+            os._exit(0)
         time.sleep(_OWN_ERROR_SECONDS)
         print(f"error: {LOST}", file=sys.stderr, flush=True)
         os._exit(1)
