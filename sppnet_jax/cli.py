@@ -122,7 +122,8 @@ def run(
         try:
             main(argv[1:])
         except Interrupted as error:  # by all processes, that have saved
-            sys.exit(str(error))
+            parallel.wait_for_all_processes("all are interrupted")
+            _fail(str(error))
         except KeyboardInterrupt:
             _fail("interrupted; the same command goes on from there")
         except (ValueError, OSError, RuntimeError, MemoryError) as error:

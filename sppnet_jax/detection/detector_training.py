@@ -94,6 +94,7 @@ def train_detector(
         }
         if share.is_first:
             files.write_json(workdir / DETECTOR_FILE, made)
+    parallel.wait_for_all_processes("the detector is trained")
 
 
 def _data(settings: DetectorSettings, split: BoxSplit) -> run_folder.TrainingData:

@@ -31,7 +31,7 @@ LOST = (
 )
 
 _ALIVE_SECONDS = 15  # without a sign of life, after which a process counts as ended
-_OWN_ERROR_SECONDS = 3  # for a process to say by itself why all end
+_OWN_ERROR_SECONDS = 3  # for a process to end by itself, or to say why all end
 _MEET_SECONDS = 300  # for all processes to come
 _TOLD_BYTES = 1 << 15  # for all values that are compared
 _SHORT = 60  # characters of a value that is told whole
@@ -253,9 +253,9 @@ def _note_end() -> None:
 def _END_WITH_ANOTHER(_: int) -> None:
     """Where JAX aborts this process, for another has ended or can't be reached."""
     if jax.distributed.is_initialized():
+        time.sleep(_OWN_ERROR_SECONDS)
         if _ENDED:  # its work is done; the other was only sooner to leave
             os._exit(0)
-        time.sleep(_OWN_ERROR_SECONDS)
         print(f"error: {LOST}", file=sys.stderr, flush=True)
         os._exit(1)
 

@@ -115,7 +115,9 @@ def train_network(
     first = parallel.is_first_process()
     with run_folder.locked(workdir) if first else contextlib.nullcontext():
         files.check_folder(workdir / run_folder.CHECKPOINTS)
-        return _train(settings, workdir, now, source, held_out, batches, features)
+        metrics = _train(settings, workdir, now, source, held_out, batches, features)
+    parallel.wait_for_all_processes("the network is trained")
+    return metrics
 
 
 def _train(
