@@ -70,16 +70,19 @@ def run_table(
     """
     named: dict[str, Array] = {}
     sizes: dict[str, ValidSize | None] = {}
-    zero = True  # beyond the valid size
+    masked: Array | None = maps  # zero beyond the valid size, once that is asked for
 
     def clean() -> Array:
-        return maps if zero else zero_beyond(maps, size)
+        nonlocal masked
+        if masked is None:
+            masked = zero_beyond(maps, size)
+        return masked
 
     for layer in table:
         if isinstance(layer, Cut):
             named[layer.name], sizes[layer.name] = clean(), size
         elif isinstance(layer, LRN):
-            maps = local_response_norm(maps, *layer)
+            maps = masked = local_response_norm(clean(), *layer)
         elif isinstance(layer, Branches):
             maps = clean()
             ends = [run_table(own, maps, size, convs) for own in layer.tables]
@@ -87,16 +90,16 @@ def run_table(
                 named |= own_named
                 sizes |= own_sizes
             parts, size = [end[0] for end in ends], ends[0][1]
-            maps, zero = activate(_join(parts, layer.join), layer.activation), True
+            maps = masked = activate(_join(parts, layer.join), layer.activation)
         else:
             if layer.kernel > 1 or layer.padding:  # one cell alone sees no other
                 maps = clean()
             size = _size_after(layer, size)
             if isinstance(layer, MaxPool):
-                maps, zero = max_pool(maps, layer), False
+                maps, masked = max_pool(maps, layer), None
             else:
                 name, convolve = next(convs)
-                maps, zero = activate(convolve(maps), layer.activation), False
+                maps, masked = activate(convolve(maps), layer.activation), None
                 named[name], sizes[name] = clean(), size
     return clean(), size, named, sizes
 
@@ -217,17 +220,18 @@ def _shifted_products(
     down, across = strides
     height = (maps.shape[1] - rows) // down + 1
     width = (maps.shape[2] - columns) // across + 1
-    products = [
-        maps[
-            :,
-            y : y + (height - 1) * down + 1 : down,
-            x : x + (width - 1) * across + 1 : across,
-        ]
-        * filters[y, x]
-        for y in range(rows)
-        for x in range(columns)
-    ]
-    return functools.reduce(jnp.add, products)
+    images, _, _, channels = maps.shape
+    steps, shape = (1, down, across, 1), (images, height, width, channels)
+
+    # In lax's words, not jnp's: deep networks are traced in half of the time.
+    def product(y: int, x: int) -> jax.Array:
+        ends = y + (height - 1) * down + 1, x + (width - 1) * across + 1
+        seen = jax.lax.slice(maps, (0, y, x, 0), (images, *ends, channels), steps)
+        own = jax.lax.slice(filters, (y, x, 0), (y + 1, x + 1, channels))
+        return seen * jax.lax.broadcast_in_dim(own, shape, (1, 2, 3))
+
+    products = [product(y, x) for y in range(rows) for x in range(columns)]
+    return functools.reduce(jax.lax.add, products)
 
 
 def _shifted_forward(
@@ -330,9 +334,14 @@ def zero_beyond(maps: Array, size: ValidSize | None) -> Array:
     """Zeros outside each map's valid size: what the padding of the next layer holds."""
     if size is None:
         return maps
-    rows = jnp.arange(maps.shape[1])[:, None] < size[:, 0, None, None]
-    columns = jnp.arange(maps.shape[2])[None, :] < size[:, 1, None, None]
-    return jnp.where((rows & columns)[..., None], maps, 0)
+    size = jnp.asarray(size)
+    inside = [
+        jax.lax.broadcasted_iota(size.dtype, maps.shape[:3], axis)
+        < jax.lax.broadcast_in_dim(size[:, axis - 1], maps.shape[:3], (0,))
+        for axis in (1, 2)
+    ]
+    mask = jax.lax.broadcast_in_dim(inside[0] & inside[1], maps.shape, (0, 1, 2))
+    return jax.lax.select(mask, maps, jax.lax.full_like(maps, 0))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
