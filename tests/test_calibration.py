@@ -41,6 +41,7 @@ def mined():
     mining = Mining(C=0.1, initial_per_image=4, hard_per_image=10)
     _, state = mine_hard_negatives(
         lambda image, rows: features[image][rows],
+        lambda image, svms: svms.scores(features[image]),
         boxes,
         objects,
         positives,

@@ -442,8 +442,8 @@ def test_scores_are_those_of_the_svms_as_they_were_trained(base, copy, monkeypat
     seen = []
     mine = learn.mine_hard_negatives
 
-    def spy(features_of, boxes, *rest, **options):
-        svms, state = mine(features_of, boxes, *rest, **options)
+    def spy(features_of, scores_of, boxes, *rest, **options):
+        svms, state = mine(features_of, scores_of, boxes, *rest, **options)
         seen.append(svms.scores(features_of(0, np.arange(len(boxes[0])))))
         return svms, state
 

@@ -20,6 +20,7 @@ from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 
+from sppnet_jax.classification.ranking import check_finite
 from sppnet_jax.classification.svm import LinearSVMs
 from sppnet_jax.data.sources import Objects
 from sppnet_jax.detection.boxes import iou
@@ -124,6 +125,7 @@ def feature_scale(features: np.ndarray, target: float = 20.0) -> float:
 
 def mine_hard_negatives(
     features_of: Callable[[int, np.ndarray], np.ndarray],
+    scores_of: Callable[[int, LinearSVMs], np.ndarray],
     boxes: Sequence[np.ndarray],
     objects: Sequence[Objects],
     positive_features: np.ndarray,
@@ -139,6 +141,8 @@ def mine_hard_negatives(
 
     `features_of`: from the number of an image and chosen rows of its boxes, int [n], to
     float [n, D], scaled (`feature_scale`); called for one image after the other.
+    `scores_of`: from the number of an image and SVMs of such features to those of all
+    its boxes, float [N, classes].
     `boxes`: float [N, 4] for each image, (ymin, xmin, ymax, xmax) in pixels.
     `objects`: of each image; difficult ones keep windows out of the negatives as well.
     `positive_features`, `positive_labels`: float [P, D], scaled alike, and int [P], 0
@@ -182,7 +186,9 @@ def mine_hard_negatives(
         state.converged or state.full or len(state.seconds) > settings.max_rounds
     ):
         started, before = time.monotonic(), state.members.sum(axis=0)
-        state = _find(features_of, boxes, objects, trained, state, settings, seed)
+        state = _find(
+            features_of, scores_of, boxes, objects, trained, state, settings, seed
+        )
         added = (state.members.sum(axis=0) - before).astype(np.int32)
         state = state._replace(added=np.concatenate([state.added, added[None]]))
         if added.any() or not len(state.seconds):
@@ -239,6 +245,7 @@ def signs_of(labels: np.ndarray, members: np.ndarray) -> np.ndarray:
 
 def _find(
     features_of: Callable[[int, np.ndarray], np.ndarray],
+    scores_of: Callable[[int, LinearSVMs], np.ndarray],
     boxes: Sequence[np.ndarray],
     objects: Sequence[Objects],
     trained: np.ndarray,
@@ -263,9 +270,19 @@ def _find(
                 f"{count} boxes of image {image} were asked for, and the positives "
                 f"have {dimensions} numbers each, but the features are {features.shape}"
             )
-        if not np.isfinite(features).all():
-            raise ValueError(f"the features of image {image} aren't all finite")
+        check_finite(features, f"the features of image {image}")
         return features
+
+    def scored(image: int) -> np.ndarray:
+        scores = np.asarray(scores_of(image, LinearSVMs(state.weights, state.biases)))
+        expected = len(boxes[image]), len(trained)
+        if scores.shape != expected:
+            raise ValueError(
+                f"the scores of image {image} must be [N, classes] = {expected}, got "
+                f"{scores.shape}"
+            )
+        check_finite(scores, f"the scores of image {image}")
+        return scores
 
     order = np.argsort(state.images, kind="stable")
     starts = np.searchsorted(state.images[order], np.arange(1, len(boxes)))
@@ -283,8 +300,7 @@ def _find(
             taken = np.zeros_like(wanted)
             taken[state.windows[seen]] = state.members[seen]
             if round_number:
-                features = look(image, np.arange(len(own)))
-                scores = features @ state.weights.T + state.biases
+                scores = scored(image)
                 wanted &= ~taken & (scores > settings.hard_score)
                 limit = settings.hard_per_image
             else:
@@ -306,8 +322,7 @@ def _find(
             if held + len(new) > len(rows):
                 rows.resize((held + len(new) + SPARE, rows.shape[1]), refcheck=False)
             if len(new):
-                found = features[new] if round_number else look(image, new)
-                rows[held : held + len(new)] = found
+                rows[held : held + len(new)] = look(image, new)
             held += len(new)
             images.append(np.full(len(new), image, np.int32))
             windows.append(new.astype(np.int32))

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from sppnet_jax.classification.svm import LinearSVMs
 from sppnet_jax.data.sources import Objects
 from sppnet_jax.detection.box_regression import BoxRegression, train_box_regressors
 from sppnet_jax.detection.calibration import (
@@ -88,6 +89,18 @@ def learn_svms(
     def features_of(image: int, chosen: np.ndarray) -> np.ndarray:
         return rows_of(features, program, fc, image, chosen) * scale
 
+    def scores(given: Any, pooled: jax.Array) -> jax.Array:
+        fc, svms = given
+        return head(fc, pooled).astype(jnp.float32) @ svms.weights.T + svms.biases
+
+    # Of all boxes: their features would be a hundred megabytes an image, copied twice.
+    scoring = make_program(features, scores)
+
+    def scores_of(image: int, svms: LinearSVMs) -> np.ndarray:
+        given = fc, svms._replace(weights=svms.weights * np.float32(scale))
+        every = np.arange(len(features.boxes[image]))
+        return rows_of(features, scoring, given, image, every)
+
     saved = folder / ROUNDS_FILE
     state = None
     if saved.exists():
@@ -95,6 +108,7 @@ def learn_svms(
         log.info("mining goes on after round %d", len(state.seconds) - 1)
     svms, state = mine_hard_negatives(
         features_of,
+        scores_of,
         features.boxes,
         objects,
         positives,
@@ -116,12 +130,6 @@ def learn_svms(
         held_out = train_without_each_part(
             positives, labels, images, state, mining, parts_of_images, seed
         )
-
-        def scores(given: Any, pooled: jax.Array) -> jax.Array:
-            fc, svms = given
-            return head(fc, pooled).astype(jnp.float32) @ svms.weights.T + svms.biases
-
-        scoring = make_program(features, scores)
         scaled = held_out._replace(weights=held_out.weights * np.float32(scale))
         given = jax.device_put((fc, scaled))
         detections = held_out_detections(
