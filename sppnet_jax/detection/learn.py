@@ -96,10 +96,12 @@ def learn_svms(
     # Of all boxes: their features would be a hundred megabytes an image, copied twice.
     scoring = make_program(features, scores)
 
+    def for_scoring(svms: LinearSVMs) -> tuple[Any, LinearSVMs]:
+        return fc, svms._replace(weights=svms.weights * np.float32(scale))
+
     def scores_of(image: int, svms: LinearSVMs) -> np.ndarray:
-        given = fc, svms._replace(weights=svms.weights * np.float32(scale))
         every = np.arange(len(features.boxes[image]))
-        return rows_of(features, scoring, given, image, every)
+        return rows_of(features, scoring, for_scoring(svms), image, every)
 
     saved = folder / ROUNDS_FILE
     state = None
@@ -130,8 +132,7 @@ def learn_svms(
         held_out = train_without_each_part(
             positives, labels, images, state, mining, parts_of_images, seed
         )
-        scaled = held_out._replace(weights=held_out.weights * np.float32(scale))
-        given = jax.device_put((fc, scaled))
+        given = jax.device_put(for_scoring(held_out))
         detections = held_out_detections(
             lambda image, rows: rows_of(features, scoring, given, image, rows),
             features.boxes,

@@ -223,7 +223,7 @@ def _shifted_products(
     images, _, _, channels = maps.shape
     steps, shape = (1, down, across, 1), (images, height, width, channels)
 
-    # In lax's words, not jnp's: deep networks are traced in half of the time.
+    # In lax's words, not jnp's, which take longer to trace.
     def product(y: int, x: int) -> jax.Array:
         ends = y + (height - 1) * down + 1, x + (width - 1) * across + 1
         seen = jax.lax.slice(maps, (0, y, x, 0), (images, *ends, channels), steps)
