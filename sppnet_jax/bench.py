@@ -3,8 +3,9 @@
     python -m sppnet_jax.bench pyramid windows --out=runs/bench
 
 prints a table for each suite and writes SUITE.json and SUITE.png; without names it runs
-all suites. Alternatives are timed in turn, so ratios hold on a busy machine too. Peers
-(PyTorch, ONNX Runtime) are optional: `pip install -r requirements-bench.txt`.
+all suites. One that is stopped leaves its rows in SUITE_unfinished.json. Alternatives
+are timed in turn, so ratios hold on a busy machine too. Peers (PyTorch, ONNX Runtime)
+are optional: `pip install -r requirements-bench.txt`.
 None of the suites needs data; what takes data or whole command lines is measured by
 experiments/*_speed.py.
 """

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 
 from sppnet_jax import bench as command
 from sppnet_jax.bench import SUITES
@@ -48,6 +49,33 @@ def test_a_suite_prints_a_table_and_writes_json_and_a_picture(bench, tmp_path):
     assert "ours is × as fast" in printed
     assert "these numbers mean nothing" in printed
     assert (tmp_path / "windows.png").stat().st_size > 5_000
+
+
+def test_a_suite_that_is_stopped_leaves_the_rows_that_it_has(setting):
+    rows, unfinished = [], setting.folder / "some_unfinished.json"
+    for case in report.kept("ab", rows, "some", setting):
+        if case == "b":
+            break
+        rows.append({"case": case, "ms": 1.0})
+    found = json.loads(unfinished.read_text())
+    assert found["rows"] == [{"case": "a", "ms": 1.0}]
+    assert found["machine"]["device"]
+    done = report.Report("some", "Some", rows, lambda rows: Figure())
+    report.show(done, setting)
+    assert not unfinished.exists()
+
+
+def test_an_accelerator_works_through_a_queue_of_calls(monkeypatch):
+    waited = []
+    monkeypatch.setattr(timing, "finish", waited.append)
+    monkeypatch.setattr(timing, "_repeats", lambda *_: 5)
+    numbers = iter(range(100))
+    timing.time_in_turn({"one": lambda: next(numbers)}, rounds=2)
+    assert waited == [*range(5), 4, *range(5, 10), 9]  # a processor's, one by one
+    waited.clear()
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    timing.time_in_turn({"one": lambda: next(numbers)}, rounds=2)
+    assert waited == [14, 19]
 
 
 def test_an_unknown_suite_is_refused_with_those_that_there_are(bench):

@@ -23,7 +23,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from sppnet_jax.benchmarks.peak import count_flops, measured_bandwidth, measured_peak
-from sppnet_jax.benchmarks.report import Measurements, Report, Timing, draw_bars
+from sppnet_jax.benchmarks.report import Measurements, Report, Timing, draw_bars, kept
 from sppnet_jax.benchmarks.samples import (
     random_network,
     sample_image,
@@ -69,7 +69,7 @@ def run(timing: Timing) -> Report:
     notes: list[str] = []
     results: dict[str, Any] = {}
     bandwidth = measured_bandwidth(16 if timing.quick else 512)
-    for case in cases:
+    for case in kept(cases, rows, "buckets", timing):
         own, noted, result = _measure(case, bandwidth, timing)
         rows += own
         notes += noted

@@ -16,7 +16,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from sppnet_jax.benchmarks.peers import find_peers
-from sppnet_jax.benchmarks.report import Measurements, Report, Timing, draw_bars
+from sppnet_jax.benchmarks.report import Measurements, Report, Timing, draw_bars, kept
 from sppnet_jax.benchmarks.timing import milliseconds, time_in_turn, times_as_fast
 from sppnet_jax.network.model import create_model, init_params
 from sppnet_jax.network.preprocess import Preprocessing, normalize
@@ -49,7 +49,7 @@ def run(timing: Timing) -> Report:
     """Times every case."""
     peers, notes = find_peers("onnxruntime")
     rows: list[Measurements] = []
-    for case in QUICK if timing.quick else CASES:
+    for case in kept(QUICK if timing.quick else CASES, rows, "exported", timing):
         rows += _rows(case, peers.get("onnxruntime"), timing)
     title = "A network here, and as the ONNX file that was exported of it"
     return Report("exported", title, rows, plot, notes)

@@ -2,6 +2,7 @@
 
 import importlib
 import os
+import sys
 from typing import Any
 
 import jax
@@ -46,10 +47,12 @@ def as_numpy(result: Any) -> np.ndarray:
     return np.moveaxis(result, 1, -1)
 
 
-def wait_for(torch: Any) -> None:
-    """Waits until PyTorch's device has done its work."""
-    if torch_device() == "cuda":
+def finish(result: Any) -> None:
+    """Waits until JAX has the result, and PyTorch's GPU has done all its work."""
+    torch = sys.modules.get("torch")
+    if torch is not None and torch_device() == "cuda":
         torch.cuda.synchronize()
+    jax.block_until_ready(result)
 
 
 def torch_device() -> str:

@@ -6,6 +6,7 @@ forward + backward is a forward pass too.
 """
 
 import functools
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -14,13 +15,14 @@ import jax.numpy as jnp
 import numpy as np
 from matplotlib.figure import Figure
 
-from sppnet_jax.benchmarks.peers import as_numpy, find_torch, torch_device, wait_for
-from sppnet_jax.benchmarks.report import Measurements, Report, Timing, draw_bars
+from sppnet_jax.benchmarks.peers import as_numpy, find_torch, torch_device
+from sppnet_jax.benchmarks.report import Measurements, Report, Timing, draw_bars, kept
 from sppnet_jax.benchmarks.timing import milliseconds, time_in_turn, times_as_fast
 from sppnet_jax.pyramid.pooling import spatial_pyramid_pool
 
 OURS, FIRST, LAST = "sppnet_jax", "PyTorch, contiguous", "PyTorch, channels_last"
 PASSES = ("forward", "forward + backward")
+DTYPES = ("float32", "bfloat16")
 
 
 class _Case(NamedTuple):
@@ -45,9 +47,9 @@ def run(timing: Timing) -> Report:
     """Times every case in float32 and bfloat16."""
     torch, notes = find_torch()
     rows: list[Measurements] = []
-    for case in QUICK if timing.quick else PAPER:
-        for dtype in ("float32", "bfloat16"):
-            rows += _rows(case, dtype, torch, timing)
+    cases = itertools.product(QUICK if timing.quick else PAPER, DTYPES)
+    for case, dtype in kept(cases, rows, "pyramid", timing):
+        rows += _rows(case, dtype, torch, timing)
     title = "Spatial pyramid pooling of a batch of maps"
     return Report("pyramid", title, rows, plot, notes)
 
@@ -134,15 +136,12 @@ def _torchs(
 
     def forward() -> Any:
         with torch.no_grad():
-            pooled = pool(x)
-        wait_for(torch)
-        return (pooled,)
+            return (pool(x),)
 
     def both() -> Any:
         needs.grad = None
         pooled = pool(needs)
         pooled.backward(w)
-        wait_for(torch)
         return pooled.detach(), needs.grad
 
     return [forward, both]

@@ -5,10 +5,10 @@ import datetime
 import os
 import platform
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 
@@ -16,6 +16,7 @@ from sppnet_jax.run.files import check_folder, write_json
 from sppnet_jax.run.memory import keep_memory
 
 Measurements = Mapping[str, Any]
+T = TypeVar("T")
 PACKAGES = ("jax", "jaxlib", "flax", "numpy", "torch", "torchvision", "onnxruntime")
 
 
@@ -114,6 +115,19 @@ def machine() -> dict[str, Any]:
     }
 
 
+def kept(
+    cases: Iterable[T], rows: Sequence[Measurements], suite: str, timing: Timing
+) -> Iterator[T]:
+    """The cases of a suite; the rows that each adds are written when it is done.
+
+    A suite that ends on the way leaves them in SUITE_unfinished.json.
+    """
+    for case in cases:
+        yield case
+        found = {"machine": machine(), "rounds": timing.rounds, "rows": list(rows)}
+        write_json(_unfinished(suite, timing), found)
+
+
 def show(report: Report, timing: Timing) -> None:
     """Prints a report and writes SUITE.json and SUITE.png into the timing's folder."""
     seen = machine()
@@ -141,6 +155,7 @@ def show(report: Report, timing: Timing) -> None:
     )
     picture = path.with_suffix(".png")
     report.plot(report.rows).savefig(picture, dpi=150)
+    _unfinished(report.suite, timing).unlink(missing_ok=True)
     print(f"written: {path}, {picture}", flush=True)
 
 
@@ -200,6 +215,10 @@ def draw_bars(
         axes.set_yticks(range(len(groups)), groups)
         axes.set_ylim(len(groups) - 0.4, -0.6)
     return drawn
+
+
+def _unfinished(suite: str, timing: Timing) -> Path:
+    return timing.folder / f"{suite}_unfinished.json"
 
 
 def _processor() -> str:

@@ -8,6 +8,7 @@ Colours are not altered. Compilation happens before the clock starts.
 import contextlib
 import ctypes
 import importlib
+import itertools
 import multiprocessing
 from collections.abc import Callable, Sequence
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
@@ -20,14 +21,15 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from sppnet_jax.benchmarks.peak import count_flops, measured_peak
-from sppnet_jax.benchmarks.peers import find_peers, find_torch, torch_device, wait_for
-from sppnet_jax.benchmarks.report import Measurements, Report, Timing, draw_bars
+from sppnet_jax.benchmarks.peers import find_peers, find_torch, torch_device
+from sppnet_jax.benchmarks.report import Measurements, Report, Timing, draw_bars, kept
 from sppnet_jax.benchmarks.timing import milliseconds, time_in_turn, times_as_fast
 from sppnet_jax.network.model import SPPNet, create_model
 from sppnet_jax.network.preprocess import Preprocessing
 from sppnet_jax.network.trunks import PAPER
 from sppnet_jax.run import caches
 from sppnet_jax.run.memory import give_back
+from sppnet_jax.run.parallel import AXIS
 from sppnet_jax.training.steps import (
     Optimizer,
     TrainState,
@@ -91,12 +93,12 @@ def run(timing: Timing) -> Report:
     if "bfloat16" not in size.dtypes:
         notes.append("bfloat16 is left out: processors are slower in it")
     rows: list[Measurements] = []
-    for dtype in size.dtypes:
-        peak = measured_peak(dtype)
-        for name in size.networks:
-            found, said = _rows(name, dtype, size, torch, rounds, peak)
-            rows += found
-            notes += said
+    peaks = {dtype: measured_peak(dtype) for dtype in size.dtypes}
+    cases = itertools.product(size.dtypes, size.networks)
+    for dtype, name in kept(cases, rows, "training_step", timing):
+        found, said = _rows(name, dtype, size, torch, rounds, peaks[dtype])
+        rows += found
+        notes += said
     notes += _explanations(platform, torch)
     title = f"A training step, batch {size.batch}, {size.image_size} pixels"
     return Report("training_step", title, rows, plot, notes)
@@ -236,7 +238,7 @@ def _our_step(name: str, dtype: str, size: Size, params: Any) -> Step:
     zero, rng = jnp.zeros((), jnp.int32), jax.random.PRNGKey(1)
     fresh = TrainState(zero, params, momentum, rng)
     # A leading axis of one takes the first device, however many there are.
-    copy = jax.pmap(lambda _, tree: tree, in_axes=(0, None))
+    copy = jax.pmap(lambda _, tree: tree, in_axes=(0, None), axis_name=AXIS)
     held = [copy(np.arange(1), fresh)]
     batch = copy(np.arange(1), {"image": images, "label": labels, "mask": mask})
     peak_bytes = None
@@ -286,9 +288,7 @@ def _torch_step(
     logits = twins.twin_logits(twin, pixels[:2], MEAN, bfloat16=peer.bfloat16)
 
     def step() -> Any:
-        results = train_step(pixels, targets, LEARNING_RATE)
-        wait_for(torch)
-        return results
+        return train_step(pixels, targets, LEARNING_RATE)
 
     step()
     peak_bytes = None

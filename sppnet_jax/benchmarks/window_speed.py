@@ -27,9 +27,15 @@ from sppnet_jax.benchmarks.peers import (
     find_peers,
     find_torch,
     torch_device,
-    wait_for,
 )
-from sppnet_jax.benchmarks.report import Measurements, Report, Timing, cell, draw_bars
+from sppnet_jax.benchmarks.report import (
+    Measurements,
+    Report,
+    Timing,
+    cell,
+    draw_bars,
+    kept,
+)
 from sppnet_jax.benchmarks.timing import milliseconds, time_in_turn, times_as_fast
 from sppnet_jax.pyramid.pooling import adaptive_span, num_bins
 from sppnet_jax.pyramid.windows import block_counts, window_pyramid_pool
@@ -77,17 +83,16 @@ QUICK = (
 
 def run(timing: Timing) -> Report:
     """Times every case."""
-    peers, notes = find_peers("onnx", "onnxruntime")
     on_gpu = jax.devices()[0].platform == "gpu"
-    if on_gpu:
-        torch, said = find_torch()
-        notes += said
-        if torch is not None:
-            more, said = find_peers("torchvision")
-            peers, notes = {**peers, **more, "torch": torch}, notes + said
+    if on_gpu:  # ONNX Runtime's operator would run on the processor
+        torch, notes = find_torch()
+        peers, said = find_peers("torchvision") if torch is not None else ({}, [])
+        peers, notes = {**peers, "torch": torch}, notes + said
+    else:
+        peers, notes = find_peers("onnx", "onnxruntime")
     bandwidth = measured_bandwidth()
     rows: list[Measurements] = []
-    for case in QUICK if timing.quick else FULL:
+    for case in kept(QUICK if timing.quick else FULL, rows, "windows", timing):
         rows += _rows(case, peers, bandwidth, on_gpu, timing)
     notes.append(f"measured bandwidth of a large copy: {bandwidth / 1e9:.1f} GB/s")
     title = "Windows of one map, pooled into a pyramid"
@@ -244,9 +249,7 @@ def _roi_pool(
 
     def pool() -> Any:
         bins = [roi_pool(maps, rois, n).flatten(2) for n in levels]
-        joined = torch.cat(bins, dim=2)
-        wait_for(torch)
-        return joined
+        return torch.cat(bins, dim=2)
 
     return pool
 
