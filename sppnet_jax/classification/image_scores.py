@@ -15,7 +15,8 @@ from sppnet_jax.buckets.table import pad_to_bucket, smallest_bucket
 from sppnet_jax.buckets.whole_images import MAX_ASPECT, fitting_batch, photo_buckets
 from sppnet_jax.data.images import check_image, crop, resize_whole
 from sppnet_jax.network.preprocess import normalize
-from sppnet_jax.network.trained import Network
+from sppnet_jax.network.trained import Network, digest_arrays
+from sppnet_jax.run.caches import jit_once
 
 
 def score_images(
@@ -57,7 +58,9 @@ def image_scorer(network: Network) -> Callable[[np.ndarray], np.ndarray]:
 
     Returns: a function from an image, uint8 [height, width, 3], to float32 [classes].
     """
-    program, params = jax.jit(scores_of(network)), jax.device_put(network.params)
+    decided_by = f"{network.model!r} {digest_arrays(network.preprocessing)}"
+    program = jit_once(scores_of(network), decided_by)
+    params = jax.device_put(network.params)
     buckets = photo_buckets(network.resize_side)
 
     def score(image: np.ndarray) -> np.ndarray:

@@ -11,7 +11,7 @@ written whole or not at all, so an interrupted run goes on where it stopped.
 import functools
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,7 @@ from sppnet_jax.network.model import SPPNet
 from sppnet_jax.network.preprocess import Preprocessing, normalize
 from sppnet_jax.network.trained import Network
 from sppnet_jax.pyramid.geometry import Geometry
+from sppnet_jax.run.caches import jit_once
 from sppnet_jax.run.files import read_array, write_array
 from sppnet_jax.run.progress import progress_bar
 from sppnet_jax.run.shares import ALONE, Share
@@ -156,9 +157,8 @@ def convolve_image(
         resized = resize_whole(image, side, MAX_ASPECT)
         size = resized.shape[0], resized.shape[1]
         padded = pad_to_bucket(resized, smallest_bucket(size, photo_buckets(side)))
-        found = _last_maps(
-            network.model,
-            network.preprocessing,
+        found = _last_maps(network.model)(
+            tuple(network.preprocessing),
             network.params,
             padded[None],
             np.array([size], np.int32),
@@ -168,15 +168,14 @@ def convolve_image(
     return maps
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _last_maps(
-    model: SPPNet,
-    preprocessing: Preprocessing,
-    params: Any,
-    images: jax.Array,
-    sizes: jax.Array,
-) -> jax.Array:
-    return map_function(model, preprocessing)(params, images, sizes)
+@functools.cache
+def _last_maps(model: SPPNet) -> Callable[..., jax.Array]:
+    """The program of `map_function`, of (preprocessing, params, images, sizes)."""
+
+    def maps(preprocessing: Any, *arguments: Any) -> jax.Array:
+        return map_function(model, Preprocessing(*preprocessing))(*arguments)
+
+    return jit_once(maps, repr(model))
 
 
 def load_maps(folder: Path, sides: Sequence[int], index: int) -> list[np.ndarray]:

@@ -1,21 +1,31 @@
 """What the command lines keep from one start to the next, in the user's cache folder.
 
-Compiled programs and statistics of training sets. All of it can be removed at any
-time: it is made again. JAX finds a program by the versions of JAX and XLA, its flags
-and its kind of device, with the instructions that a CPU knows: machines may share it.
+Compiled programs, what they were compiled from, and statistics of training sets. All of
+it can be removed at any time: it is made again. JAX finds a program by the versions of
+JAX and XLA, its flags and its kind of device, with the instructions that a CPU knows:
+machines may share it.
 """
 
+import hashlib
 import logging
 import os
+from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import jax
+from jax import export
+
+from sppnet_jax.run import files
 
 log = logging.getLogger(__name__)
 
 # Programs that compile faster are not worth a file.
 LEAST_SECONDS = 0.2
+TRACED = "traced"  # the folder of what was traced, among compiled programs
+# Functions of fewer arrays are traced sooner than JAX imports what reading takes.
+LEAST_ARRAYS = 40
 
 
 def cache_folder() -> Path:
@@ -56,3 +66,58 @@ def use_compilation_cache() -> None:
     config.update("jax_compilation_cache_dir", str(folder))
     if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
         config.update("jax_persistent_cache_min_compile_time_secs", LEAST_SECONDS)
+
+
+def jit_once(
+    function: Callable[..., jax.Array], decided_by: str
+) -> Callable[..., jax.Array]:
+    """`jax.jit(function)`, whose tracing the next start is spared.
+
+    What JAX makes of a large network for one shape of images takes it a second, before
+    anything is compiled. It is kept beside the compiled programs, found by this
+    project's code, the versions of JAX and Flax, the platform, the arguments' shapes
+    and types, and `decided_by`: whatever else it depends on, such as the model and the
+    constants that the function holds. Nothing is kept of a small function, nor where no
+    compiled programs are.
+
+    `function`: of arrays in tuples, lists and dicts, and free of effects.
+    """
+    jitted, programs = jax.jit(function), dict[str, Callable[..., jax.Array]]()
+
+    def run(*arguments: Any) -> jax.Array:
+        leaves, tree = jax.tree.flatten(arguments)
+        seen = f"{tree} {[jax.typeof(leaf) for leaf in leaves]}"
+        if seen not in programs:
+            small = len(leaves) < LEAST_ARRAYS
+            decided = f"{decided_by} {seen}"
+            programs[seen] = jitted if small else _kept(jitted, arguments, decided)
+        return programs[seen](*arguments)
+
+    return run
+
+
+def _kept(jitted: Any, arguments: Any, decided_by: str) -> Callable[..., jax.Array]:
+    """The function for arguments like these, from its file if there is one."""
+    config: Any = jax.config
+    folder = config.jax_compilation_cache_dir
+    if not (config.jax_enable_compilation_cache and folder):
+        return jitted
+    versions = [f"{name} {version(name)}" for name in ("jax", "jaxlib", "flax")]
+    precision = config.jax_default_matmul_precision, config.jax_enable_x64
+    decided = f"{files.own_code()} {versions} {jax.default_backend()} {precision}"
+    digest = hashlib.sha256(f"{decided} {decided_by}".encode()).hexdigest()
+    path = Path(folder) / TRACED / f"{digest}.stablehlo"
+    try:
+        return jax.jit(export.deserialize(bytearray(path.read_bytes())).call)
+    except FileNotFoundError:
+        pass
+    except Exception as error:  # whatever is wrong with it, it can be made again
+        log.debug("%s can't be used, and is made again: %s", path, error)
+    try:
+        traced = export.export(jitted)(*arguments)
+        with files.whole_file(path) as file:
+            file.write(traced.serialize())
+    except Exception as error:  # what can't be kept runs all the same
+        log.debug("a program is not kept in %s: %s", path, error)
+        return jitted
+    return jax.jit(traced.call)
