@@ -341,6 +341,7 @@ def extracted(monkeypatch):
     return passes
 
 
+@pytest.mark.slow
 def test_heads_on_a_frozen_trunk_are_compared_and_its_images_are_pooled_once(
     on_trunk, extracted, monkeypatch
 ):
@@ -400,6 +401,7 @@ def test_what_cannot_be_compared_on_a_trunk_is_refused(
         ablate(**given, **weights)
 
 
+@pytest.mark.slow
 def test_by_default_a_frozen_trunk_is_compared_without_the_twin(on_trunk, tmp_path):
     rows = on_trunk(PYRAMIDS, (0,), folder=tmp_path, epochs=1)
     assert [row.levels for row in rows] == [(6, 3, 2, 1), (4, 3, 2, 1), (1,)]

@@ -108,6 +108,7 @@ def test_nothing_is_kept_of_a_function_that_is_traced_at_once(
     assert not folder.exists()
 
 
+@pytest.mark.slow
 def test_maps_from_a_kept_program_are_those_of_the_network(folder):
     model = create_model("zf5", (3, 2, 1), 5, width=0.02, image_size=64)
     network = as_network(

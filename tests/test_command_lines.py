@@ -57,6 +57,7 @@ def test_evaluate_counts_every_test_image_once_on_any_devices(
     assert picture.std() > 10
 
 
+@pytest.mark.slow
 def test_views_at_several_scales_average_over_networks_and_devices(
     digits_run, command_line, tmp_path
 ):
@@ -111,6 +112,7 @@ def test_a_test_that_cannot_be_is_refused(arguments, message, digits_run, comman
     assert message in result.stderr
 
 
+@pytest.mark.slow
 def test_predict_names_five_classes_and_goes_on_after_a_file_it_cannot_read(
     digits_run, command_line, tmp_path
 ):
@@ -163,6 +165,7 @@ def test_a_folder_of_odd_images_trains_and_its_broken_files_are_named(
     assert report["count"] + report["broken"] == 8
 
 
+@pytest.mark.slow
 def test_imagenet_trains_from_prepared_files_with_1000_classes(command_line, tmp_path):
     prepare_mock_imagenet(tmp_path / "tfds")
     workdir = tmp_path / "run"
@@ -184,6 +187,7 @@ def test_imagenet_trains_from_prepared_files_with_1000_classes(command_line, tmp
     assert len(json.loads((workdir / "data.json").read_text())["class_names"]) == 1000
 
 
+@pytest.mark.slow
 def test_a_run_killed_at_any_moment_goes_on_with_the_same_losses(
     command_line, digit_scenes_dir, tmp_path
 ):
@@ -502,6 +506,7 @@ def test_a_folder_that_was_never_trained_in_says_so(command_line, tmp_path):
         assert "holds no trained run" in error
 
 
+@pytest.mark.slow
 def test_two_processes_train_as_one_does_and_go_on_together(
     digit_scenes_dir, command_line, tmp_path
 ):

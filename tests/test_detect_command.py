@@ -182,6 +182,7 @@ def stages_of(log):
     return {name: what for _, name, what in lines if not what.startswith("took")}
 
 
+@pytest.mark.slow
 @pytest.mark.quick
 def test_the_detector_finds_what_it_was_trained_on(report):
     assert report["map_11_point"] > 0.5
@@ -495,6 +496,7 @@ def start_and_be_killed(workdir, bar, done):
     return result.stderr
 
 
+@pytest.mark.slow
 def test_killed_in_every_stage_it_ends_as_if_it_had_never_been(
     base, trained, report, monkeypatch, log
 ):

@@ -123,6 +123,7 @@ def desk(tmp_path_factory) -> Path:
     return desk
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "page", [page for page in PAGES if blocks(page, "python")], ids=name_of
 )

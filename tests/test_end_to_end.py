@@ -213,6 +213,7 @@ def plain_losses(params, batch, box_weight):
     return jnp.stack(found)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("box_weight", [0.0, 2.0])
 def test_losses_and_gradients_are_those_of_cropping_each_window(
     batch, params, box_weight

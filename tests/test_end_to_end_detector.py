@@ -35,6 +35,8 @@ from tests.processes import Started
 from tests.test_detect_command import write_classifier, write_scenes
 from tests.test_pretrained_detector import make as make_pretrained
 
+pytestmark = pytest.mark.slow  # all but a few
+
 STEPS = 90
 
 

@@ -84,6 +84,7 @@ def check_onnx(network, path, *sizes):
         )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("preprocessing", [MEAN_IMAGE, CAFFE, IMAGENET])
 def test_an_onnx_file_takes_images_of_every_parity_and_aspect(
     shallow_zf5, tmp_path, preprocessing

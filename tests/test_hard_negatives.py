@@ -169,6 +169,7 @@ def test_a_round_adds_the_hardest_first():
         assert set(members_of(after, number)) - kept == expected
 
 
+@pytest.mark.slow
 def test_it_terminates_where_nothing_can_be_told_apart():
     made = world()
     same = [np.ones_like(features) for features in made.features]

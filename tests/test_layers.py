@@ -201,6 +201,7 @@ def run_by_loops(table, maps, params, named):
     return maps
 
 
+@pytest.mark.slow
 def test_every_row_of_a_table_runs_as_its_formula_and_in_buckets_too(mixed):
     model = create_model(mixed, (2, 1), 3, cuts=("coarse",), head="none")
     params = drawn_params(model)

@@ -73,6 +73,7 @@ def test_of_cells_that_tie_the_first_wins():
     np.testing.assert_array_equal(cells, np.zeros((1, 2, 2)))
 
 
+@pytest.mark.slow
 def test_max_gives_the_gradient_to_the_winning_cells_and_mean_to_all():
     features = random_map()
     cells = winning_cells(features, LEVELS)
@@ -116,6 +117,7 @@ def test_a_silent_channel_has_no_winner_and_the_others_one_in_every_bin():
     assert len(drawn(figure)) > 1000
 
 
+@pytest.mark.slow
 def test_gradients_reach_the_image_through_the_network():
     image = picture(62, 80)
     rows, columns = ZF5.map_size(62), ZF5.map_size(80)

@@ -128,6 +128,7 @@ def test_processes_share_the_batches_of_one_process(count):
                 np.testing.assert_array_equal(share, array[rank::count])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_restored_iterator_repeats_nothing_and_skips_nothing(workers):
     source = make_source(14)

@@ -40,6 +40,8 @@ from tests.network_helpers import (
 )
 from tests.test_detect_command import TEST, write_scenes
 
+pytestmark = pytest.mark.slow  # all but a few
+
 SCALE = 90
 
 

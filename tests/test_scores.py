@@ -98,6 +98,7 @@ def views_one_by_one(image, protocol):
     return np.array(rows)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "protocol",
     [

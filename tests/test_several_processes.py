@@ -274,7 +274,6 @@ def test_a_detector_is_tested_alike_by_one_and_by_two(trained):
     assert {**both, "seconds": 0} == {**alone, "seconds": 0}
 
 
-@pytest.mark.slow
 def test_two_command_lines_train_and_test_a_detector_as_one_does(
     base,  # noqa: F811
     command_line,
@@ -446,7 +445,6 @@ def training_two(digit_scenes_dir, tmp_path):
     return processes
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_at_one_of_two_stops_both_at_the_same_step(
     number, training_two, tmp_path
@@ -461,7 +459,6 @@ def test_a_signal_at_one_of_two_stops_both_at_the_same_step(
         assert "the same command goes on from there" in one.stderr
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("killed", [0, 1])
 def test_a_process_that_is_killed_ends_the_other_with_a_sentence(killed, training_two):
     training_two[killed].send(signal.SIGKILL)
@@ -471,7 +468,6 @@ def test_a_process_that_is_killed_ends_the_other_with_a_sentence(killed, trainin
     assert other.stderr.splitlines()[-1].startswith("error: another process has ended")
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("own", "message"),
     [
@@ -502,7 +498,6 @@ def test_processes_of_different_settings_or_data_say_so_at_the_start(
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.slow
 def test_an_error_in_one_of_two_ends_the_other(digit_scenes_dir, tmp_path):
     own = (), [f"--config.data.data_dir={__file__}"]
     first, second = (process.end(60) for process in start_two(tmp_path, own=own))
@@ -511,7 +506,6 @@ def test_an_error_in_one_of_two_ends_the_other(digit_scenes_dir, tmp_path):
     assert "another process has ended" not in second.stderr
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("index", [0, 1])
 def test_ctrl_c_ends_a_process_that_waits_for_another(index, tmp_path):
     waiting = start_two(tmp_path, only=[index])[0]
@@ -543,6 +537,8 @@ def test_a_port_that_is_taken_is_told():
 LEAVES = """
 import atexit, signal, sys
 from sppnet_jax.run import parallel
+
+pytestmark = pytest.mark.slow  # all but a few
 
 atexit.register(signal.raise_signal, signal.SIGABRT)  # when JAX leaves, or before
 parallel.join_processes(sys.argv[1], 0, 1)

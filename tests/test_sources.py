@@ -105,6 +105,7 @@ def test_a_split_that_is_not_there_or_empty_is_an_error(imagenet_dir, split, mes
         open_source("imagenet2012", split, data_dir=imagenet_dir)
 
 
+@pytest.mark.slow
 def test_a_detection_data_set_is_no_classification_data_set(digit_scenes_dir):
     with pytest.raises(
         ValueError, match="not a data set of images with one class each"

@@ -84,6 +84,7 @@ def test_it_holds_what_the_run_left(network, run, flowers):
     np.testing.assert_array_equal(network.preprocessing.mean, known["mean_image"])
 
 
+@pytest.mark.slow
 def test_scores_are_those_of_each_image_alone_and_whole(network):
     images = [picture(*size, seed=seed) for seed, size in enumerate(SIZES)]
     scores = sn.score_images(network, images)

@@ -52,6 +52,7 @@ def named(command_line, tmp_path_factory):
     return command_line("predict", *given, check=False, devices=1), drawn
 
 
+@pytest.mark.slow
 def test_a_published_network_names_a_photograph_and_its_windows(named):
     result, drawn = named
     whole, *windows = re.findall(r"^ +([\d.]+)%  (.*)$", result.stdout, re.MULTILINE)

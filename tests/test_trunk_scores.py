@@ -95,6 +95,7 @@ def scores_by_hand(network, image, protocol):
     return np.array(rows)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "flip", "scales"),
     [

@@ -4,7 +4,7 @@ A bin is a span of rows and one of columns: bins of a pyramid's level, or window
 max pooling. On a CPU, XLA's own gradients of these maxima take seven times as long in
 the pyramid and 6 to 20 times in the pooling layers (its select-and-scatter). Elsewhere
 the maxima are XLA's reduce-windows; the gradient is this one there too: on an H100
-XLA's take 1.7 to 4.1 times as long, forward and backward; on a TPU nothing was measured.
+XLA's take 1.7 to 4.1 times as long, forward and backward. A TPU has run neither.
 
 The gradient asks each cell of each bin whether it is the bin's maximum, twice: to count
 them, and to hand each its share. Both are plain loops over bins and cells that XLA
