@@ -10,7 +10,7 @@ All pool the same windows of the same map, and their results are compared. No pr
 can take less than the time of writing the results and the table once: "bound" is that
 time at the measured bandwidth of a large copy. Results go to fresh memory, whose pages
 the operating system hands out one by one: "writing alone" is a program that does no
-more than fill the results.
+more than fill the results. "its gradient" is the backward pass alone.
 """
 
 from collections.abc import Callable, Sequence
@@ -41,6 +41,7 @@ from sppnet_jax.pyramid.pooling import adaptive_span, num_bins
 from sppnet_jax.pyramid.windows import block_counts, window_pyramid_pool
 
 OURS, MASKS, WRITING = "sppnet_jax", "masks", "writing alone"
+GRADIENT = "its gradient"
 MAX_ROI_POOL, ROI_POOL = "ONNX Runtime MaxRoiPool", "torchvision roi_pool"
 MASKED_ROUNDS = 3  # they take seconds
 
@@ -50,7 +51,7 @@ Peers = dict[str, Any]  # modules by name
 class _Case(NamedTuple):
     """A map (height, width, channels), the number of windows, the pyramid.
 
-    `masked`: whether masks are timed too.
+    `masked`, `backward`: whether masks are timed too, and the gradient.
     """
 
     shape: tuple[int, int, int]
@@ -58,15 +59,17 @@ class _Case(NamedTuple):
     levels: tuple[int, ...]
     dtype: str = "float32"
     masked: bool = False
+    backward: bool = False
 
 
 # The last maps of ZF-5 and Overfeat for a photograph of about 688×920 pixels.
 ZF5, OVERFEAT = (43, 58, 256), (56, 75, 512)
 PAPER = (6, 3, 2, 1)
 FULL = (
-    _Case(ZF5, 2_000, PAPER, masked=True),
+    _Case(ZF5, 2_000, PAPER, masked=True, backward=True),
     _Case(ZF5, 2_000, PAPER, "bfloat16"),
     _Case(ZF5, 100, PAPER, masked=True),
+    _Case(ZF5, 128, PAPER, backward=True),  # a training step's
     _Case(ZF5, 500, PAPER),
     _Case(ZF5, 10_000, PAPER),
     _Case(ZF5, 2_000, (6, 3, 2)),
@@ -76,7 +79,7 @@ FULL = (
     _Case(OVERFEAT, 2_000, PAPER),
 )
 QUICK = (
-    _Case((9, 13, 16), 20, PAPER, masked=True),
+    _Case((9, 13, 16), 20, PAPER, masked=True, backward=True),
     _Case((9, 13, 16), 20, (3,), "bfloat16", masked=True),
 )
 
@@ -124,6 +127,10 @@ def _rows(
     }
     label = f"{case.windows} windows of {case.shape}"
     fast[WRITING] = lambda: fill(x)
+    if case.backward:
+        back = jax.jit(lambda x, w, own: jax.vjp(ours, x, w)[1](own)[0])
+        pooled = ours(x, w)
+        fast[GRADIENT] = lambda: back(x, w, pooled)
     seconds = time_in_turn(fast, rounds=timing.rounds, label=label)
     ratio = {name: times_as_fast(seconds[OURS], s) for name, s in seconds.items()}
     if MASKS in alternatives:
