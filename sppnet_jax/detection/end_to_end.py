@@ -314,9 +314,8 @@ def begin_params(head: SPPNet, params: Any, seed: int) -> Any:
     }
 
 
-def load_end_to_end(folder: Path, begun: Any) -> Any:
-    """The trained parameters, of vectors as they come; `begun`: see `begin_params`."""
-    shapes = jax.eval_shape(lambda: begun)
+def load_end_to_end(folder: Path, shapes: Any) -> Any:
+    """The trained parameters, of vectors as they come; `shapes`: of `begin_params`."""
     with Checkpoints(folder / CHECKPOINTS) as checkpoints:
         params = dict(checkpoints.restore_params(shapes))
     scale = run_folder.read_json(folder / SCALE_FILE, "scale")["scale"]

@@ -365,9 +365,9 @@ def end_to_end_network(
     settings: DetectorSettings, network: Network, workdir: Path, classes: int
 ) -> Network:
     """The network that end-to-end training has made, the box layer among its params."""
-    begun = end_to_end_begin(settings, network, classes)
+    shapes = jax.eval_shape(lambda: end_to_end_begin(settings, network, classes))
     return dataclasses.replace(
-        network, params=load_end_to_end(workdir / "finetune", begun)
+        network, params=load_end_to_end(workdir / "finetune", shapes)
     )
 
 
