@@ -22,6 +22,7 @@ from sppnet_jax.detection.proposals import (
     proposal_recall,
     propose,
     save_proposals,
+    searched_side,
     settings_key,
 )
 from sppnet_jax.detection.proposers import (
@@ -171,6 +172,17 @@ def test_a_long_image_is_shrunk_until_it_can_be_searched():
     assert max(overlap(box, np.array([1000, 30, 2500, 90])) for box in boxes) > 0.85
 
 
+def test_an_upright_image_is_searched_in_as_few_pixels_as_one_that_lies():
+    upright = blocks(height=100, width=75)  # at a width of 60 it would be 80 high
+    few = 60 * 45
+    expected = selective_search(upright, width=45, min_side=8)
+    settings = SMALL._replace(max_pixels=few)
+    np.testing.assert_array_equal(find_boxes(upright, settings), expected)
+    lying = blocks()
+    np.testing.assert_array_equal(find_boxes(lying, settings), find_boxes(lying, SMALL))
+    assert searched_side(settings) == few**0.5
+
+
 @pytest.mark.parametrize(
     ("image", "options", "message"),
     [
@@ -179,6 +191,8 @@ def test_a_long_image_is_shrunk_until_it_can_be_searched():
         (np.zeros((0, 9, 3), np.uint8), {}, r"no pixels: shape \[0, 9, 3\]"),
         (np.zeros((9, 9, 3), np.uint8), {"width": -1}, "width -1 must"),
         (np.zeros((9, 9, 3), np.uint8), {"max_windows": 0}, "max_windows 0"),
+        (np.zeros((9, 9, 3), np.uint8), {"max_pixels": 0}, "max_pixels .*, got 0"),
+        (np.zeros((9, 9, 3), np.uint8), {"max_pixels": 10**6}, "to 500,000, got 10"),
     ],
 )
 def test_what_can_not_be_searched_is_refused(image, options, message):

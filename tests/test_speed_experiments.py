@@ -9,15 +9,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from data_helpers import encode, picture
+from data_helpers import encode, overlap, picture
 
-from experiments import pipeline_speed, startup_speed
+from experiments import pipeline_speed, proposal_recall, startup_speed
 from experiments.first_step import CPU, PARTS, TOTAL
 from experiments.photographs import SIZE, photograph, photograph_folder
 from experiments.startup_speed import WHOLE
 from sppnet_jax.benchmarks.report import Timing, show
+from sppnet_jax.data.datasets import BoxData, open_box_split
 from sppnet_jax.data.images import decode_image, image_size
 from sppnet_jax.data.sources import Source
+from sppnet_jax.detection.proposals import NO_COLOUR, ProposalSettings, find_boxes
 
 
 @pytest.fixture(scope="module")
@@ -162,3 +164,27 @@ def test_a_training_s_imports_hold_neither_pyplot_nor_pytorch():
         [sys.executable, "-c", code], capture_output=True, text=True, check=True
     )
     assert result.stdout.strip() == "[]", result.stdout
+
+
+def test_proposals_are_counted_as_by_hand(few_scenes, monkeypatch):
+    small = ProposalSettings(width=60, min_side=6)
+    given = {"one": small, "other": small._replace(method=NO_COLOUR)}
+    monkeypatch.setattr(proposal_recall, "SETTINGS", given)
+    data = BoxData(name="digit_scenes/detection", data_dir=str(few_scenes))
+    report = proposal_recall.run(data, Timing(1, True, Path()), 3)
+    source = open_box_split(data, "train")
+    places = [0, (len(source.records) - 1) // 2, len(source.records) - 1]
+    for row, settings in zip(report.rows, given.values(), strict=True):
+        found, objects, windows = 0, 0, 0
+        for place in places:
+            record = source.records[place]
+            boxes = find_boxes(decode_image(record["image"]), settings)
+            windows += len(boxes)
+            for own in record["objects"].boxes:
+                objects += 1
+                found += max(overlap(box, own) for box in boxes[:300]) >= 0.5
+        assert row["recall 0.5, 300 windows"] == found / objects
+        assert row["recall 0.7, all"] <= row["recall 0.5, all"]
+        assert row["windows"] == windows / 3
+        assert 0 < row["s an image"] <= row["s, slowest"]
+    assert f"{objects} objects" in report.notes[0]

@@ -52,15 +52,17 @@ class ProposalSettings(NamedTuple):
     """How to find proposals; see `selective_search` and `edge_boxes`.
 
     `method`: "selective_search" or, faster, "selective_search_no_colour", which read
-    `width` (0: images' own), `min_side` and `seed`; "edge_boxes", which reads `model`,
-    the path of its model; or "file", which takes them from `file`, and `test_file` for
-    the test split ("": the same). `max_windows`: of an image. `workers`: threads that
-    search, several in one image where images are fewer; 0 is one for each core.
+    `width` (0: images' own), `max_pixels`, `min_side` and `seed`; "edge_boxes", which
+    reads `model`, the path of its model; or "file", which takes them from `file`, and
+    `test_file` for the test split ("": the same). `max_windows`: of an image.
+    `workers`: threads that search, several in one image where images are fewer; 0 is
+    one for each core.
     """
 
     method: Annotated[str, one_of(METHODS)] = "selective_search"
     max_windows: Annotated[int, at_least(1)] = 2000
     width: Annotated[int, pixels(0)] = 500
+    max_pixels: Annotated[int, between(1, MAX_PIXELS + 1)] = MAX_PIXELS
     min_side: Annotated[int, at_least(1)] = 20
     seed: Annotated[int, between(0, 2**31)] = 0
     workers: Annotated[int, helpers()] = 0
@@ -133,6 +135,7 @@ def find_boxes(
     return selective_search(
         image,
         width=settings.width,
+        max_pixels=settings.max_pixels,
         min_side=settings.min_side,
         max_windows=settings.max_windows,
         seed=settings.seed,
@@ -148,7 +151,8 @@ def searched_side(settings: ProposalSettings) -> float:
     """
     if settings.method not in ("selective_search", NO_COLOUR):
         return math.inf
-    return settings.width or math.sqrt(MAX_PIXELS)
+    most = math.sqrt(settings.max_pixels)
+    return min(settings.width, most) if settings.width else most
 
 
 def settings_key(settings: ProposalSettings) -> str:
@@ -169,7 +173,7 @@ def settings_key(settings: ProposalSettings) -> str:
         content = Path(settings.model).read_bytes()
         chosen["edge_model"] = hashlib.sha256(content).hexdigest()
     else:
-        names = ("width", "min_side", "seed")
+        names = ("width", "max_pixels", "min_side", "seed")
         chosen |= {name: getattr(settings, name) for name in names}
     return json.dumps(chosen, sort_keys=True)
 

@@ -39,6 +39,7 @@ def selective_search(
     image: np.ndarray,
     *,
     width: int = 500,
+    max_pixels: int = MAX_PIXELS,
     min_side: int = 20,
     max_windows: int = 2000,
     seed: int = 0,
@@ -54,8 +55,9 @@ def selective_search(
     hierarchy, the whole image first, times a random number.
 
     `image`: uint8 [height, width, 3], RGB.
-    `width`: of the image that is searched, in pixels; 0 takes it as it is. One that
-    would have more than half a million pixels or a side above 2,000 is shrunk to these.
+    `width`: of the image that is searched, in pixels; 0 takes it as it is.
+    `max_pixels`: one that would have more, or a side above 2,000, is shrunk to these.
+    At most half a million.
     `min_side`: windows with a shorter side are dropped, in pixels of the image that is
     searched.
     `max_windows`: how many windows to keep, the first of the ranking.
@@ -76,7 +78,9 @@ def selective_search(
             f"width {width} must be at least 0, min_side {min_side} and max_windows "
             f"{max_windows} at least 1"
         )
-    rows, columns = _searched_size(image, width)
+    if not 1 <= max_pixels <= MAX_PIXELS:
+        raise ValueError(f"max_pixels must be 1 to {MAX_PIXELS:,}, got {max_pixels}")
+    rows, columns = _searched_size(image, width, max_pixels)
     if min(rows, columns) < min_side:
         return _whole_image(image)
     rectangles = _merged_regions(_resize(image, rows, columns), threads, colour)
@@ -161,13 +165,13 @@ def load_edge_model(path: str | Path) -> "cv2.ximgproc.StructuredEdgeDetection":
     )
 
 
-def _searched_size(image: np.ndarray, wanted: int) -> tuple[int, int]:
+def _searched_size(image: np.ndarray, wanted: int, max_pixels: int) -> tuple[int, int]:
     """(rows, columns) at the wanted width, or the largest with the pixels allowed."""
     height, width = image.shape[:2]
     factor = wanted / width if wanted else 1.0
     factor = min(
         factor,
-        math.sqrt(MAX_PIXELS / (height * width)),
+        math.sqrt(max_pixels / (height * width)),
         _MAX_SIDE / max(height, width),
     )
     return max(1, round(height * factor)), max(1, round(width * factor))
