@@ -28,6 +28,8 @@ def get_config() -> ConfigDict:
     config.layer = "pyramid"
     config.data.name = "box_folder"
     config.scales = (480,)
+    config.proposals.method = "selective_search_no_colour"
+    config.proposals.max_pixels = 187_500
     config.finetune.steps = 0
     config.svm.calibration_parts = 3
     config.test.vote = 0.5

@@ -41,8 +41,8 @@ SETTINGS = {
     "without colour": ProposalSettings(method=NO_COLOUR),
     "187,500 pixels": ProposalSettings(max_pixels=VGA),
     "187,500, without colour": ProposalSettings(method=NO_COLOUR, max_pixels=VGA),
-    "width 400, least 16": ProposalSettings(width=400, min_side=16),
-    "width 320, least 12": ProposalSettings(width=320, min_side=12),
+    "width 400, least side 16": ProposalSettings(width=400, min_side=16),
+    "width 320, least side 12": ProposalSettings(width=320, min_side=12),
 }
 FEW = 300
 
@@ -100,7 +100,7 @@ def plot(rows: Sequence[Measurements]) -> Figure:
     draw_bars(right, [(r, row["proposals"], row[r]) for r in recalls for row in rows])
     right.set_xlabel("recall at IoU 0.7")
     for axes in (left, right):
-        axes.legend(fontsize=8)
+        axes.legend(fontsize=8, ncols=2, loc="lower center", bbox_to_anchor=(0.5, 1))
     return figure
 
 
