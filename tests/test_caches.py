@@ -6,7 +6,10 @@ import jax
 import numpy as np
 import pytest
 
+from sppnet_jax.classification.svm import LinearSVMs
 from sppnet_jax.detection import maps
+from sppnet_jax.detection.scales import map_size_of
+from sppnet_jax.detection.window_features import from_maps, make_program, rows_of
 from sppnet_jax.network.model import create_model
 from sppnet_jax.network.preprocess import Preprocessing
 from sppnet_jax.network.trained import as_network
@@ -127,3 +130,43 @@ def test_maps_from_a_kept_program_are_those_of_the_network(folder):
     other = dataclasses.replace(network, params=params)
     (third,) = maps.convolve_image(other, image, sides=[64])
     assert not np.array_equal(first, third)  # weights are no part of a program
+
+
+def test_scores_of_windows_from_a_kept_program_are_those_of_the_head(folder):
+    rng = np.random.default_rng(0)
+    geometry = create_model("zf5").geometry
+    cells = map_size_of((144, 192), geometry)
+    features = [np.float32(rng.normal(size=(*cells, 4)))]
+    boxes = [np.array([[0, 0, 90, 120], [16, 16, 64, 100]], np.float32)]
+    svms = LinearSVMs(np.float32(rng.normal(size=(2, 20))), np.ones(2, np.float32))
+    traced = []
+
+    def head(svms, pooled):
+        traced.append(pooled.shape)
+        return svms.scores(pooled), None
+
+    def rows(decided_by, svms=svms):
+        given = from_maps(
+            lambda image: features,
+            boxes,
+            np.array([[144, 192]]),
+            sides=[144],
+            geometry=geometry,
+            levels=(2, 1),
+            area=64.0**2,
+        )
+        program = make_program(given, head, decided_by)
+        return rows_of(given, program, svms, 0, np.arange(2))
+
+    expected, none = rows("")
+    assert none is None
+    assert not folder.exists()
+    np.testing.assert_array_equal(rows("it")[0], expected)
+    traced.clear()
+    np.testing.assert_array_equal(rows("it")[0], expected)
+    assert not traced
+    other = svms._replace(biases=np.zeros(2, np.float32))
+    np.testing.assert_allclose(rows("it", other)[0], expected - 1, rtol=1e-5, atol=1e-5)
+    assert not traced  # weights are no part of a program
+    rows("that")
+    assert traced

@@ -307,7 +307,7 @@ def make_detector(kind, reducer="max", rule="paper"):
         move_boxes=kind == "softmax",
     )
     classes = ("one", "two", "three")
-    return Detector(settings, Path(), network, head, weights, classes, frozenset())
+    return Detector(settings, Path(), network, head, "", weights, classes, frozenset())
 
 
 @pytest.mark.parametrize(

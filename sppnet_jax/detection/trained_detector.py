@@ -51,14 +51,16 @@ log = logging.getLogger(__name__)
 class Detector(NamedTuple):
     """A trained detector: what scores boxes, and of which classes.
 
-    `settings`: those to detect with. `workdir`: its folder. `images`: the digests of
-    those that it was trained on.
+    `settings`: those to detect with. `workdir`: its folder. `decided_by`: what pooling
+    and head depend on beside the weights, as text. `images`: the digests of those that
+    it was trained on.
     """
 
     settings: DetectorSettings
     workdir: Path
     network: Network
     head: Any
+    decided_by: str
     weights: Any
     class_names: tuple[str, ...]
     images: frozenset[str]
@@ -116,19 +118,22 @@ def load_detector(workdir: Path, settings: DetectorSettings | None = None) -> De
     if needed["regression"]:
         file = workdir / "regression" / REGRESSION_FILE
         regressors = files.read_arrays(file, BoxRegressors)
+    move_boxes = BOX in fc and settings.regression.enabled
     head, weights = scoring_head(
         classifier,
         fc,
         layer=settings.layer,
         svms=svms,
         regressors=regressors,
-        move_boxes=BOX in fc and settings.regression.enabled,
+        move_boxes=move_boxes,
     )
+    decided_by = f"{settings.system} {settings.layer} {move_boxes}"
     return Detector(
         settings,
         workdir,
         network,
         head,
+        f"{decided_by} {network.model!r} {classifier!r}",
         jax.device_put(weights),
         class_names,
         frozenset(made["images"]),
@@ -267,7 +272,7 @@ def _programs(
     detectors: Sequence[Detector], features: Sequence[WindowFeatures]
 ) -> list[Callable[..., Any]]:
     return [
-        make_program(own, detector.head)
+        make_program(own, detector.head, detector.decided_by)
         for own, detector in zip(features, detectors, strict=True)
     ]
 

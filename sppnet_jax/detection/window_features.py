@@ -32,6 +32,7 @@ from sppnet_jax.detection.scales import (
 from sppnet_jax.pyramid.geometry import Geometry
 from sppnet_jax.pyramid.pooling import spatial_pyramid_pool
 from sppnet_jax.pyramid.windows import window_pyramid_pool
+from sppnet_jax.run.caches import jit_once
 
 Head = Callable[[Any, jax.Array], Any]
 Rows = np.ndarray
@@ -156,18 +157,23 @@ def from_warped(
     return WindowFeatures(boxes, inputs, pool)
 
 
-def make_program(features: WindowFeatures, head: Head) -> Callable[..., Any]:
+def make_program(
+    features: WindowFeatures, head: Head, decided_by: str = ""
+) -> Callable[..., Any]:
     """Compiles (params, arrays, count) → `head` of the pooled features, [M, …] each.
 
     Whole chunks of padding, from row `count` on, stay zeros: the fc layers take most
     of the time.
+    `decided_by`: all that the pooling and the head depend on beside their arguments,
+    as text, where the next start is to find what is traced: see `jit_once`.
     """
 
-    @jax.jit
     def program(params: Any, arrays: Any, count: jax.Array) -> Any:
         return in_chunks(head, params, features.pool(arrays), count)
 
-    return program
+    if decided_by:
+        return jit_once(program, decided_by, least_arrays=0)
+    return jax.jit(program)
 
 
 def in_chunks(head: Head, params: Any, pooled: jax.Array, count: jax.Array) -> Any:

@@ -69,8 +69,8 @@ def use_compilation_cache() -> None:
 
 
 def jit_once(
-    function: Callable[..., jax.Array], decided_by: str
-) -> Callable[..., jax.Array]:
+    function: Callable[..., Any], decided_by: str, *, least_arrays: int | None = None
+) -> Callable[..., Any]:
     """`jax.jit(function)`, whose tracing the next start is spared.
 
     What JAX makes of a large network for one shape of images takes it a second, before
@@ -80,23 +80,28 @@ def jit_once(
     constants that the function holds. Nothing is kept of a small function, nor where no
     compiled programs are.
 
-    `function`: of arrays in tuples, lists and dicts, and free of effects.
+    `function`: of trees of arrays, free of effects; it returns arrays in tuples, lists
+    and dicts. `least_arrays`: of what is not small; by default as many as a network's.
     """
-    jitted, programs = jax.jit(function), dict[str, Callable[..., jax.Array]]()
+    least = LEAST_ARRAYS if least_arrays is None else least_arrays
+    programs = dict[str, Callable[..., Any]]()
 
-    def run(*arguments: Any) -> jax.Array:
+    def run(*arguments: Any) -> Any:
         leaves, tree = jax.tree.flatten(arguments)
         seen = f"{tree} {[jax.typeof(leaf) for leaf in leaves]}"
         if seen not in programs:
-            small = len(leaves) < LEAST_ARRAYS
-            decided = f"{decided_by} {seen}"
-            programs[seen] = jitted if small else _kept(jitted, arguments, decided)
-        return programs[seen](*arguments)
+            # A file knows no trees but tuples, lists and dicts.
+            jitted = jax.jit(
+                lambda *leaves: function(*jax.tree.unflatten(tree, leaves))
+            )
+            small, decided = len(leaves) < least, f"{decided_by} {seen}"
+            programs[seen] = jitted if small else _kept(jitted, leaves, decided)
+        return programs[seen](*leaves)
 
     return run
 
 
-def _kept(jitted: Any, arguments: Any, decided_by: str) -> Callable[..., jax.Array]:
+def _kept(jitted: Any, arguments: Any, decided_by: str) -> Callable[..., Any]:
     """The function for arguments like these, from its file if there is one."""
     config: Any = jax.config
     folder = config.jax_compilation_cache_dir
