@@ -34,6 +34,8 @@ from tests.data_helpers import encode, picture
 from tests.network_helpers import run_with_tiny_trunk
 from tests.processes import Started, run_command
 
+pytestmark = pytest.mark.slow  # all but a few
+
 FIRST, SECOND = Share(0, 2), Share(1, 2)
 
 
@@ -537,8 +539,6 @@ def test_a_port_that_is_taken_is_told():
 LEAVES = """
 import atexit, signal, sys
 from sppnet_jax.run import parallel
-
-pytestmark = pytest.mark.slow  # all but a few
 
 atexit.register(signal.raise_signal, signal.SIGABRT)  # when JAX leaves, or before
 parallel.join_processes(sys.argv[1], 0, 1)
