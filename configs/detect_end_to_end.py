@@ -8,9 +8,10 @@ A step convolves two photographs and classifies 128 of their windows; the gradie
 through the windows' pyramids into the trunk, down to the layer
 `--config.finetune.trainable`.
 
-Measured with two CPU cores: 143 photographs of raccoons 9 min 58 s, proposals included,
-mAP 98.9 on 53 others; 292 images of blood cells at `--config.scales="(688,)"` 13 min
-25 s without proposals, mAP 82.4 on 72 others, and 86.4 after 4 min 1 s more for SVMs:
+Measured with two CPU cores: 143 photographs of raccoons 12 min 42 s, proposals
+included, mAP 98.4 on 53 others. 292 images of blood cells at
+`--config.scales="(688,)"` took 13 min 25 s, with proposals with colour, which were
+there: mAP 82.4 on 72 others, and 86.4 after 4 min 1 s more for SVMs:
 `--config.scorer=svm --config.layer=pyramid`. docs/results.md has the table.
 """
 
