@@ -36,6 +36,7 @@ from sppnet_jax.detection.window_features import (
 from sppnet_jax.network.model import SPPNet, pooled_length
 from sppnet_jax.network.trained import Network, digest_arrays, load_network
 from sppnet_jax.run import files, run_folder, stages
+from sppnet_jax.run.caches import LEAST_ARRAYS
 from sppnet_jax.run.progress import progress_bar
 from sppnet_jax.run.settings import plain
 from sppnet_jax.run.shares import ALONE, Share
@@ -52,8 +53,8 @@ class Detector(NamedTuple):
     """A trained detector: what scores boxes, and of which classes.
 
     `settings`: those to detect with. `workdir`: its folder. `decided_by`: what pooling
-    and head depend on beside the weights, as text. `images`: the digests of those that
-    it was trained on.
+    and head depend on beside the weights, as text; "" where tracing them anew is soon
+    done. `images`: the digests of those that it was trained on.
     """
 
     settings: DetectorSettings
@@ -127,13 +128,16 @@ def load_detector(workdir: Path, settings: DetectorSettings | None = None) -> De
         regressors=regressors,
         move_boxes=move_boxes,
     )
-    decided_by = f"{settings.system} {settings.layer} {move_boxes}"
+    decided_by = ""
+    if len(jax.tree.leaves(network.params)) >= LEAST_ARRAYS:
+        decided_by = f"{settings.system} {settings.layer} {move_boxes} "
+        decided_by += f"{network.model!r} {classifier!r}"
     return Detector(
         settings,
         workdir,
         network,
         head,
-        f"{decided_by} {network.model!r} {classifier!r}",
+        decided_by,
         jax.device_put(weights),
         class_names,
         frozenset(made["images"]),
