@@ -8,11 +8,9 @@
     zero_beyond          the mask of images in larger buckets
 
 On a CPU, XLA's gradient of filters treats the channels as a batch and the batch as
-channels. Of the three colours of the first convolution that leaves the CPU idle: for
-7×7 filters at stride 2 it took five times as long as the convolution itself. Here it is
-a matrix product for each row of the filters, and takes as long as the convolution. Of
-16 images it takes up to five times as long, too, where maps are large; here it adds up
-XLA's gradients of single images. 1×1 filters are a matrix product, whose gradients are
+channels, and takes up to seven times as long as the convolution itself. Here it is a
+matrix product for each row of the filters, over a few images at a time, and takes about
+as long as the convolution. 1×1 filters are a matrix product, whose gradients are
 two more. XLA's gradient of a sum over neighbouring channels is slow there too; here it
 is that same sum again: what a channel takes from its neighbours, they take from it. Its
 grouped convolution takes several times as long as a sum of shifted products, which
@@ -47,10 +45,7 @@ from sppnet_jax.pyramid.span_max import materialized, span_max
 ValidSize = Int[Array, "batch 2"]
 Padding = tuple[tuple[int, int], tuple[int, int]]
 LAYOUT = ("NHWC", "HWIO", "NHWC")
-FEW_FILTERS = 24  # with fewer, XLA's gradient of the first convolution is fast
-COLOURS = 4  # channels of images, at most
-LARGE_MAP = 256  # cells; where there are fewer, XLA's gradient of filters is fast
-MOST_PARTS = 16  # of a batch: each is a convolution to compile
+MOST_ROWS = 1024  # of a product of windows, for which several images are joined
 
 
 def run_table(
@@ -372,28 +367,15 @@ def _conv_backward(
             maps, kernel, strides, padding, dimension_numbers=LAYOUT
         )
 
-    def at_once(maps: jax.Array, gradient: jax.Array) -> jax.Array:
-        return jax.vjp(functools.partial(xla, maps), kernel)[1](gradient)[0]
-
-    def in_parts(maps: jax.Array, gradient: jax.Array) -> jax.Array:
-        images = -(-maps.shape[0] // MOST_PARTS)
-        parts = [
-            at_once(maps[start : start + images], gradient[start : start + images])
-            for start in range(0, maps.shape[0], images)
-        ]
-        return functools.reduce(jnp.add, parts)
-
     def by_rows(maps: jax.Array, gradient: jax.Array) -> jax.Array:
         return _kernel_gradient(maps, kernel, strides, padding, gradient)
 
+    def at_once(maps: jax.Array, gradient: jax.Array) -> jax.Array:
+        return jax.vjp(functools.partial(xla, maps), kernel)[1](gradient)[0]
+
     for_maps = jax.vjp(lambda maps: xla(maps, kernel), maps)[1](gradient)[0]
-    on_cpu = at_once
-    if kernel.shape[2] <= COLOURS and kernel.shape[3] >= FEW_FILTERS:
-        on_cpu = by_rows
-    elif gradient.shape[1] * gradient.shape[2] >= LARGE_MAP:
-        on_cpu = in_parts
     return for_maps, jax.lax.platform_dependent(
-        maps, gradient, cpu=on_cpu, default=at_once
+        maps, gradient, cpu=by_rows, default=at_once
     )
 
 
@@ -401,37 +383,42 @@ _conv.defvjp(_conv_forward, _conv_backward)
 
 
 def _kernel_gradient(
-    images: jax.Array,
+    maps: jax.Array,
     kernel: jax.Array,
     strides: tuple[int, int],
     padding: Padding,
     gradient: jax.Array,
 ) -> jax.Array:
-    """The gradient of the kernel, summed over one image after the other."""
-    rows, columns, colors, filters = kernel.shape
+    """The gradient of the kernel, summed over some images after the others."""
+    rows, columns, channels, filters = kernel.shape
     down, across = strides
-    height, width = gradient.shape[1:3]
-    padded = jnp.pad(images, ((0, 0), *padding, (0, 0)))
+    images, height, width, _ = gradient.shape
+    some = next(
+        number
+        for number in range(1, images + 1)
+        if images % number == 0
+        and (number == images or number * height * width >= MOST_ROWS)
+    )
+    padded = jnp.pad(maps, ((0, 0), *padding, (0, 0)))
 
-    def add_image(
-        total: jax.Array, one: tuple[jax.Array, jax.Array]
+    def add_images(
+        total: jax.Array, few: tuple[jax.Array, jax.Array]
     ) -> tuple[jax.Array, None]:
-        image, own = one
-        # What each filter's row sees at every place of the image's rows.
+        own, outputs = few
+        # What each filter's row sees at every place of the images' rows.
         seen = jnp.concatenate(
             [
-                image[:, x : x + (width - 1) * across + 1 : across]
+                own[:, :, x : x + (width - 1) * across + 1 : across]
                 for x in range(columns)
             ],
             axis=-1,
         )
-        outputs = own.reshape(height * width, filters)
         products = [
             jnp.matmul(
-                seen[y : y + (height - 1) * down + 1 : down]
-                .reshape(height * width, columns * colors)
+                seen[:, y : y + (height - 1) * down + 1 : down]
+                .reshape(-1, columns * channels)
                 .T,
-                outputs,
+                outputs.reshape(-1, filters),
                 preferred_element_type=total.dtype,
             )
             for y in range(rows)
@@ -439,8 +426,13 @@ def _kernel_gradient(
         return total + jnp.stack(products), None
 
     dtype = jnp.promote_types(kernel.dtype, jnp.float32)
-    zeros = jnp.zeros((rows, columns * colors, filters), dtype)
-    total, _ = jax.lax.scan(add_image, zeros, (padded, gradient))
+    zeros = jnp.zeros((rows, columns * channels, filters), dtype)
+    parts = padded, gradient
+    total, _ = jax.lax.scan(
+        add_images,
+        zeros,
+        jax.tree.map(lambda x: x.reshape(-1, some, *x.shape[1:]), parts),
+    )
     return total.reshape(kernel.shape).astype(kernel.dtype)
 
 
@@ -461,7 +453,8 @@ def _norm_backward(
     size: int, k: float, alpha: float, beta: float, maps: jax.Array, gradient: jax.Array
 ) -> tuple[jax.Array]:
     wide, own = (
-        x.astype(jnp.promote_types(maps.dtype, jnp.float32)) for x in (maps, gradient)
+        x.astype(jnp.promote_types(maps.dtype, jnp.float32))
+        for x in (maps, materialized(gradient))  # read twice
     )
     energy = k + alpha * _around(jnp.square(wide), size // 2, size)
     scale = _power(energy, beta)

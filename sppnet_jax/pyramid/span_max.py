@@ -216,8 +216,8 @@ def _as_spans(spans: Sequence[tuple[int, int]] | np.ndarray) -> Spans:
 
 @jax.custom_vjp
 def materialized(
-    maps: Shaped[Array, "batch rows columns channels"],
-) -> Shaped[Array, "batch rows columns channels"]:
+    maps: Shaped[Array, "*batch channels"],
+) -> Shaped[Array, "*batch channels"]:
     """The same values, held in memory of their own.
 
     XLA fuses elementwise operations, slices and gathers into all that read them, also
@@ -237,11 +237,12 @@ materialized.defvjp(
 def _window_of_one(maps: jax.Array) -> jax.Array:
     is_float = jnp.issubdtype(maps.dtype, jnp.floating)
     lowest = -jnp.inf if is_float else jnp.iinfo(maps.dtype).min
+    before = (maps.ndim - 1) * (1,)
     return jax.lax.reduce_window(
-        maps[:, :, :, None],
+        maps[..., None, :],
         np.array(lowest, maps.dtype),
         jax.lax.max,
-        (1, 1, 1, 2, 1),
-        (1, 1, 1, 1, 1),
-        ((0, 0), (0, 0), (0, 0), (1, 0), (0, 0)),
-    )[:, :, :, 0]
+        (*before, 2, 1),
+        (*before, 1, 1),
+        (*((0, 0) for _ in before), (1, 0), (0, 0)),
+    )[..., 0, :]
