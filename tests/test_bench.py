@@ -19,6 +19,7 @@ from sppnet_jax.benchmarks import pyramid_speed as pyramid
 from sppnet_jax.benchmarks import window_speed as windows
 from sppnet_jax.benchmarks.peak import count_flops
 from sppnet_jax.benchmarks.report import Timing
+from sppnet_jax.network.layers import conv
 
 QUICK = ["--quick", "--rounds", "2"]
 
@@ -214,6 +215,22 @@ def test_flops_are_two_for_each_product_and_nothing_runs():
     a = jax.ShapeDtypeStruct((3, 5), jnp.bfloat16)
     b = jax.ShapeDtypeStruct((5, 7), jnp.bfloat16)
     assert count_flops(jnp.matmul, a, b) == 2 * 3 * 5 * 7
+
+
+def test_the_flops_of_a_convolution_s_gradients_are_twice_its_own():
+    maps = jax.ShapeDtypeStruct((6, 33, 33, 8), jnp.float32)
+    kernel = jax.ShapeDtypeStruct((3, 3, 8, 16), jnp.float32)
+
+    def convolve(maps, kernel):
+        return conv(maps, kernel, (1, 1), ((0, 0), (0, 0)))
+
+    def gradients(maps, kernel, gradient):
+        return jax.vjp(convolve, maps, kernel)[1](gradient)
+
+    own = 2 * 6 * 31 * 31 * 3 * 3 * 8 * 16
+    assert count_flops(convolve, maps, kernel) == own
+    gradient = jax.eval_shape(convolve, maps, kernel)
+    assert 2 * own <= count_flops(gradients, maps, kernel, gradient) <= 3 * own
 
 
 def test_pytorch_is_left_out_where_it_has_not_our_device(monkeypatch):
