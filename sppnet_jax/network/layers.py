@@ -45,7 +45,7 @@ from sppnet_jax.pyramid.span_max import materialized, span_max
 ValidSize = Int[Array, "batch 2"]
 Padding = tuple[tuple[int, int], tuple[int, int]]
 LAYOUT = ("NHWC", "HWIO", "NHWC")
-MOST_ROWS = 1024  # of a product of windows, for which several images are joined
+LEAST_ROWS = 1024  # of a product of windows, for which small maps are joined
 
 
 def run_table(
@@ -114,8 +114,7 @@ def _size_after(layer: Conv | MaxPool, size: ValidSize | None) -> ValidSize | No
     ):
         return size
     # In memory of its own: else every mask works it out anew, for each of its cells.
-    size = sliding.output_size(size)
-    return materialized(size[None, :, :, None])[0, :, :, 0]
+    return materialized(sliding.output_size(size))
 
 
 def join_maps(
@@ -397,7 +396,7 @@ def _kernel_gradient(
         number
         for number in range(1, images + 1)
         if images % number == 0
-        and (number == images or number * height * width >= MOST_ROWS)
+        and (number == images or number * height * width >= LEAST_ROWS)
     )
     padded = jnp.pad(maps, ((0, 0), *padding, (0, 0)))
 
@@ -452,9 +451,12 @@ def _norm_forward(
 def _norm_backward(
     size: int, k: float, alpha: float, beta: float, maps: jax.Array, gradient: jax.Array
 ) -> tuple[jax.Array]:
+    # It is read twice, and XLA would compute it in both places for a CPU.
+    gradient = jax.lax.platform_dependent(
+        gradient, cpu=materialized, default=lambda gradient: gradient
+    )
     wide, own = (
-        x.astype(jnp.promote_types(maps.dtype, jnp.float32))
-        for x in (maps, materialized(gradient))  # read twice
+        x.astype(jnp.promote_types(maps.dtype, jnp.float32)) for x in (maps, gradient)
     )
     energy = k + alpha * _around(jnp.square(wide), size // 2, size)
     scale = _power(energy, beta)
