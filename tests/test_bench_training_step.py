@@ -1,7 +1,6 @@
 """What the suite reports follows from what it measures, with PyTorch and without."""
 
 import sys
-from pathlib import Path
 from unittest import mock
 
 import numpy as np
@@ -11,8 +10,6 @@ from sppnet_jax.benchmarks import training_step
 from sppnet_jax.benchmarks.report import Timing, show
 from sppnet_jax.benchmarks.training_step import OURS, QUICK, Peer
 
-SETTING = Timing(rounds=2, quick=True, folder=Path())
-
 
 def fake_seconds(alternatives, *, rounds, label):
     """Ours takes 0.1 and 0.3 s, the second 0.2 and 0.9, the third 0.05 and 0.6."""
@@ -20,6 +17,11 @@ def fake_seconds(alternatives, *, rounds, label):
         call()
     times = ([0.1, 0.3], [0.2, 0.9], [0.05, 0.6])
     return {name: np.array(t) for name, t in zip(alternatives, times, strict=False)}
+
+
+@pytest.fixture
+def setting(tmp_path):
+    return Timing(rounds=2, quick=True, folder=tmp_path)
 
 
 @pytest.fixture
@@ -34,9 +36,9 @@ def quiet(monkeypatch):
     )
 
 
-def test_columns_follow_from_seconds(quiet, tmp_path):
+def test_columns_follow_from_seconds(quiet, setting):
     pytest.importorskip("torch")
-    report = training_step.run(SETTING)
+    report = training_step.run(setting)
     ours, first, last = report.rows
     assert [row["what"] for row in report.rows] == [
         "sppnet_jax",
@@ -54,19 +56,24 @@ def test_columns_follow_from_seconds(quiet, tmp_path):
     assert first["peak MB"] is None
     assert first["differs by"] < 1e-4
     assert last["differs by"] < 1e-4
-    show(report, SETTING._replace(folder=tmp_path))
-    assert (tmp_path / "training_step.png").stat().st_size > 1000
+    show(report, setting)
+    assert (setting.folder / "training_step.png").stat().st_size > 1000
+    assert not list(setting.folder.glob("*_unfinished.json"))
 
 
-def test_without_pytorch_ours_is_measured_and_the_rest_noted(quiet, monkeypatch):
+def test_without_pytorch_ours_is_measured_and_the_rest_noted(
+    quiet, setting, monkeypatch
+):
     monkeypatch.setitem(sys.modules, "torch", None)
-    report = training_step.run(SETTING)
+    report = training_step.run(setting)
     assert [row["what"] for row in report.rows] == [OURS]
     assert "torch can't be imported" in report.notes[0]
     assert not any("differs by" in note for note in report.notes)
 
 
-def test_a_peer_that_fails_is_noted_and_the_others_are_measured(quiet, monkeypatch):
+def test_a_peer_that_fails_is_noted_and_the_others_are_measured(
+    quiet, setting, monkeypatch
+):
     pytest.importorskip("torch")
     real, peers_of = training_step._torch_step, training_step._peers
     compiled = Peer("channels_last", False, True)
@@ -80,7 +87,7 @@ def test_a_peer_that_fails_is_noted_and_the_others_are_measured(quiet, monkeypat
     monkeypatch.setattr(
         training_step, "_peers", lambda dtype: [compiled, *peers_of(dtype)]
     )
-    report = training_step.run(SETTING)
+    report = training_step.run(setting)
     assert len(report.rows) == 3
     (note,) = (note for note in report.notes if "no compiler" in note)
     assert note.startswith("PyTorch, channels_last, compiled, zf5, float32: NotImpl")

@@ -240,9 +240,9 @@ def test_rows_in_chunks_are_those_of_one_call(rows, count):
 @pytest.mark.parametrize("count", [1, 16, 17, 255, 256, 257, 513])
 def test_windows_are_padded_to_few_different_numbers(count):
     padded = window_features.padded_count(count)
-    assert count <= padded <= max(16, 2 * count - 1)
+    assert count <= padded <= max(64, 2 * count - 1)
     whole = padded % CHUNK == 0
-    assert whole if count > CHUNK else padded in (16, 32, 64, 128, 256)
+    assert whole if count > CHUNK else padded in (64, 128, 256)
 
 
 def test_a_broken_image_is_named_has_no_map_and_stops_nothing(folder, tmp_path, caplog):

@@ -40,6 +40,7 @@ Rows = np.ndarray
 # Windows are padded to multiples of two of these, and go through the head so many at a
 # time: a program serves every image with as many.
 CHUNK = 256
+FEWEST = 64  # rows of a program: fewer would take about as long, and one more program
 
 
 class WindowFeatures(NamedTuple):
@@ -222,4 +223,4 @@ def padded_count(count: int) -> int:
     """The next power of two, then of two chunks the next multiple: few programs."""
     if count > 2 * CHUNK:
         return -(-count // (2 * CHUNK)) * 2 * CHUNK
-    return max(16, 1 << (count - 1).bit_length())
+    return max(FEWEST, 1 << (count - 1).bit_length())
