@@ -5,10 +5,10 @@ python -m sppnet_jax.detect train --config=configs/detect_digits.py \
 python -m sppnet_jax.detect test --workdir=runs/detect_digits
 
 It trains on the first 300 of 1,500 scenes and tests on 200 of 400. Measured as the
-second half of `make demo`: mAP 67.2 (11 points; 69.2 by area) on two CPU cores; 70.2
-(72.4) on two and 63.4 (64.6) on one, with sums that round otherwise. The training took
-58 s on two cores after proposals and maps. docs/detection.md tells what the stages are,
-docs/results.md has the table.
+second half of `make demo`: mAP 66.9 (11 points; 68.7 by area) on two CPU cores; 63.4
+to 70.2 with sums that round otherwise. The training took 58 s on two cores after
+proposals and maps, and 3 min 49 s on a slow day with nothing compiled before.
+docs/detection.md tells what the stages are, docs/results.md has the table.
 """
 
 from ml_collections import ConfigDict

@@ -3,10 +3,10 @@
 python -m sppnet_jax.train --config=configs/digits.py --workdir=runs/digits
 python -m sppnet_jax.evaluate --workdir=runs/digits --protocol=single
 
-Measured: 94.6 % top-1 on two CPU cores (1,019 of 1,077 test scenes); 93.7 and 94.0 %
-with sums that round otherwise, on one busy core and on two. `make demo`, with its
-detector and the installation, took 8 min 58 s on two cores, 11 min 43 s on two busy
-ones and 13 min 40 s on one. docs/results.md has the table.
+Measured: 93.2 % top-1 on two CPU cores (1,004 of 1,077 test scenes); 93.7 to 94.6 %
+with sums that round otherwise. `make demo`, with its detector and the installation,
+took 8 min 58 s on two cores, 17 min on a slow day, and 13 min 40 s on one.
+docs/results.md has the table.
 """
 
 from ml_collections import ConfigDict
