@@ -338,13 +338,15 @@ def zero_beyond(maps: Array, size: ValidSize | None) -> Array:
     return jax.lax.select(mask, maps, jax.lax.full_like(maps, 0))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def _conv(
+def _xla_conv(
     maps: jax.Array, kernel: jax.Array, strides: tuple[int, int], padding: Padding
 ) -> jax.Array:
     return jax.lax.conv_general_dilated(
         maps, kernel, strides, padding, dimension_numbers=LAYOUT
     )
+
+
+_conv = jax.custom_vjp(_xla_conv, nondiff_argnums=(2, 3))
 
 
 def _conv_forward(
@@ -361,19 +363,15 @@ def _conv_backward(
 ) -> tuple[jax.Array, jax.Array]:
     maps, kernel = saved
 
-    def xla(maps: jax.Array, kernel: jax.Array) -> jax.Array:
-        return jax.lax.conv_general_dilated(
-            maps, kernel, strides, padding, dimension_numbers=LAYOUT
-        )
-
     def by_rows(maps: jax.Array, gradient: jax.Array) -> jax.Array:
         return _kernel_gradient(maps, kernel, strides, padding, gradient)
 
     def at_once(maps: jax.Array, gradient: jax.Array) -> jax.Array:
-        return jax.vjp(functools.partial(xla, maps), kernel)[1](gradient)[0]
+        _, back = jax.vjp(lambda k: _xla_conv(maps, k, strides, padding), kernel)
+        return back(gradient)[0]
 
-    for_maps = jax.vjp(lambda maps: xla(maps, kernel), maps)[1](gradient)[0]
-    return for_maps, jax.lax.platform_dependent(
+    _, back = jax.vjp(lambda m: _xla_conv(m, kernel, strides, padding), maps)
+    return back(gradient)[0], jax.lax.platform_dependent(
         maps, gradient, cpu=by_rows, default=at_once
     )
 
